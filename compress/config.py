@@ -1,0 +1,230 @@
+"""The run's configuration: every default in one frozen record, TOML in and out.
+
+Precedence is default < config file < flag. An unknown key is an error that lists the valid ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from compress.errors import ConfigError, near_matches
+
+SCHEMES = ("output", "input", "two_sided", "spatial")
+METRICS = ("loss", "mse")
+RULES = ("threshold", "energy", "macs", "params", "latency", "target_drop")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the outcome of a run. Fractions are in (0, 1], drops in points."""
+
+    # What goes in and where the result goes.
+    checkpoint: str = ""
+    model: str = ""
+    data: str = ""
+    test: str = ""
+    output: str = ""
+
+    # How images become tensors; empty means the model's own preset, or [0, 1] scaling alone.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: int | None = None
+    crop: int | None = None
+    class_map: str = ""
+
+    # Where and how it computes.
+    device: str = "cpu"
+    threads: int | None = None
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+
+    # Calibration. Of the images taken from `data`, a quarter validates and the rest fits.
+    calibration_images: int = 1000
+    calibration: str = ""
+    samples_per_dimension: int = 64
+    metric: str = "loss"
+    metric_fn: str = ""
+    loss_fn: str = ""
+
+    # Which rule chooses the ranks; at most one, threshold when none is given.
+    threshold: float | None = None
+    energy: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    target_drop: float | None = None
+
+    # What the rule may choose from.
+    schemes: tuple[str, ...] = SCHEMES
+    rank: dict[str, str] = field(default_factory=dict)  # glob -> "R" or "R1,R2"
+    scheme: dict[str, str] = field(default_factory=dict)  # glob -> scheme
+    keep: tuple[str, ...] = ()
+    force_rank: bool = False
+    round_to: int | None = None
+    refit: bool = True
+    latency_batch: int = 8
+
+    # What the result must satisfy on the test set before it is saved.
+    max_drop: float | None = None
+    max_layer_relative_mse: float | None = None
+    min_agreement: float | None = None
+
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def rule(self) -> str:
+        """The name of the rank rule in force."""
+        given = [r for r in RULES if getattr(self, r) is not None]
+        return given[0] if given else "threshold"
+
+    @property
+    def rule_value(self) -> float:
+        """The value of the rule in force; the default threshold is 1e-3."""
+        value = getattr(self, self.rule)
+        return 1e-3 if value is None else float(value)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """Return a copy with ``changes`` applied and checked."""
+        return dataclasses.replace(self, **changes)
+
+    def to_toml(self) -> str:
+        """Write every setting that is not None as TOML."""
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+            if value is not None
+        }
+        return tomli_w.dumps(values)
+
+
+def _check(config: RunConfig) -> None:
+    """Raise `ConfigError` with every problem found, not only the first."""
+    problems = []
+    given = [r for r in RULES if getattr(config, r) is not None]
+    if len(given) > 1:
+        problems.append(f"{' and '.join(given)} contradict each other: give one rank rule")
+    for name in ("energy", "macs", "params", "latency"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            problems.append(f"{name} = {value} is outside (0, 1]")
+    if config.threshold is not None and not 0 <= config.threshold < 1:
+        problems.append(f"threshold = {config.threshold} is outside [0, 1)")
+    for name in ("target_drop", "max_drop"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 100:
+            problems.append(f"{name} = {value} is not a number of points from 0 to 100")
+    if config.min_agreement is not None and not 0 <= config.min_agreement <= 1:
+        problems.append(f"min_agreement = {config.min_agreement} is outside [0, 1]")
+    for name in (
+        "batch_size", "calibration_images", "samples_per_dimension", "latency_batch",
+        "threads", "round_to", "resize", "crop",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"{name} = {value} is not a positive number")
+    if config.workers < 0:
+        problems.append(f"workers = {config.workers} is negative")
+    if config.metric not in METRICS:
+        problems.append(f"metric = {config.metric!r} is not one of {', '.join(METRICS)}")
+    for scheme in (*config.schemes, *config.scheme.values()):
+        if scheme not in (*SCHEMES, "dense"):
+            problems.append(
+                f"scheme {scheme!r} is unknown; the schemes are {', '.join(SCHEMES)} and dense."
+                + near_matches(scheme, SCHEMES)
+            )
+    if not config.schemes:
+        problems.append("schemes is empty; name at least one of " + ", ".join(SCHEMES))
+    for pattern, ranks in config.rank.items():
+        if not all(part.strip().isdigit() and int(part) > 0 for part in ranks.split(",")):
+            problems.append(
+                f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
+            )
+    if len(config.mean) != len(config.std):
+        problems.append(f"mean has {len(config.mean)} numbers and std has {len(config.std)}")
+    if any(s <= 0 for s in config.std):
+        problems.append("std holds a number that is not positive")
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Returns:
+        The settings it holds, ready to be overridden by flags and passed to `make_config`.
+
+    Raises:
+        ConfigError: The file is missing, is no TOML or holds an unknown key.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration file {path} cannot be read: {error.strerror}."
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
+    check_keys(values, f"the configuration file {path}")
+    return values
+
+
+def check_keys(values: dict[str, Any], where: str) -> None:
+    """Raise `ConfigError` for keys that are no settings, with near matches and the valid ones."""
+    valid = [f.name for f in dataclasses.fields(RunConfig)]
+    for key in values:
+        if key not in valid:
+            raise ConfigError(
+                f"Unknown key {key!r} in {where}.{near_matches(key, valid)} "
+                f"The valid keys are {', '.join(valid)}."
+            )
+
+
+def make_config(values: dict[str, Any]) -> RunConfig:
+    """Build a checked `RunConfig` from plain values; lists become tuples.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type or out of range.
+    """
+    check_keys(values, "the settings")
+    ready: dict[str, Any] = {}
+    for spec in dataclasses.fields(RunConfig):
+        if spec.name not in values:
+            continue
+        value = values[spec.name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(value, dict):
+            value = {str(k): str(v) for k, v in value.items()}
+        ready[spec.name] = _typed(spec.name, str(spec.type), value)
+    return RunConfig(**ready)
+
+
+_EXPECTED: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "tuple": (tuple,),
+    "dict": (dict,),
+}
+
+
+def _typed(name: str, annotation: str, value: Any) -> Any:
+    if value is None and "None" in annotation:
+        return None
+    base = annotation.split("|")[0].split("[")[0].strip()
+    wanted = _EXPECTED[base]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and base != "bool"):
+        raise ConfigError(f"{name} = {value!r} should be of type {annotation}.")
+    return float(value) if base == "float" else value

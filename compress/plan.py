@@ -1,0 +1,118 @@
+"""The plan as plain data: what happens to each layer and why, JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.errors import PlanError
+
+PLAN_FORMAT = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to treat one layer.
+
+    Attributes:
+        scheme: ``"dense"`` or the name of a scheme.
+        ranks: Ranks per group; ``()`` for dense, two for ``two_sided``, else one.
+        loss: Predicted increase of the objective per image, in the metric's units.
+        mse: Predicted mean squared error per output element.
+        macs: Multiply-accumulates per image, over all calls.
+        params: Number of parameters, bias included.
+        seconds: Measured time per batch, where latency is a cost.
+    """
+
+    scheme: str
+    ranks: tuple[int, ...]
+    loss: float
+    mse: float
+    macs: int
+    params: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the plan does with one layer: a candidate and the reason for it."""
+
+    name: str
+    kind: str
+    shape: str
+    scheme: str
+    ranks: tuple[int, ...]
+    reason: str
+    predicted_loss: float
+    predicted_mse: float
+    predicted_relative_mse: float
+    macs: int
+    params: int
+    dense_macs: int
+    dense_params: int
+    break_even: int
+    full_rank: int
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether the layer is replaced."""
+        return self.scheme != DENSE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices for every layer, in execution order, with the rule that made them."""
+
+    rule: str
+    value: float
+    metric: str
+    choices: tuple[Choice, ...]
+    model: str = ""
+    source_sha256: str = ""
+    calibration: str = ""
+
+    def __getitem__(self, name: str) -> Choice:
+        for choice in self.choices:
+            if choice.name == name:
+                return choice
+        raise KeyError(name)
+
+    def with_choice(self, choice: Choice) -> Plan:
+        """Return a plan with the layer of the same name replaced."""
+        return replace(
+            self, choices=tuple(choice if c.name == choice.name else c for c in self.choices)
+        )
+
+    def to_json(self) -> str:
+        """Write the plan; `scheme` and `ranks` are what a user edits."""
+        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=2) + "\n"
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan written by `Plan.to_json`, perhaps edited.
+
+    Raises:
+        PlanError: Not JSON, of a newer format, or with fields missing or of the wrong type.
+    """
+    try:
+        raw: dict[str, Any] = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise PlanError(f"The plan {path} is not valid JSON: {error}.") from error
+    if not isinstance(raw, dict) or "format" not in raw:
+        raise PlanError(f"{path} is not a plan: it has no 'format' entry.")
+    if raw.pop("format") != PLAN_FORMAT:
+        raise PlanError(
+            f"The plan {path} has a format this version does not read; update compress."
+        )
+    try:
+        choices = tuple(
+            Choice(**{**c, "ranks": tuple(int(r) for r in c["ranks"])}) for c in raw.pop("choices")
+        )
+        return Plan(choices=choices, **raw)
+    except (TypeError, KeyError, ValueError) as error:
+        raise PlanError(f"The plan {path} is damaged: {error}.") from error
