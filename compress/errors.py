@@ -15,7 +15,7 @@
         ├── CalibrationError      3   NaN or infinite activations, statistics that do not fit
         └── ArtefactError         3   a tampered, truncated or newer result; an unwritable output
 
-    UnsupportedLayer              (ValueError) a layer or geometry that maths cannot represent exactly
+    UnsupportedLayer   (ValueError) a layer or geometry that maths cannot represent exactly
 
 A message is one paragraph: what is wrong, where (file, key, layer), what to do.
 """
