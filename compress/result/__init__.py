@@ -1,0 +1,56 @@
+"""What a run found out, as plain data: every number a report shows, JSON both ways.
+
+Units: accuracies, agreement, confidences and ECE are fractions from 0 to 1; drops and changes are
+percentage points (a positive drop is a loss, a positive change a gain); times are seconds; KL is
+in nats; MACs are multiply-accumulates per image. Whatever a failed or unverified run lacks is
+None or empty. JSON has no NaN: a number that is not finite is written as null.
+"""
+
+from compress.result.encoding import from_dict, from_json, to_dict, to_json
+from compress.result.layers import LayerErrors, LayerResult, MeasuredError
+from compress.result.metrics import (
+    CalibrationBin,
+    ClassResult,
+    CustomMetric,
+    EndMetric,
+    Flip,
+    Interval,
+)
+from compress.result.runs import (
+    RESULT_FORMAT,
+    Cost,
+    CostSummary,
+    GateResult,
+    Latency,
+    Result,
+    SplitRecord,
+    SweepPoint,
+    SweepResult,
+    Versions,
+)
+
+__all__ = [
+    "RESULT_FORMAT",
+    "CalibrationBin",
+    "ClassResult",
+    "Cost",
+    "CostSummary",
+    "CustomMetric",
+    "EndMetric",
+    "Flip",
+    "GateResult",
+    "Interval",
+    "Latency",
+    "LayerErrors",
+    "LayerResult",
+    "MeasuredError",
+    "Result",
+    "SplitRecord",
+    "SweepPoint",
+    "SweepResult",
+    "Versions",
+    "from_dict",
+    "from_json",
+    "to_dict",
+    "to_json",
+]

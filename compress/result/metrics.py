@@ -1,0 +1,104 @@
+"""The network before and after on the same images, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image whose verdict changed: predictions as class indexes, confidences in them."""
+
+    index: int
+    label: int
+    before: int
+    after: int
+    confidence_before: float
+    confidence_after: float
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Accuracy on one class; None where the class has no image in the set."""
+
+    name: str
+    images: int
+    before: float | None = None
+    after: float | None = None
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """One bin of confidences: how many images, how confident, how often right."""
+
+    images: int
+    confidence: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval, in points."""
+
+    low: float
+    high: float
+    level: float = 0.95
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class CustomMetric:
+    """What a user's own metric function returned before and after."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class EndMetric:
+    """The network before and after on the same images, as `compare_logits` finds it.
+
+    Attributes:
+        images: Number of images compared.
+        classes: Class names by index.
+        top5_before: None where there are five classes or fewer; so ``top5_after``.
+        drop: Loss of top-1 accuracy in points, with its paired interval.
+        mcnemar_p: Two-sided exact p-value of McNemar's test that both are equally accurate.
+        mean_kl: Mean KL(before || after) in nats.
+        agreement: Share of images on which both predict the same class.
+        to_wrong: Images right before and wrong after; ``to_right`` the other way round.
+        other_flips: How many moved from one wrong class to another.
+        per_class: Rows in class order.
+        ece_before: Expected calibration error over ``bins_before``.
+        near_chance: The baseline is hardly better than guessing: class order or normalisation.
+        custom: Set for networks that are no classifiers; everything else is then None.
+    """
+
+    images: int
+    classes: tuple[str, ...] = ()
+    top1_before: float | None = None
+    top1_after: float | None = None
+    top5_before: float | None = None
+    top5_after: float | None = None
+    drop: float | None = None
+    drop_interval: Interval | None = None
+    mcnemar_p: float | None = None
+    mean_kl: float | None = None
+    agreement: float | None = None
+    to_wrong_count: int | None = None
+    to_right_count: int | None = None
+    other_flips: int | None = None
+    to_wrong: tuple[Flip, ...] = ()
+    to_right: tuple[Flip, ...] = ()
+    per_class: tuple[ClassResult, ...] = ()
+    ece_before: float | None = None
+    ece_after: float | None = None
+    confidence_before: float | None = None
+    confidence_after: float | None = None
+    bins_before: tuple[CalibrationBin, ...] = ()
+    bins_after: tuple[CalibrationBin, ...] = ()
+    near_chance: bool = False
+    custom: CustomMetric | None = None

@@ -1,0 +1,146 @@
+"""A whole run and a whole sweep, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress.result.layers import LayerResult
+from compress.result.metrics import EndMetric
+
+RESULT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs: MACs per image, parameters, bytes of its tensors."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median seconds per batch, folded dense original against compressed, runs alternating."""
+
+    batch_size: int
+    dense_seconds: float
+    seconds: float
+    ratio: float
+    runs: int | None = None
+
+
+@dataclass(frozen=True)
+class CostSummary:
+    """The original as it came, with its norms folded (the baseline), and compressed."""
+
+    original: Cost | None = None
+    folded: Cost | None = None
+    compressed: Cost | None = None
+    latency: tuple[Latency, ...] = ()
+    memory_format: str = "contiguous"
+    device: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One limit and how it went. ``value`` is None where it could not be measured: not passed."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What made the result."""
+
+    compress: str
+    torch: str
+    python: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """Which images served for what, so that a split can be repeated."""
+
+    seed: int
+    fit_images: int
+    validation_images: int
+    fit_indices_sha256: str = ""
+    validation_indices_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything one run has to say. A test metric of None means the run is unverified."""
+
+    versions: Versions
+    model: str
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    source_sha256: str = ""
+    model_fingerprint: str = ""
+    data_fingerprint: str = ""
+    test_fingerprint: str = ""
+    dtype: str = "float32"
+    split: SplitRecord | None = None
+    calibration_images: int = 0
+    rule: str = ""
+    value: float | None = None
+    metric: str = ""
+    layers: tuple[LayerResult, ...] = ()
+    validation: EndMetric | None = None
+    test: EndMetric | None = None
+    cost: CostSummary = CostSummary()
+    gates: tuple[GateResult, ...] = ()
+    warnings: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+    rank_correlation: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    format: int = RESULT_FORMAT
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One point of a sweep; ``ratio`` is its MACs over those of the folded original."""
+
+    rule: str
+    value: float
+    macs: int
+    params: int
+    bytes: int
+    ratio: float
+    ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    schemes: dict[str, str] = field(default_factory=dict)
+    validation: EndMetric | None = None
+    test: EndMetric | None = None
+    pareto: bool = False
+    chosen: bool = False
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A grid of settings on one calibration, in the order given."""
+
+    versions: Versions
+    model: str
+    points: tuple[SweepPoint, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    source_sha256: str = ""
+    model_fingerprint: str = ""
+    data_fingerprint: str = ""
+    test_fingerprint: str = ""
+    folded_cost: Cost | None = None
+    layers: tuple[str, ...] = ()
+    pick: str = ""
+    calibration_images: int = 0
+    calibration_seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    format: int = RESULT_FORMAT
