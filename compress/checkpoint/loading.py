@@ -1,0 +1,104 @@
+"""Loading a checkpoint into a model: every entry of it and nothing less."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint.reading import PREFIXES, Checkpoint, listed
+from compress.errors import CheckpointError
+
+
+def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into a model, every entry of it and nothing less.
+
+    Three differences are mended because they are sure to be harmless: ``num_batches_tracked``
+    may be missing (files from before torch 0.4.1 lack it, and evaluation never reads it), one
+    name of a tied tensor is enough, and torchvision's first DenseNet names (``norm.1``) are
+    understood. Where the model's own names begin with a prefix that `read_checkpoint` stripped,
+    it is put back.
+
+    Raises:
+        CheckpointError: Entries are missing, unexpected or of another shape: the first 20 of each
+            and their number, with a hint where the cause is known. The model is unchanged.
+    """
+    own = model.state_dict(keep_vars=True)
+    state = _fitting_names(checkpoint, own)
+    _fill_tied(state, own, checkpoint)
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in own]
+    misshapen = [n for n in own if n in state and _shape(state[n]) != _shape(own[n])]
+    if missing or unexpected or misshapen:
+        problems = []
+        if missing:
+            problems.append(f"missing from the checkpoint: {listed(missing)}")
+        if unexpected:
+            problems.append(f"unknown to the model: {listed(unexpected)}")
+        if misshapen:
+            shapes = [
+                f"{n} ({list(_shape(state[n]))} in the checkpoint, {list(_shape(own[n]))} in the "
+                "model)"
+                for n in misshapen
+            ]
+            problems.append(f"of another shape: {listed(shapes)}")
+        raise CheckpointError(
+            f"The checkpoint {checkpoint.path} does not belong to this model: "
+            f"{'; '.join(problems)}.{_hint(state, own, misshapen)}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _shape(entry: Any) -> tuple[int, ...]:
+    return tuple(entry.shape) if isinstance(entry, Tensor) else ()
+
+
+def _fitting_names(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rename the checkpoint's entries to what the model calls them, where that is certain."""
+    parts = re.findall("|".join(re.escape(p) for p in PREFIXES), checkpoint.prefix)
+    fronts = ["".join(parts[k:]) for k in range(len(parts), -1, -1)]
+    front = max(fronts, key=lambda f: sum(f + n in own for n in checkpoint.state))
+    state = {front + n: t for n, t in checkpoint.state.items()}
+    old_densenet = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
+    renamed = {n: old_densenet.sub(r"\1\2", n) for n in state if n not in own}
+    return {renamed.get(n, n): t for n, t in state.items()}
+
+
+def _fill_tied(state: dict[str, Tensor], own: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Give every name of a tied tensor the value that the checkpoint has under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, entry in own.items():
+        names.setdefault(id(entry), []).append(name)
+    for tied in (group for group in names.values() if len(group) > 1):
+        given = [n for n in tied if n in state]
+        for other in given[1:]:
+            if not torch.equal(state[given[0]], state[other]):
+                raise CheckpointError(
+                    f"The model ties {given[0]} and {other} to one tensor, but the checkpoint "
+                    f"{checkpoint.path} holds different values for them; build the model untied."
+                )
+        if given:
+            state.update(dict.fromkeys(tied, state[given[0]]))
+
+
+def _hint(state: Mapping[str, Tensor], own: Mapping[str, Any], misshapen: list[str]) -> str:
+    """Say what is probably wrong, where the differences have one known cause."""
+    if not any(n in own for n in state):
+        return " No entry matches: this is another architecture, or the names carry a prefix."
+    pairs = {(_shape(state[n]), _shape(own[n])) for n in misshapen}
+    sizes = {(a[:1], b[:1]) for a, b in pairs if a[1:] == b[1:] and a}
+    if len(sizes) == 1 and all(a[1:] == b[1:] for a, b in pairs):
+        ((there,), (here,)) = next(iter(sizes))
+        head = misshapen[0].rpartition(".")[0] or misshapen[0]
+        if head.rpartition(".")[0] in ("", "classifier", "heads", "head"):
+            return (
+                f" The checkpoint's {head} has {there} classes, the model's {here}: pass "
+                f"?num_classes={there} in the model spec."
+            )
+    extra = {n.partition(".")[0] for n in state if n not in own}
+    if extra and extra <= {"aux1", "aux2", "AuxLogits"}:
+        return " The checkpoint has auxiliary classifiers: pass ?aux_logits=true in the model spec."
+    return " Is it the right model spec?"

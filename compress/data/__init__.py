@@ -1,0 +1,20 @@
+"""From a data spec to images: reading, checking, splitting and batching them."""
+
+from compress.data.images import ImageSet, Source, check_channels, check_labels
+from compress.data.loading import Batches, Split, batches, split
+from compress.data.sources import DATA_FORMS, open_dataset
+from compress.vision import Preprocessing
+
+__all__ = [
+    "DATA_FORMS",
+    "Batches",
+    "ImageSet",
+    "Preprocessing",
+    "Source",
+    "Split",
+    "batches",
+    "check_channels",
+    "check_labels",
+    "open_dataset",
+    "split",
+]

@@ -1,0 +1,180 @@
+"""Images that lie in arrays: ``tensors:FILE.npz``, ``tensors:FILE.safetensors`` and IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.data.images import UNLABELLED
+from compress.errors import DataError, near_matches
+
+_IDX_UINT8 = 0x08
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images ``[N, C, H, W]`` in memory, uint8 or floating, with labels ``[N]`` or none."""
+
+    described: str
+    images: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    transformed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Tensor:
+        """Return one image ``[C, H, W]``."""
+        return self.images[index]
+
+    def stack(self, indices: Sequence[int]) -> Tensor:
+        """Return several images ``[B, C, H, W]``."""
+        return self.images[torch.as_tensor(list(indices))]
+
+    def label(self, index: int) -> int:
+        """Return the label or -1."""
+        return UNLABELLED if self.labels is None else int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Return the index in the file, as words."""
+        return f"number {index}"
+
+    def content(self, index: int) -> bytes:
+        """Return the label and pixels."""
+        image = self.images[index]
+        head = f"{self.label(index)} {image.dtype} {tuple(image.shape)}:"
+        return head.encode() + image.contiguous().numpy().tobytes()
+
+
+def open_tensors(path: Path) -> ArraySource:
+    """Read arrays ``images`` and, where given, ``labels`` from safetensors or npz.
+
+    Images are ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]``; the last is recognised by an
+    axis of 1 or 3 at the end and none at the second place.
+
+    Raises:
+        DataError: The file cannot be read, or its arrays have other names, shapes or types.
+    """
+    arrays = _read_arrays(path)
+    if "images" not in arrays:
+        raise DataError(
+            f"The file {path} has no array 'images'; it holds {', '.join(arrays) or 'nothing'}."
+            f"{near_matches('images', arrays)} Save the arrays as 'images' and 'labels'."
+        )
+    images = arrays["images"]
+    if images.dtype in (torch.float16, torch.bfloat16, torch.float64):
+        images = images.float()
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(
+            f"The images in {path} are {images.dtype}; save them as uint8 (0 to 255) or float32."
+        )
+    images = _as_channels_first(images, path)
+    if images.dtype == torch.float32 and not bool(torch.isfinite(images).all()):
+        raise DataError(f"The images in {path} hold NaN or infinite values.")
+    return array_source(f"the file {path}", images, arrays.get("labels"))
+
+
+def open_idx(images_path: Path, labels_path: Path | None) -> ArraySource:
+    """Read images, and labels where given, from IDX files (MNIST's format), gzipped or plain.
+
+    Raises:
+        DataError: A file cannot be read, is no IDX file of bytes, or their lengths differ.
+    """
+    images = _read_idx(images_path)
+    if images.ndim not in (3, 4):
+        raise DataError(
+            f"The IDX file {images_path} holds an array of {images.ndim} axes, no images; "
+            "write idx:IMAGES,LABELS in this order."
+        )
+    labels = None if labels_path is None else _read_idx(labels_path)
+    return array_source(f"the file {images_path}", _as_channels_first(images, images_path), labels)
+
+
+def array_source(described: str, images: Tensor, labels: Tensor | None) -> ArraySource:
+    """Check images ``[N, C, H, W]`` against labels ``[N]`` and make a source of them.
+
+    Raises:
+        DataError: No images, or labels that are no N whole numbers from 0 (or -1 for none).
+    """
+    if len(images) == 0:
+        raise DataError(f"{described} holds no images.")
+    classes: tuple[str, ...] = ()
+    if labels is not None:
+        if labels.shape != (len(images),):
+            raise DataError(
+                f"{described} holds {len(images)} images, but labels of shape "
+                f"{list(labels.shape)}; there must be one label an image."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise DataError(f"The labels of {described} are {labels.dtype}, no whole numbers.")
+        labels = labels.long()
+        if int(labels.min()) < UNLABELLED:
+            raise DataError(f"The labels of {described} reach down to {int(labels.min())}.")
+        classes = tuple(str(k) for k in range(int(labels.max()) + 1))
+    return ArraySource(described, images.contiguous(), labels, classes)
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix != ".npz":
+            raise DataError(f"The file {path} is neither .safetensors nor .npz.")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+    except (
+        OSError, SafetensorError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"The file {path} cannot be read as arrays: {reason}.") from error
+
+
+def _as_channels_first(images: Tensor, path: Path) -> Tensor:
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim != 4:
+        raise DataError(
+            f"The images in {path} have shape {list(images.shape)}; they must be [N, H, W], "
+            "[N, C, H, W] or [N, H, W, C]. Give other inputs as package.module:factory of a "
+            "Dataset."
+        )
+    if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        return images.permute(0, 3, 1, 2)
+    return images
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read an IDX file of unsigned bytes: two zero bytes, the type, the number of axes, sizes."""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"The IDX file {path} cannot be read: {reason}.") from error
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _IDX_UINT8:
+        raise DataError(
+            f"The file {path} is no IDX file of bytes; those begin with 00 00 08, this with "
+            f"{data[:3].hex(' ') or 'nothing'}."
+        )
+    axes = data[3]
+    sizes = [int.from_bytes(data[4 + 4 * k : 8 + 4 * k], "big") for k in range(axes)]
+    body = data[4 + 4 * axes :]
+    expected = int(np.prod(sizes, dtype=np.int64))
+    if len(body) != expected:
+        raise DataError(
+            f"The IDX file {path} is damaged: it announces {sizes} values, {expected} bytes, and "
+            f"holds {len(body)}."
+        )
+    return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(sizes).copy())

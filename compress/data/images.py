@@ -1,0 +1,260 @@
+"""A set of images, whatever it came from: items, labels, names, a fingerprint, checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from compress import vision
+from compress.errors import DataError
+from compress.vision import Preprocessing
+
+UNLABELLED = -1
+
+
+class Source(Protocol):
+    """Where images come from; `ImageSet` turns what it gives into inputs of the network."""
+
+    @property
+    def described(self) -> str:
+        """What it is, for messages: ``"the folder pets/test"``."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels; empty where there are no labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        """Return a PIL image in mode L or RGB, or a tensor ``[C, H, W]``.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        ...
+
+    def stack(self, indices: Sequence[int]) -> Tensor | None:
+        """Return ``[B, C, H, W]`` at once where that is cheaper than one by one, else None."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Return the label, -1 where there is none."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what the user knows the image by: the file's path in its folder, or its index."""
+        ...
+
+    def content(self, index: int) -> bytes:
+        """Return bytes that change when the image, its name or its label does."""
+        ...
+
+    @property
+    def transformed(self) -> bool:
+        """Whether tensors have gone through the user's own transforms already."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """Images of one source, by index, as the network takes them.
+
+    Attributes:
+        source: Where the images come from.
+        preprocessing: How they become inputs.
+        indices: Which of the source's images, in order.
+        class_names: Class names in the order of the labels.
+        label_order: New label by the source's label, where a class map gives one.
+    """
+
+    source: Source
+    preprocessing: Preprocessing
+    indices: Sequence[int]
+    class_names: tuple[str, ...]
+    label_order: tuple[int, ...] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels; empty for unlabelled images."""
+        return self.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one input, float32 ``[C, H, W]``, and its label (-1 where there is none).
+
+        Raises:
+            DataError: The image cannot be read or does not suit the preprocessing; it is named.
+        """
+        image = self.source.image(self.indices[index])
+        if isinstance(image, Tensor):
+            tensor = self._from_pixels(image, self.name(index))
+        else:
+            tensor = vision.image_to_tensor(image, self.preprocessing, self.name(index))
+        return tensor, self.label(index)
+
+    def stack(self, positions: Sequence[int]) -> Tensor:
+        """Return the inputs at some positions as one tensor ``[B, C, H, W]``.
+
+        Raises:
+            DataError: An image cannot be read, or two differ in shape; they are named.
+        """
+        pixels = self.source.stack([self.indices[p] for p in positions])
+        if pixels is not None:
+            return self._from_pixels(pixels, self.name(positions[0]))
+        tensors = [self[p][0] for p in positions]
+        for position, tensor in zip(positions, tensors, strict=True):
+            self.check_shape(tensor, position, tensors[0].shape, positions[0])
+        return torch.stack(tensors)
+
+    def check_shape(
+        self, tensor: Tensor, position: int, expected: torch.Size, expected_position: int
+    ) -> None:
+        """Raise `DataError` naming both images where two inputs differ in shape."""
+        if tensor.shape != expected:
+            first, second = ("x".join(map(str, s)) for s in (expected, tensor.shape))
+            raise DataError(
+                f"The images of {self.source.described} differ in size: "
+                f"{self.name(expected_position)} becomes {first}, {self.name(position)} {second}; "
+                "pass --resize and --crop to bring them to one size."
+            )
+
+    def label(self, index: int) -> int:
+        """Return the label of one image, in the class map's order where there is one."""
+        label = self.source.label(self.indices[index])
+        if self.label_order is None or label == UNLABELLED:
+            return label
+        return self.label_order[label]
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        """All labels in order; images are not decoded for them where the source knows them."""
+        return tuple(self.label(i) for i in range(len(self)))
+
+    def name(self, index: int) -> str:
+        """Return the image's file, relative to its folder, or its index in the source."""
+        return self.source.name(self.indices[index])
+
+    def raw(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return one image before any preprocessing, uint8 ``[H, W, C]`` with C 1 or 3.
+
+        Floating pixels beyond [0, 1] are stretched from their smallest to their largest value.
+        """
+        image = self.source.image(self.indices[index])
+        if not isinstance(image, Tensor):
+            return vision.image_to_array(image)
+        pixels = image if image.ndim == 3 else image.reshape(1, 1, -1)
+        pixels = pixels if pixels.shape[0] in (1, 3) else pixels[:1]
+        if pixels.dtype != torch.uint8:
+            low, high = float(pixels.min()), float(pixels.max())
+            low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+            pixels = ((pixels.float() - low) / max(high - low, 1e-12) * 255).round().byte()
+        return pixels.permute(1, 2, 0).contiguous().numpy()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what this set holds: every image's name, label and content, in order.
+
+        The preprocessing counts too, because it decides what the network sees. The way the set
+        was named does not, nor do times, nor other images of the same source. Files are hashed
+        whole while they come to less than `sources.WHOLE_BYTES`, beyond that by size and both
+        ends; items of a user's Dataset are sampled.
+        """
+        digest = hashlib.sha256(json.dumps(self.preprocessing.to_dict()).encode())
+        digest.update(len(self).to_bytes(8, "little"))
+        for index in self.indices:
+            content = self.source.content(index)
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+        return digest.hexdigest()
+
+    def subset(self, positions: Sequence[int]) -> ImageSet:
+        """Return the images at some positions of this set, in the order given."""
+        return replace(self, indices=[self.indices[p] for p in positions])
+
+    def _from_pixels(self, pixels: Tensor, name: str) -> Tensor:
+        # Where a user's Dataset gave finished inputs, a model's default preset is not for them.
+        default = self.preprocessing.from_preset or self.preprocessing.is_identity
+        if self.source.transformed and pixels.is_floating_point() and default:
+            return pixels.float()
+        return vision.pixels_to_tensor(pixels, self.preprocessing, name)
+
+
+# --- Checks ------------------------------------------------------------------------------------
+
+
+def check_labels(images: ImageSet, classes: int) -> tuple[str, ...]:
+    """Check that labels can be compared with a network's outputs.
+
+    Args:
+        images: The set.
+        classes: How many outputs the network has.
+
+    Returns:
+        Warnings: sentences for the summary.
+
+    Raises:
+        DataError: No labels, labels beyond the outputs, or all images of one class.
+    """
+    where = images.source.described
+    labels = images.labels
+    unlabelled = labels.count(UNLABELLED)
+    if unlabelled:
+        raise DataError(
+            f"{unlabelled} of the {len(labels)} images of {where} have no labels, so accuracy "
+            "cannot be measured; pass a folder with one folder per class, or arrays with 'labels'."
+        )
+    worst = max(range(len(labels)), key=labels.__getitem__)
+    if labels[worst] >= classes or min(labels) < 0:
+        raise DataError(
+            f"The labels of {where} do not fit the network: {images.name(worst)} has label "
+            f"{labels[worst]}, but there are {classes} outputs (labels 0 to {classes - 1}); pass "
+            "the model's own number of classes, or --class-map."
+        )
+    counts = Counter(labels)
+    warnings = []
+    if len(counts) == 1:
+        names = images.classes
+        only = names[labels[0]] if labels[0] < len(names) else str(labels[0])
+        message = f"All images of {where} are of one class ({only!r}), so accuracy says nothing"
+        if len(labels) > 1 and classes > 1:
+            raise DataError(
+                f"{message}; pass a set with all classes (for imagefolder: the folder that holds "
+                "one folder per class)."
+            )
+        warnings.append(message + ".")
+    if images.classes and len(images.classes) != classes:
+        warnings.append(
+            f"{where} has {len(images.classes)} classes and the network {classes} outputs; labels "
+            "follow the order of the set's classes unless --class-map says otherwise."
+        )
+    return tuple(warnings)
+
+
+def check_channels(images: ImageSet, channels: int) -> None:
+    """Check that images have the channels that a network's first layer takes.
+
+    Raises:
+        DataError: They have not.
+    """
+    tensor, _ = images[0]
+    if tensor.ndim == 3 and tensor.shape[0] != channels:
+        raise DataError(
+            f"The images of {images.source.described} have {tensor.shape[0]} channels, the "
+            f"network takes {channels}; pass images with {channels}, or the model's own number "
+            "of input channels."
+        )

@@ -1,0 +1,120 @@
+"""Drawing images to fit and validate on, and handing them out in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from compress.data.images import ImageSet
+from compress.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint images to fit and to validate on, with the plain record of how they were drawn."""
+
+    fit: ImageSet
+    validation: ImageSet
+    record: dict[str, Any]
+
+
+def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 0.25) -> Split:
+    """Draw images without replacement and part them.
+
+    Args:
+        images: The set to draw from.
+        count: How many images to draw in all, at most.
+        seed: Decides the draw; the global random state is neither used nor changed.
+        validation_fraction: The part that validates, at least one image where two are drawn.
+
+    Raises:
+        DataError: The set is empty.
+    """
+    total = min(count, len(images))
+    if total < 1:
+        raise DataError(f"{images.source.described} holds no images to calibrate on.")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    validating = min(max(round(total * validation_fraction), 1), total - 1)
+    fit, validation = order[: total - validating], order[total - validating : total]
+    drawn = hashlib.sha256(json.dumps([fit, validation]).encode()).hexdigest()
+    record = {
+        "seed": seed,
+        "images": len(images),
+        "fit": len(fit),
+        "validation": len(validation),
+        "validation_fraction": validation_fraction,
+        "indices_sha256": drawn,
+    }
+    return Split(fit=images.subset(fit), validation=images.subset(validation), record=record)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a set, in order, always the same; iterate as often as needed."""
+
+    images: ImageSet
+    batch_size: int
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        positions = range(len(self.images))
+        chunks = [
+            positions[start : start + self.batch_size]
+            for start in range(0, len(positions), self.batch_size)
+        ]
+        stacks: Iterator[Tensor | DataError]
+        if self.workers:
+            stacks = iter(
+                DataLoader(_Stacks(self.images, chunks), batch_size=None, num_workers=self.workers)
+            )
+        else:
+            stacks = (self.images.stack(chunk) for chunk in chunks)
+        first: torch.Size | None = None
+        for chunk, stacked in zip(chunks, stacks, strict=True):
+            if isinstance(stacked, DataError):
+                raise stacked
+            first = stacked.shape[1:] if first is None else first
+            self.images.check_shape(stacked[0], chunk[0], first, 0)
+            yield stacked, torch.tensor([self.images.label(p) for p in chunk])
+
+
+def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
+    """Return the inputs ``[B, C, H, W]`` and labels ``[B]`` (int64) of a set, in order.
+
+    Iterating raises `DataError` where an image cannot be read or differs in shape.
+
+    Args:
+        images: The set.
+        batch_size: How many images a batch holds; the last may hold fewer.
+        workers: Processes that decode images; 0 decodes in this one.
+    """
+    return Batches(images, batch_size, workers)
+
+
+class _Stacks(Dataset["Tensor | DataError"]):
+    """Whole batches by number, for worker processes.
+
+    An error travels as a value: torch would re-raise it with the worker's traceback as its text.
+    """
+
+    def __init__(self, images: ImageSet, chunks: list[range]) -> None:
+        self.images, self.chunks = images, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> Tensor | DataError:
+        try:
+            return self.images.stack(self.chunks[index])
+        except DataError as error:
+            return error

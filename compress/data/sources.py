@@ -1,0 +1,230 @@
+"""Opening a data spec: folders of pictures, torchvision's sets, users' Datasets and arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from compress import vision
+from compress.data.arrays import open_idx, open_tensors
+from compress.data.datasets import DatasetSource
+from compress.data.images import UNLABELLED, ImageSet, Source
+from compress.errors import DataError, near_matches
+from compress.models import call_factory, split_spec
+from compress.vision import Preprocessing
+
+DATA_FORMS = (
+    "imagefolder:DIR, torchvision:CIFAR10?root=DIR&train=true, tensors:FILE.npz, "
+    "idx:IMAGES.gz,LABELS.gz, package.module:factory or path/to/file.py:factory"
+)
+WHOLE_BYTES = 512 * 2**20  # folders beyond this are fingerprinted by size and both ends of files
+_END_BYTES = 4096
+
+
+def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -> ImageSet:
+    """Open the images that a spec names.
+
+    ``?start=`` and ``?stop=`` take a slice of imagefolder, torchvision, tensors and idx sets.
+
+    Args:
+        spec: One of `DATA_FORMS`.
+        preprocessing: How images become inputs.
+        class_map: A file with class names in the model's order, a JSON list or one name a line,
+            where the set's own order differs.
+
+    Raises:
+        DataError: The spec is malformed, or what it names is absent, empty or damaged.
+    """
+    head, arguments = split_spec(spec, DataError)
+    kind, _, place = head.partition(":")
+    source: Source
+    bounds: dict[str, Any] = {}
+    wanted = preprocessing.channels or len(preprocessing.mean) or None
+    if kind in ("imagefolder", "tensors", "idx", "torchvision"):
+        bounds = {k: arguments.pop(k) for k in ("start", "stop") if k in arguments}
+        if arguments and kind != "torchvision":
+            wrong = next(iter(arguments))
+            raise DataError(
+                f"{kind} sets take no argument {wrong!r}.{near_matches(wrong, ('start', 'stop'))} "
+                "They take start and stop."
+            )
+    if kind == "imagefolder":
+        source = open_folder(Path(place), wanted or 3)
+    elif kind == "tensors":
+        source = open_tensors(Path(place))
+    elif kind == "idx":
+        first, comma, second = place.partition(",")
+        source = open_idx(Path(first), Path(second) if comma else None)
+    elif kind == "torchvision":
+        source = DatasetSource.of(vision.torchvision_dataset(place, **arguments), spec, wanted)
+    else:
+        if ":" not in head:
+            raise DataError(
+                f"{spec!r} is no data spec."
+                f"{near_matches(head, ('imagefolder', 'torchvision', 'tensors', 'idx'))} "
+                f"Write {DATA_FORMS}."
+            )
+        source = DatasetSource.of(
+            call_factory(head, arguments, DataError, DATA_FORMS), spec, wanted
+        )
+    names, order = source.classes, None
+    if class_map:
+        names, order = _mapped(source, Path(class_map))
+    return ImageSet(source, preprocessing, _slice(source, bounds), names, order)
+
+
+def _slice(source: Source, bounds: dict[str, Any]) -> Sequence[int]:
+    for key, value in bounds.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DataError(f"{key}={value} is no index; write a whole number from 0.")
+    chosen = range(len(source))[bounds.get("start", 0) : bounds.get("stop", len(source))]
+    if not chosen:
+        raise DataError(
+            f"The slice {bounds} of {source.described} is empty; it has {len(source)} images."
+        )
+    return chosen
+
+
+# --- Folders of pictures -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Picture files in one folder per class, or in one folder without classes."""
+
+    root: Path
+    files: tuple[str, ...]
+    file_labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    channels: int
+    whole: bool
+    transformed: bool = False
+
+    @property
+    def described(self) -> str:
+        """The folder's path."""
+        return f"the folder {self.root}"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        """Read one picture as L or RGB."""
+        return vision.read_image(self.root / self.files[index], self.channels)
+
+    def stack(self, indices: Sequence[int]) -> None:
+        """Return None: files are read one by one."""
+        del indices
+
+    def label(self, index: int) -> int:
+        """Return the number of the file's class folder."""
+        return self.file_labels[index]
+
+    def name(self, index: int) -> str:
+        """Return the file's path in the folder."""
+        return self.files[index]
+
+    def content(self, index: int) -> bytes:
+        """Return the name, size and bytes, of a large folder's files both ends only."""
+        path = self.root / self.files[index]
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if self.whole or size <= 2 * _END_BYTES:
+                    data = file.read()
+                else:
+                    data = file.read(_END_BYTES)
+                    file.seek(-_END_BYTES, os.SEEK_END)
+                    data += file.read()
+        except OSError as error:
+            raise DataError(f"The image {path} cannot be read: {error.strerror}.") from error
+        return f"{self.files[index]}\0{size}\0".encode() + data
+
+
+def open_folder(root: Path, channels: int) -> FolderSource:
+    """List the pictures of a folder, sorted by class and name, hidden files left out.
+
+    Class folders are numbered in alphabetical order, as torchvision does; an empty one keeps its
+    number. A folder that holds pictures and no folders is a set without labels.
+
+    Raises:
+        DataError: The folder is missing, unreadable, or holds no pictures.
+    """
+    try:
+        entries = sorted(e for e in os.listdir(root) if not e.startswith("."))
+    except OSError as error:
+        near = near_matches(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
+        raise DataError(
+            f"The image folder {root} cannot be read: {error.strerror}.{near}"
+        ) from error
+    classes = tuple(e for e in entries if (root / e).is_dir())
+    files: list[str] = []
+    labels: list[int] = []
+    size = 0
+    for label, folder in enumerate(classes) if classes else ((UNLABELLED, "."),):
+        found = _pictures(root, folder)
+        files.extend(name for name, _ in found)
+        labels.extend([label] * len(found))
+        size += sum(bytes_ for _, bytes_ in found)
+    if not files:
+        raise DataError(
+            f"The image folder {root} holds no pictures, neither in folders by class nor at its "
+            f"top; pictures end in {', '.join(vision.IMAGE_SUFFIXES)}."
+        )
+    return FolderSource(
+        root, tuple(files), tuple(labels), classes, channels, whole=size <= WHOLE_BYTES
+    )
+
+
+def _pictures(root: Path, folder: str) -> list[tuple[str, int]]:
+    """Names relative to ``root`` and sizes of the pictures under a folder, sorted by name."""
+    found = []
+    for where, folders, names in os.walk(root / folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in names:
+            if name.lower().endswith(vision.IMAGE_SUFFIXES) and not name.startswith("."):
+                path = Path(where, name)
+                found.append((path.relative_to(root).as_posix(), path.stat().st_size))
+    return sorted(found)
+
+
+# --- Class order -------------------------------------------------------------------------------
+
+
+def _mapped(source: Source, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the model's class names and the model's label by the source's label."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"The class map {path} cannot be read: {reason}.") from error
+    names: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"The class map {path} is not valid JSON: {error}.") from error
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise DataError(
+            f"The class map {path} must be a JSON list of class names in the model's order, or "
+            "text with one name a line."
+        )
+    twice = next((n for k, n in enumerate(names) if n in names[:k]), None)
+    if twice is not None:
+        raise DataError(f"The class map {path} names {twice!r} twice.")
+    if not source.classes:
+        raise DataError(f"{source.described} has no class names that {path} could put in order.")
+    places = {name: k for k, name in enumerate(names)}
+    for name in source.classes:
+        if name not in places:
+            raise DataError(
+                f"The class {name!r} of {source.described} is not in the class map {path}."
+                f"{near_matches(name, names)}"
+            )
+    return tuple(names), tuple(places[name] for name in source.classes)

@@ -1,0 +1,1 @@
+"""The embedded demo: the UCI digits, a network for them and its trained weights."""
