@@ -1,0 +1,1 @@
+"""Public modules to train with: `overparam`, `flat` and `hypernet`; none needs the others."""
