@@ -1,0 +1,13 @@
+"""Linear layers trained as chains and used as the single layer they equal.
+
+After Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023.
+"""
+
+from __future__ import annotations
+
+from compress.modules.overparam.conv import OverparamConv2d
+from compress.modules.overparam.convert import collapse, overparameterize
+from compress.modules.overparam.layer import OverparamLayer
+from compress.modules.overparam.linear import OverparamLinear
+
+__all__ = ["OverparamConv2d", "OverparamLayer", "OverparamLinear", "collapse", "overparameterize"]
