@@ -89,15 +89,14 @@ def _hint(state: Mapping[str, Tensor], own: Mapping[str, Any], misshapen: list[s
     if not any(n in own for n in state):
         return " No entry matches: this is another architecture, or the names carry a prefix."
     pairs = {(_shape(state[n]), _shape(own[n])) for n in misshapen}
-    sizes = {(a[:1], b[:1]) for a, b in pairs if a[1:] == b[1:] and a}
-    if len(sizes) == 1 and all(a[1:] == b[1:] for a, b in pairs):
-        ((there,), (here,)) = next(iter(sizes))
-        head = misshapen[0].rpartition(".")[0] or misshapen[0]
-        if head.rpartition(".")[0] in ("", "classifier", "heads", "head"):
-            return (
-                f" The checkpoint's {head} has {there} classes, the model's {here}: pass "
-                f"?num_classes={there} in the model spec."
-            )
+    sizes = {(a[0], b[0]) for a, b in pairs if a and b and a[1:] == b[1:]}
+    last = [n for n in own if n.endswith("weight")][-1:]
+    if len(sizes) == 1 and last and last[0] in misshapen and state[last[0]].ndim > 1:
+        there, here = next(iter(sizes))
+        return (
+            f" The checkpoint's {last[0].rpartition('.')[0]} has {there} classes, the model's "
+            f"{here}: pass ?num_classes={there} in the model spec."
+        )
     extra = {n.partition(".")[0] for n in state if n not in own}
     if extra and extra <= {"aux1", "aux2", "AuxLogits"}:
         return " The checkpoint has auxiliary classifiers: pass ?aux_logits=true in the model spec."

@@ -1,0 +1,305 @@
+"""Streaming calibration data through hooked layers into moments.
+
+One pass over the images gives every statistic: the moments of each layer's outputs or, where they
+are the cheaper side or a scheme needs them, of its patches; and the weighting ``G = E[g gᵀ]`` of
+its outputs, with ``g`` the gradient of each image's negative log-likelihood under a label sampled
+from the model's own prediction (the Fisher information: Martens & Grosse 2015), so that no labels
+are needed. A hook consumes what it sees at once: later in-place operations change the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.errors import CalibrationError
+from compress.layers import kind_of
+from compress.linalg.fit import Fit, Problem
+from compress.linalg.geometry import output_rows, patch_rows
+from compress.linalg.moments import Moments
+from compress.linalg.spectrum import shrink, shrinkage
+from compress.sites import LayerSite, evaluation_mode, forward_hooks, frozen, run_model
+
+# Below this many samples a dimension the covariance is shrunk and the user is warned.
+FEW_SAMPLES = 10
+# Layers this small take every position up to this many rows, whatever their dimension.
+FREE_SAMPLES = 1 << 17
+# Longer patches than this are not accumulated for schemes that want them: the matrix alone would
+# take more than half a gigabyte.
+LONGEST_PATCH = 8192
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration learned about one layer.
+
+    Attributes:
+        inputs: Moments of its patches, or None where outputs were the cheaper side.
+        outputs: Moments of its outputs, or None where `inputs` give them.
+        weighting: Moments of the gradients at its outputs, or None for the plain metric.
+    """
+
+    inputs: Moments | None = None
+    outputs: Moments | None = None
+    weighting: Moments | None = None
+
+    @property
+    def samples(self) -> int:
+        """Rows seen."""
+        moments = self.inputs or self.outputs
+        return 0 if moments is None else moments.count
+
+    def moments(self) -> dict[str, Moments]:
+        """The moments there are, by role."""
+        roles = {"inputs": self.inputs, "outputs": self.outputs, "weighting": self.weighting}
+        return {role: m for role, m in roles.items() if m is not None}
+
+    def merge(self, other: LayerStatistics) -> None:
+        """Add the statistics of another process or an earlier run."""
+        theirs = other.moments()
+        for role, moments in self.moments().items():
+            moments.merge(theirs[role])
+
+
+@dataclass
+class Calibration:
+    """Statistics by site name, with what they were taken from."""
+
+    statistics: dict[str, LayerStatistics]
+    images: int
+    metric: str
+    data_fingerprint: str = ""
+    model_fingerprint: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
+    """Whether patches are accumulated: cheaper than outputs, or needed by a scheme."""
+    geometry = site.geometry
+    if geometry.in_features < geometry.out_features:
+        return True
+    needed = set(schemes) & set(site.schemes) - {"output"}
+    # For one-tap layers `input` can do nothing that `output` does not do better.
+    taps = math.prod(geometry.kernel_size)
+    return bool(needed) and taps > 1 and geometry.in_features <= LONGEST_PATCH
+
+
+class _Positions:
+    """The seeded choice of output positions for each image, the same for any batch split."""
+
+    def __init__(self, images: int, budget: int, seed: int) -> None:
+        self.per_image = math.ceil(budget / images)
+        self.images, self.seed = images, seed
+        self.tables: dict[tuple[int, int], Tensor] = {}
+
+    def take(self, call: int, start: int, batch: int, positions: int) -> Tensor | None:
+        """Positions ``[batch, samples]`` of images ``start ...``, or None for all of them."""
+        if positions <= self.per_image:
+            return None
+        key = (call, positions)
+        if key not in self.tables:
+            generator = torch.Generator().manual_seed(self.seed + 7919 * call)
+            shape = (self.images, self.per_image)
+            # Stratified: one position in each of per_image equal stretches, so never one twice.
+            edges = torch.arange(self.per_image, dtype=torch.float64)
+            jitter = torch.rand(shape, generator=generator, dtype=torch.float64)
+            table = ((edges + jitter) * (positions / self.per_image)).long()
+            self.tables[key] = table.clamp_(max=positions - 1).to(torch.int32)
+        return self.tables[key][start : start + batch].long()
+
+
+class _Collector:
+    """The hook of one site."""
+
+    def __init__(
+        self, site: LayerSite, module: nn.Module, patches: bool, positions: _Positions, weigh: bool
+    ) -> None:
+        kind = kind_of(module)
+        assert kind is not None
+        self.site, self.kind, self.positions = site, kind, positions
+        g = site.geometry
+        device = next(module.parameters()).device
+        self.statistics = LayerStatistics(
+            inputs=Moments(g.groups, g.in_features, device) if patches else None,
+            outputs=None if patches else Moments(g.groups, g.out_features, device),
+            weighting=Moments(g.groups, g.out_features, device) if weigh else None,
+        )
+        self.start = self.batch = self.call = 0
+
+    def begin(self, start: int, batch: int) -> None:
+        """Get ready for a batch that starts at image ``start``."""
+        self.start, self.batch, self.call = start, batch, 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        y = self.kind.images(output)
+        if not math.isfinite(float(y.detach().sum())):
+            raise CalibrationError(
+                f"Layer {self.site.name!r} ({self.site.shape}) gave NaN or infinite activations "
+                f"on the images from number {self.start}. The weights or the inputs are broken, "
+                "or overflow: check the checkpoint and the normalisation (--mean, --std)."
+            )
+        taken = self._taken(y)
+        moments, geometry = self.statistics, self.site.geometry
+        with torch.no_grad():
+            if moments.inputs is not None:
+                moments.inputs.update(patch_rows(self.kind.images(inputs[0]), geometry, taken))
+            elif moments.outputs is not None:
+                moments.outputs.update(output_rows(y, geometry, taken))
+        if moments.weighting is not None and output.requires_grad:
+            output.register_hook(lambda gradient: self._weigh(gradient, taken))
+        self.call += 1
+
+    def _taken(self, y: Tensor) -> Tensor | None:
+        if y.shape[0] % self.batch:  # the batch is not the leading axis: take every row
+            return None
+        positions = y.shape[0] // self.batch * y.shape[2] * y.shape[3]
+        taken = self.positions.take(self.call, self.start, self.batch, positions)
+        return None if taken is None else taken.to(y.device)
+
+    def _weigh(self, gradient: Tensor, taken: Tensor | None) -> None:
+        moments = self.statistics.weighting
+        assert moments is not None
+        moments.update(output_rows(self.kind.images(gradient), self.site.geometry, taken))
+
+
+def sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Negative log-likelihood, summed over images, of labels sampled from the prediction.
+
+    Args:
+        logits: ``[batch, classes]``.
+        uniforms: One number in [0, 1) an image, so that labels do not depend on the batches.
+    """
+    log_probabilities = F.log_softmax(logits, dim=1)
+    with torch.no_grad():
+        cumulative = log_probabilities.double().exp().cumsum(1)
+        draws = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+        labels = (cumulative < draws).sum(1).clamp_max(logits.shape[1] - 1)
+    return F.nll_loss(log_probabilities, labels, reduction="sum")
+
+
+def calibrate(
+    model: nn.Module,
+    sites: Iterable[LayerSite],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    images: int,
+    *,
+    schemes: Iterable[str] = ("output",),
+    weigh: bool = True,
+    loss: LossFunction | None = None,
+    samples_per_dimension: int = 64,
+    seed: int = 0,
+) -> Calibration:
+    """Stream images through the model and accumulate every layer's statistics.
+
+    Args:
+        model: The network, norms folded; left as it was, whatever happens.
+        sites: Its layers; kept ones are passed over.
+        batches: Inputs ``[B, ...]`` and labels ``[B]`` (not looked at unless ``loss`` does).
+        images: How many images the batches hold.
+        schemes: The schemes in play; they decide which layers' patches are accumulated.
+        weigh: Whether to accumulate the weighting ``G``.
+        loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
+        samples_per_dimension: Sample budget of a layer, in multiples of its row length.
+        seed: Decides the sampled labels and positions.
+
+    Raises:
+        CalibrationError: An activation is NaN or infinite; the layer is named.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    schemes = tuple(schemes)
+    device = next(model.parameters()).device
+    collectors: dict[nn.Module, _Collector] = {}
+    for index, site in enumerate(s for s in sites if s.skip is None):
+        patches = wants_patches(site, schemes)
+        length = site.geometry.in_features if patches else site.geometry.out_features
+        budget = max(FREE_SAMPLES, samples_per_dimension * length) // max(len(site.calls), 1)
+        positions = _Positions(images, budget, seed * 1_000_003 + index)
+        module = modules[site.name]
+        collectors[module] = _Collector(site, module, patches, positions, weigh)
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(images, generator=generator, dtype=torch.float64)
+    start = 0
+    with evaluation_mode(model), frozen(model), forward_hooks(dict(collectors)):
+        for inputs, labels in batches:
+            for collector in collectors.values():
+                collector.begin(start, len(inputs))
+            inputs = inputs.to(device)
+            if weigh:
+                # A copy that requires grad, so that gradients reach the first layer's output and
+                # models that change their input in place still run.
+                output = run_model(model, inputs.clone().requires_grad_() * 1)
+                numbers = uniforms[start : start + len(inputs)]
+                value = loss(output, labels) if loss else sampled_loss(_logits(output), numbers)
+                torch.autograd.backward(value, inputs=None)
+            else:
+                with torch.no_grad():
+                    run_model(model, inputs)
+            start += len(inputs)
+    statistics = {c.site.name: c.statistics for c in collectors.values()}
+    return Calibration(statistics, start, "loss" if weigh else "mse")
+
+
+def _logits(output: Tensor) -> Tensor:
+    if output.dim() != 2 or output.shape[1] < 2:
+        raise CalibrationError(
+            f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that no "
+            "labels can be sampled from it. Pass a loss of your own (--loss-fn "
+            "package.module:function), or use --metric mse."
+        )
+    return output
+
+
+def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
+    """Return a layer's weight in the metric of its statistics.
+
+    Covariances from fewer than `FEW_SAMPLES` rows a dimension are shrunk first.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    weight = kind.weight(module).double()
+    matrix = weight.flatten(2)
+    if statistics.inputs is not None:
+        inputs = _robust(statistics.inputs)
+        outputs = matrix @ inputs @ matrix.mT
+    else:
+        assert statistics.outputs is not None
+        inputs, outputs = None, _robust(statistics.outputs)
+    weighting = statistics.weighting
+    metric = weighting.second_moment if weighting is not None and weighting.count else None
+    return Problem(site.geometry, weight, outputs, inputs, metric)
+
+
+def _robust(moments: Moments) -> Tensor:
+    covariance = moments.covariance
+    if moments.count >= FEW_SAMPLES * covariance.shape[-1]:
+        return covariance
+    return shrink(covariance, shrinkage(covariance, moments.count))
+
+
+def absorbed_bias(module: nn.Module, statistics: LayerStatistics, fit: Fit) -> Tensor:
+    """Bias ``[c_out]`` that keeps the mean output exact: ``b + (W - Ŵ) m``.
+
+    Where only the outputs' mean ``μ`` was taken it is the same ``μ + P (b - μ)``.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    matrix = kind.weight(module).double().flatten(2)
+    bias = module._parameters.get("bias")
+    groups, out = matrix.shape[:2]
+    old = (
+        matrix.new_zeros(groups, out) if bias is None else bias.detach().double().view(groups, out)
+    )
+    if statistics.inputs is not None:
+        mean = statistics.inputs.mean.unsqueeze(2)
+        return (old + ((matrix - fit.matrix) @ mean).squeeze(2)).flatten()
+    if fit.projection is None or statistics.outputs is None:
+        raise ValueError("the bias of a general approximation needs the patches' mean")
+    mean = statistics.outputs.mean
+    return (mean + (fit.projection @ (old - mean).unsqueeze(2)).squeeze(2)).flatten()

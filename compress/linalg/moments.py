@@ -1,0 +1,98 @@
+"""Streaming moments: count, mean and centred scatter, merged pairwise.
+
+Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances" (1979). Everything that calibration learns from data passes through here. A regression
+needs nothing else: it takes the moments of rows ``[x, y]`` put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Count, mean and centred scatter of rows, per group, in float64.
+
+    Attributes:
+        count: Rows seen in each group.
+        mean: ``[groups, features]``.
+        scatter: ``[groups, features, features]``, the sum of centred outer products.
+    """
+
+    def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(groups, features, features, dtype=torch.float64, device=device)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centred population covariance ``[groups, features, features]``; zero before any row."""
+        return self.scatter / max(self.count, 1)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Uncentred second moment ``[groups, features, features]``."""
+        return self.covariance + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``[groups, samples, features]``.
+
+        Rows below float64 are centred on their own mean before the product is taken in float32,
+        so that a large mean costs no precision.
+        """
+        samples = rows.shape[1]
+        if samples == 0:
+            return
+        rows = rows.detach()
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        reference = rows.mean(dim=1, keepdim=True)
+        centred = rows - reference
+        scatter = (centred.transpose(1, 2) @ centred).double()
+        # What float32 rounding left of the mean of the centred rows.
+        residue = centred.mean(dim=1).double()
+        scatter -= samples * residue.unsqueeze(2) * residue.unsqueeze(1)
+        self._merge(samples, reference.squeeze(1).double() + residue, scatter)
+
+    def merge(self, other: Moments) -> None:
+        """Add what another accumulator has seen, of another process or an earlier run."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"moments of shape {tuple(other.mean.shape)} cannot be added to moments of shape "
+                f"{tuple(self.mean.shape)}"
+            )
+        self._merge(other.count, other.mean, other.scatter)
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        if total == 0:
+            return
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter += (self.count * count / total) * (shift.unsqueeze(2) * shift.unsqueeze(1))
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def is_finite(self) -> bool:
+        """Whether everything seen so far was finite."""
+        return bool(torch.isfinite(self.scatter.sum()) and torch.isfinite(self.mean.sum()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors, for safetensors."""
+        return {
+            "count": torch.tensor(self.count, dtype=torch.int64),
+            "mean": self.mean.contiguous(),
+            "scatter": self.scatter.contiguous(),
+        }
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor]) -> Moments:
+        """Rebuild an accumulator from `tensors`."""
+        moments = cls(state["mean"].shape[0], state["mean"].shape[1], state["mean"].device)
+        moments.count = int(state["count"])
+        moments.mean = state["mean"].clone()
+        moments.scatter = state["scatter"].clone()
+        return moments

@@ -1,0 +1,181 @@
+"""From a result to the report's plain data: nothing is measured here, only arranged.
+
+A report is a dictionary as written to ``report.json``; its schema is `compress.report.schema`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.report import text
+from compress.result import GateResult, Result, to_dict
+
+REPORT_FORMAT = 1
+
+Report = dict[str, Any]
+
+
+def build_report(result: Result) -> Report:
+    """Arrange a run's result as a report.
+
+    Returns:
+        ``format``, ``kind`` (``"run"``), ``verdict`` (``"passed"``, ``"failed"`` or
+        ``"unverified"``), ``headline`` (the few numbers of the summary), ``gates``, ``notes``
+        (banners), ``baseline`` (None until `compare_with_baseline`) and ``result``.
+    """
+    plain = to_dict(result)
+    gates = plain["gates"]
+    return {
+        "format": REPORT_FORMAT,
+        "kind": "run",
+        "verdict": verdict(gates, plain["test"] is not None),
+        "headline": headline(plain),
+        "gates": gates,
+        "notes": [],
+        "baseline": None,
+        "result": plain,
+    }
+
+
+def verdict(gates: list[dict[str, Any]], tested: bool) -> str:
+    """``"failed"`` if any limit broke, else whether a test set vouches for the result."""
+    if not all(g["passed"] for g in gates):
+        return "failed"
+    return "passed" if tested else "unverified"
+
+
+def with_gates(report: Report, gates: list[GateResult]) -> Report:
+    """Return the report with further limits added to it and the verdict brought up to date."""
+    every = report["gates"] + [to_dict(g) for g in gates]
+    tested = report["result"]["test"] is not None
+    return {**report, "gates": every, "verdict": verdict(every, tested)}
+
+
+def with_notes(report: Report, notes: list[str]) -> Report:
+    """Return the report with banners added, such as that two test sets differ."""
+    return {**report, "notes": report["notes"] + notes}
+
+
+def end_metric(report: Report) -> tuple[dict[str, Any] | None, str]:
+    """Return the end metric that the report speaks of and its set: test, else validation."""
+    result = report["result"]
+    if result["test"] is not None:
+        return result["test"], "test"
+    return result["validation"], "validation"
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """Pick the few numbers of the summary from a result as plain data."""
+    metric = result["test"] or result["validation"]
+    where = "test" if result["test"] else "validation" if metric else None
+    cost = result["cost"]
+    latency = cost["latency"][0] if cost["latency"] else None
+    rewritten = sum(layer["scheme"] != "dense" for layer in result["layers"])
+    custom = metric["custom"] if metric else None
+    interval = metric["drop_interval"] if metric else None
+    return {
+        "set": where,
+        "images": metric["images"] if metric else None,
+        "metric": custom["name"] if custom else "accuracy",
+        "before": (custom["before"] if custom else metric["top1_before"]) if metric else None,
+        "after": (custom["after"] if custom else metric["top1_after"]) if metric else None,
+        "drop": metric["drop"] if metric else None,
+        "drop_low": interval["low"] if interval else None,
+        "drop_high": interval["high"] if interval else None,
+        "macs_ratio": _ratio(cost, "macs"),
+        "params_ratio": _ratio(cost, "params"),
+        "bytes_ratio": _ratio(cost, "bytes"),
+        "latency_ratio": latency["ratio"] if latency else None,
+        "latency_batch": latency["batch_size"] if latency else None,
+        "rewritten": rewritten,
+        "kept": len(result["layers"]) - rewritten,
+    }
+
+
+def _ratio(cost: dict[str, Any], key: str) -> float | None:
+    folded, compressed = cost["folded"], cost["compressed"]
+    if not folded or not compressed or not folded[key]:
+        return None
+    return float(compressed[key] / folded[key])
+
+
+def accuracy_sentence(report: Report) -> str:
+    """Say what happened to the end metric, with the interval and what it means."""
+    head = report["headline"]
+    metric, where = end_metric(report)
+    if metric is None:
+        return "The end metric was not measured."
+    on = f"on {text.plural(head['images'], f'{where} image')}"
+    if head["before"] is None or head["after"] is None:
+        same = text.percent(metric["agreement"])
+        return f"Both networks agree on {same} {on}; without labels accuracy is unknown."
+    if metric["custom"]:
+        before, after = text.number(head["before"], 5), text.number(head["after"], 5)
+        return f"{head['metric']} {before} → {after} {on}."
+    before, after = text.percent(head["before"]), text.percent(head["after"])
+    low, high = -head["drop_high"], -head["drop_low"]
+    return (
+        f"Accuracy {before} → {after} {on}: {text.signed(-head['drop'])} points "
+        f"(95% interval {text.signed(low)} to {text.signed(high)}; "
+        f"McNemar {text.probability(metric['mcnemar_p'])}). {_meaning(low, high)}"
+    )
+
+
+def _meaning(low: float, high: float) -> str:
+    if high < 0:
+        return "The loss is more than chance explains."
+    if low > 0:
+        return "The gain is more than chance explains."
+    return "The interval holds zero: chance alone could explain the change."
+
+
+def cost_sentence(report: Report) -> str:
+    """Say what the compressed network costs against the folded original."""
+    cost, head = report["result"]["cost"], report["headline"]
+    folded, small = cost["folded"], cost["compressed"]
+    if not folded or not small:
+        return "The cost was not measured."
+    parts = [
+        f"MACs {text.count(folded['macs'])} → {text.count(small['macs'])} "
+        f"({text.ratio(head['macs_ratio'])})",
+        f"parameters {text.count(folded['params'])} → {text.count(small['params'])} "
+        f"({text.ratio(head['params_ratio'])})",
+    ]
+    for latency in cost["latency"][:1]:
+        parts.append(
+            f"latency at batch {latency['batch_size']} {text.seconds(latency['dense_seconds'])} → "
+            f"{text.seconds(latency['seconds'])} ({text.ratio(latency['ratio'])}, "
+            f"{faster(latency['ratio'])})"
+        )
+    return "; ".join(parts) + "."
+
+
+def faster(value: float) -> str:
+    """Say in a word whether a latency ratio is a gain."""
+    if value < 0.97:
+        return "faster"
+    return "slower" if value > 1.03 else "about the same"
+
+
+def layers_sentence(report: Report) -> str:
+    """Say how many layers were rewritten and by which rule."""
+    head, result = report["headline"], report["result"]
+    total = head["rewritten"] + head["kept"]
+    rule = ""
+    if result["rule"]:
+        value = "" if result["value"] is None else f" {text.number(result['value'])}"
+        rule = f" Rule: {result['rule'].replace('_', ' ')}{value}."
+    return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten.{rule}"
+
+
+def verdict_text(report: Report) -> str:
+    """The badge's words."""
+    gates = report["gates"]
+    if report["verdict"] == "failed":
+        broken = sum(not g["passed"] for g in gates)
+        return f"Failed: {broken} of {text.plural(len(gates), 'limit')} broken"
+    if report["verdict"] == "unverified":
+        return "Unverified: no test set"
+    if not gates:
+        return "Verified, no limits set"
+    return f"Passed: {text.plural(len(gates), 'limit')} kept"

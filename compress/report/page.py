@@ -1,0 +1,104 @@
+"""Reports as one self-contained HTML file: styles, scripts, data and pictures inside it.
+
+The page runs no script but its own: a content security policy names their digests, so that a class
+name, a path or a layer's name that holds HTML stays text even if escaping were to fail.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from compress.report import build, gates, points, rows, text
+from compress.report.build import Report
+from compress.report.plots import CLASSES_DRAWN, plot_data
+
+# In this order: the plotting library, what it stands on first, then the page's own script.
+SCRIPTS = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "assets/report.js")
+_FLIPS_FIRST, _FLIPS_DRAWN = 18, 90
+_TEMPLATES = {"run": "run.html.j2", "sweep": "points.html.j2", "several": "points.html.j2"}
+
+
+def render_html(report: Report, thumbnails: Mapping[int, bytes] | None = None) -> str:
+    """Return a report of any kind as one HTML page that needs no network.
+
+    Args:
+        report: What `build_report`, `build_sweep_report` or `build_comparison` returned.
+        thumbnails: Small PNG images by index in the set compared, for the images that flipped.
+    """
+    metric, where = build.end_metric(report) if report["kind"] == "run" else (None, "")
+    scripts = [_asset(name) for name in SCRIPTS]
+    page = _environment().get_template(_TEMPLATES[report["kind"]])
+    return page.render(
+        report=report,
+        metric=metric,
+        where=where,
+        rows=rows,
+        points=points,
+        text=text,
+        build=build,
+        gate_sentence=lambda gate: gates.gate_sentence(**gate),
+        thumbnails={i: _data_uri(png) for i, png in (thumbnails or {}).items()},
+        flips_first=_FLIPS_FIRST,
+        flips_drawn=_FLIPS_DRAWN,
+        classes_drawn=CLASSES_DRAWN,
+        style=Markup(_asset("assets/report.css")),
+        scripts=[Markup(code) for code in scripts],
+        policy=_policy(scripts),
+        data=Markup(embed(plot_data(report))),
+    )
+
+
+def embed(data: Any) -> str:
+    """Return data as JSON that is safe inside a script element.
+
+    ``<``, ``>`` and ``&`` are written as escapes, so that no string can end the element.
+    """
+    encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
+    return encoded
+
+
+def _policy(scripts: list[str]) -> str:
+    digests = " ".join(
+        "'sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() + "'"
+        for code in scripts
+    )
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {digests}"
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files("compress.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("compress.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        name: getattr(text, name)
+        for name in (
+            "percent", "signed", "count", "whole", "size", "ratio", "seconds", "number",
+            "probability", "ranks", "plural",
+        )
+    }  # fmt: skip
+    return environment

@@ -1,0 +1,121 @@
+"""What the page's plots draw: a small part of the report, thinned where the eye sees no more."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from compress.report import points, text
+from compress.report.build import Report, end_metric
+from compress.report.rows import worst_first
+
+Data = dict[str, Any]
+
+# A curve of this many points looks the same as one of thousands and keeps the page small.
+SPECTRUM_POINTS = 160
+CLASSES_DRAWN = 40
+
+
+def plot_data(report: Report) -> Data:
+    """Return the data behind the plots of a page, ready for JSON."""
+    if report["kind"] == "run":
+        return _run(report)
+    rows = points.points(report)
+    return {"kind": "points", "points": [_point(i, row) for i, row in enumerate(rows)]}
+
+
+def _run(report: Report) -> Data:
+    metric, _ = end_metric(report)
+    result = report["result"]
+    head = report["headline"]
+    limit = next((g["limit"] for g in report["gates"] if g["name"] == "max_drop"), None)
+    drop = None
+    if head["drop_low"] is not None:
+        drop = {"change": -head["drop"], "low": -head["drop_high"], "high": -head["drop_low"]}
+        drop["limit"] = None if limit is None else -limit
+    return {
+        "kind": "run",
+        "drop": drop,
+        "classes": worst_first(metric)[:CLASSES_DRAWN] if metric else [],
+        "bins": _bins(metric) if metric else [],
+        "layers": [_layer(layer) for layer in result["layers"]],
+        "spectra": [_spectrum(layer) for layer in result["layers"] if layer["eigenvalues"]],
+        "threshold": result["value"] if result["rule"] == "threshold" else None,
+        "correlation": result["rank_correlation"],
+    }
+
+
+def _bins(metric: dict[str, Any]) -> list[Data]:
+    return [
+        {"which": which, **row}
+        for which in ("before", "after")
+        for row in metric[f"bins_{which}"]
+        if row["images"]
+    ]
+
+
+def _layer(layer: dict[str, Any]) -> Data:
+    errors = layer["errors"]
+    rewritten = layer["scheme"] != "dense"
+    full, rank = layer["full_rank"], max(layer["ranks"], default=None)
+    return {
+        **{k: layer[k] for k in _COPIED},
+        "rewritten": rewritten,
+        "ranks": text.ranks(layer["ranks"]),
+        "rank_share": rank / full if rewritten and rank and full else None,
+        "break_even_share": layer["break_even"] / full if layer["break_even"] and full else None,
+        "predicted": layer["predicted_relative_mse"] if rewritten else None,
+        "alone": _relative(errors["validation_alone"] or errors["fit_alone"]),
+        "in_place": _relative(errors["validation_in_place"] or errors["fit_in_place"]),
+    }
+
+
+_COPIED = (
+    "name", "shape", "scheme", "full_rank", "break_even", "dense_macs", "macs", "dense_params",
+    "params", "predicted_loss", "measured_loss", "dense_seconds", "seconds",
+)  # fmt: skip
+
+
+def _relative(error: dict[str, Any] | None) -> float | None:
+    return error["relative_mse"] if error else None
+
+
+def _spectrum(layer: dict[str, Any]) -> Data:
+    """Return a spectrum relative to its largest eigenvalue, thinned evenly in the logarithm."""
+    values = layer["eigenvalues"]
+    count = layer["eigenvalue_count"] or len(values)
+    cut = max(layer["ranks"]) if layer["scheme"] == "output" and layer["ranks"] else None
+    top = values[0] or 0.0
+    kept = {0, len(values) - 1, *((cut - 1,) if cut and cut <= len(values) else ())}
+    for i in range(SPECTRUM_POINTS):
+        kept.add(round(math.expm1(math.log(len(values)) * i / (SPECTRUM_POINTS - 1))))
+    line = [
+        [i + 1, float(f"{values[i] / top:.5g}")]
+        for i in sorted(kept)
+        if top > 0 and i < len(values) and values[i] is not None and values[i] > 0
+    ]
+    return {"name": layer["name"], "count": count, "cut": cut, "values": line}
+
+
+def _point(index: int, row: points.Point) -> Data:
+    layers = [
+        {
+            "name": name,
+            "ranks": text.ranks(row["ranks"].get(name)),
+            "treatment": points.treatment(row, name),
+        }
+        for name in row["schemes"]
+    ]
+    change = row["change"]
+    if change is None and None not in (row["before"], row["after"]):
+        change = row["after"] - row["before"]
+    return {
+        "index": index,
+        **{k: row[k] for k in ("label", "macs", "macs_ratio", "params", "pareto", "chosen")},
+        "change": change,
+        "low": row["change_low"],
+        "high": row["change_high"],
+        "accuracy": points.shown(row, "after"),
+        "unit": "points" if row["metric"] == "accuracy" else row["metric"],
+        "layers": layers,
+    }

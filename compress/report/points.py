@@ -1,0 +1,184 @@
+"""Sweeps, and several runs side by side: both are points of cost against accuracy."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from compress.report import text
+from compress.report.build import REPORT_FORMAT, Report, end_metric
+from compress.result import SweepResult, to_dict
+
+Point = dict[str, Any]
+
+_MEASURED = (
+    "metric", "images", "before", "after", "change", "change_low", "change_high", "mcnemar_p",
+    "agreement", "mean_kl",
+)  # fmt: skip
+
+COLUMNS = (
+    "label", "rule", "value", "macs", "params", "bytes", "macs_ratio", "metric", "images", "before",
+    "after", "change", "change_low", "change_high", "mcnemar_p", "agreement", "mean_kl",
+    "test_before", "test_after", "test_change", "pareto", "chosen", "seconds",
+)  # fmt: skip
+
+
+def build_sweep_report(sweep: SweepResult) -> Report:
+    """Arrange a sweep as a report of kind ``"sweep"``; passed once its chosen point is tested."""
+    tested = any(p.chosen and p.test is not None for p in sweep.points)
+    notes = [] if sweep.points else ["No point of this sweep has finished."]
+    return {
+        "format": REPORT_FORMAT,
+        "kind": "sweep",
+        "verdict": "passed" if tested else "unverified",
+        "notes": notes,
+        "sweep": to_dict(sweep),
+    }
+
+
+def points(report: Report) -> list[Point]:
+    """Return the points of a sweep's or a comparison's report as rows, see `COLUMNS`.
+
+    Beside the columns a row holds ``ranks`` and ``schemes`` by layer. A change is in points, of
+    the validation set for a sweep and of the set that the headline speaks of for a run.
+    """
+    if report["kind"] == "sweep":
+        return [_of_sweep(p) for p in report["sweep"]["points"]]
+    return [_of_run(r) for r in report["runs"]]
+
+
+def layer_names(rows: list[Point]) -> list[str]:
+    """Return every layer of any point, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row["schemes"]))
+
+
+def treatment(row: Point, layer: str) -> str:
+    """Say what a point does with a layer: ``"output 12"``, ``"kept"`` or a dash."""
+    scheme = row["schemes"].get(layer)
+    if scheme is None:
+        return text.UNKNOWN
+    if scheme == "dense":
+        return "kept"
+    return f"{scheme.replace('_', '-')} {text.ranks(row['ranks'].get(layer))}"
+
+
+def shown(row: Point, key: str) -> str:
+    """Write a point's metric, an accuracy as percent and a custom one as the number it is."""
+    value = row[key]
+    return text.percent(value) if row["metric"] == "accuracy" else text.number(value, 5)
+
+
+def interval(row: Point) -> str:
+    """Write the interval of a point's change."""
+    if row["change_low"] is None:
+        return text.UNKNOWN
+    return f"{text.signed(row['change_low'])} to {text.signed(row['change_high'])}"
+
+
+def marks(row: Point) -> str:
+    """Say what is special about a point: its verdict, chosen, on the Pareto front."""
+    words = [row["verdict"] or "", "chosen" if row["chosen"] else ""]
+    words.append("Pareto" if row["pareto"] else "")
+    return ", ".join(w for w in words if w)
+
+
+def rule_label(rule: str, value: float | None) -> str:
+    """Name a setting: ``"threshold 0.001"``."""
+    shown = "" if value is None else f" {text.number(value)}"
+    return f"{rule.replace('_', ' ')}{shown}"
+
+
+def render_csv(report: Report) -> str:
+    """Return the points as CSV: one row a point, then one column of ranks for each layer."""
+    rows = points(report)
+    layers = layer_names(rows)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"rank {name}" for name in layers)])
+    for row in rows:
+        ranks = [
+            "x".join(str(r) for r in row["ranks"].get(name, ()))
+            or ("dense" if name in row["schemes"] else "")
+            for name in layers
+        ]
+        writer.writerow([_cell(row[c]) for c in COLUMNS] + ranks)
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _of_sweep(point: dict[str, Any]) -> Point:
+    test = point["test"]
+    return {
+        "label": rule_label(point["rule"], point["value"]),
+        **{k: point[k] for k in ("rule", "value", "macs", "params", "bytes", "pareto", "chosen")},
+        "macs_ratio": point["ratio"],
+        **_metric(point["validation"]),
+        "test_before": test and _ends(test)[0],
+        "test_after": test and _ends(test)[1],
+        "test_change": None if not test or test["drop"] is None else -test["drop"],
+        "seconds": point["seconds"],
+        "ranks": point["ranks"],
+        # A layer with ranks was rewritten, whether or not the sweep recorded the scheme.
+        "schemes": dict.fromkeys(point["ranks"], "rank") | point["schemes"],
+        "verdict": None,
+        "latency_ratio": None,
+    }
+
+
+def _of_run(run: dict[str, Any]) -> Point:
+    result, head = run["result"], run["headline"]
+    cost = result["cost"]["compressed"] or {"macs": None, "params": None, "bytes": None}
+    test = result["test"]
+    return {
+        "label": run["name"],
+        "rule": result["rule"],
+        "value": result["value"],
+        **cost,
+        "macs_ratio": head["macs_ratio"],
+        **_metric(end_metric(run)[0]),
+        "test_before": test and _ends(test)[0],
+        "test_after": test and _ends(test)[1],
+        "test_change": None if not test or test["drop"] is None else -test["drop"],
+        "pareto": False,
+        "chosen": False,
+        "seconds": sum(result["seconds"].values()) or None,
+        "ranks": {layer["name"]: layer["ranks"] for layer in result["layers"]},
+        "schemes": {layer["name"]: layer["scheme"] for layer in result["layers"]},
+        "verdict": run["verdict"],
+        "latency_ratio": head["latency_ratio"],
+    }
+
+
+def _ends(metric: dict[str, Any]) -> tuple[float | None, float | None]:
+    custom = metric["custom"]
+    if custom:
+        return custom["before"], custom["after"]
+    return metric["top1_before"], metric["top1_after"]
+
+
+def _metric(metric: dict[str, Any] | None) -> Point:
+    empty: Point = dict.fromkeys(_MEASURED)
+    if metric is None:
+        return empty
+    before, after = _ends(metric)
+    custom = metric["custom"]
+    found = {
+        "metric": custom["name"] if custom else "accuracy",
+        "images": metric["images"],
+        "before": before,
+        "after": after,
+        "change": None if metric["drop"] is None else -metric["drop"],
+        "mcnemar_p": metric["mcnemar_p"],
+        "agreement": metric["agreement"],
+        "mean_kl": metric["mean_kl"],
+    }
+    interval = metric["drop_interval"]
+    if interval:
+        found |= {"change_low": -interval["high"], "change_high": -interval["low"]}
+    return empty | found

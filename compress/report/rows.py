@@ -1,0 +1,73 @@
+"""The tables that Markdown and HTML share, as rows of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.report import text
+
+Row = tuple[str, str, str, str]
+
+
+def metric_rows(metric: dict[str, Any]) -> list[Row]:
+    """Return label, before, after and change of everything known about an end metric."""
+    custom = metric["custom"]
+    if custom:
+        before, after = custom["before"], custom["after"]
+        change = None if before is None or after is None else after - before
+        return [
+            (custom["name"], text.number(before, 5), text.number(after, 5), text.signed(change, 4))
+        ]
+    rows = []
+    for label, key in (
+        ("Top-1 accuracy", "top1"),
+        ("Top-5 accuracy", "top5"),
+        ("Mean confidence", "confidence"),
+        ("Calibration error (ECE)", "ece"),
+    ):
+        before, after = metric[f"{key}_before"], metric[f"{key}_after"]
+        if before is not None and after is not None:
+            points = text.signed(100 * (after - before))
+            rows.append((label, text.percent(before), text.percent(after), points))
+    if metric["agreement"] is not None:
+        rows.append(("Same prediction", "", text.percent(metric["agreement"]), ""))
+    if metric["mean_kl"] is not None:
+        rows.append(("Mean KL divergence", "", f"{text.number(metric['mean_kl'])} nats", ""))
+    if metric["to_wrong_count"] is not None:
+        rows.append(("Right → wrong", "", text.whole(metric["to_wrong_count"]), ""))
+        rows.append(("Wrong → right", "", text.whole(metric["to_right_count"]), ""))
+        rows.append(("Wrong → wrong otherwise", "", text.whole(metric["other_flips"]), ""))
+    return rows
+
+
+def baseline_rows(baseline: dict[str, Any]) -> list[Row]:
+    """Return label, baseline, now and change of a comparison with an earlier report."""
+    rows = []
+    for row in baseline["rows"]:
+        unit = row["unit"]
+        change = text.signed(row["change"], 4 if unit == "number" else 2)
+        if row["change"] is not None and unit in ("fraction", "points"):
+            change += " points"
+        if row["better"] is not None:
+            change += " (better)" if row["better"] else " (worse)"
+        rows.append((row["label"], _show(row["before"], unit), _show(row["now"], unit), change))
+    return rows
+
+
+def _show(value: float | None, unit: str) -> str:
+    if value is None:
+        return text.UNKNOWN
+    if unit == "fraction":
+        return text.percent(value)
+    if unit == "points":
+        return f"{value:.2f} points".replace("-", text.MINUS)
+    return text.ratio(value) if unit == "ratio" else text.number(value)
+
+
+def worst_first(metric: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of classes, greatest loss first; classes without an image come last."""
+
+    def order(row: dict[str, Any]) -> tuple[bool, float, str]:
+        return row["change"] is None, row["change"] or 0.0, row["name"]
+
+    return sorted(metric["per_class"], key=order)

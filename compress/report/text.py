@@ -1,0 +1,89 @@
+"""Numbers as a reader wants them: fixed places, real minus signs, and a dash for the unknown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+UNKNOWN = "\N{EN DASH}"
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def percent(fraction: float | None, places: int = 2) -> str:
+    """``0.8752`` as ``"87.52%"``."""
+    return UNKNOWN if fraction is None else f"{100 * fraction:.{places}f}%"
+
+
+def signed(value: float | None, places: int = 2) -> str:
+    """A change with its sign, ``"−1.12"`` or ``"+0.30"``; what rounds to zero has none."""
+    if value is None:
+        return UNKNOWN
+    text = f"{abs(value):.{places}f}"
+    if float(text) == 0.0:
+        return text
+    return (MINUS if value < 0 else "+") + text
+
+
+def count(value: float | None) -> str:
+    """``40551424`` as ``"40.55 M"``; numbers below ten thousand in full."""
+    if value is None:
+        return UNKNOWN
+    if abs(value) < 10_000:
+        return f"{value:,.0f}"
+    for scale, letter in _SCALES:
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {letter}"
+    raise AssertionError(f"no scale for {value}")
+
+
+def whole(value: int | None) -> str:
+    """``40551424`` as ``"40,551,424"``."""
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def size(value: float | None) -> str:
+    """Bytes as ``"1.08 MB"`` (powers of ten)."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.0f} B" if value < 10_000 else f"{count(value)}B"
+
+
+def ratio(value: float | None) -> str:
+    """``0.5`` as ``"×0.50"``."""
+    return UNKNOWN if value is None else f"{TIMES}{value:.2f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time with the unit that fits it."""
+    if value is None:
+        return UNKNOWN
+    if value >= 120:
+        return f"{value / 60:.1f} min"
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} µs"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number of any magnitude to a few significant digits."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.{digits}g}".replace("-", MINUS)
+
+
+def probability(p: float | None) -> str:
+    """A p-value as ``"p = 0.031"`` or ``"p < 0.001"``."""
+    if p is None:
+        return UNKNOWN
+    return "p < 0.001" if p < 1e-3 else f"p = {p:.3f}"
+
+
+def ranks(values: Any) -> str:
+    """Ranks of a layer as ``"8"`` or ``"8 × 16"``."""
+    return f" {TIMES} ".join(str(v) for v in values) if values else UNKNOWN
+
+
+def plural(n: int, noun: str, many: str = "") -> str:
+    """``"1 image"``, ``"1,200 images"``."""
+    return f"{n:,} {noun if n == 1 else many or noun + 's'}"

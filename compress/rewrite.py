@@ -1,0 +1,81 @@
+"""Building a new model in which chosen layers are chains of plain layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.graph import replace_module
+from compress.layers.registry import kind_for
+from compress.linalg.geometry import Geometry
+from compress.linalg.schemes import Ranks, stages
+from compress.sites import LayerSite
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a layer becomes.
+
+    Attributes:
+        scheme: The scheme's name.
+        ranks: Ranks per group.
+        weights: One ``[groups, out, in, k_h, k_w]`` per stage.
+        bias: ``[c_out]`` of the last stage, the only one that has a bias.
+    """
+
+    scheme: str
+    ranks: Ranks
+    weights: tuple[Tensor, ...]
+    bias: Tensor
+
+
+def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequential:
+    """Build the plain layers, in the dtype, on the device and with the flags of ``like``."""
+    reference = next(like.parameters())
+    layers = []
+    parts = stages(geometry, chain.scheme, chain.ranks)
+    for index, (stage, weight) in enumerate(zip(parts, chain.weights, strict=True)):
+        bias = chain.bias.to(reference) if index == len(parts) - 1 else None
+        layers.append(kind_for(stage).build(stage, weight.to(reference), bias))
+    built = nn.Sequential(*layers)
+    built.train(like.training)
+    for parameter in built.parameters():
+        parameter.requires_grad_(reference.requires_grad)
+    return built
+
+
+def empty_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Sequential:
+    """Build the layers without values, for a state dict to fill."""
+    reference = next(like.parameters())
+    weights = tuple(
+        torch.empty(g.groups, g.out_features, g.in_channels // g.groups, *g.kernel_size)
+        for g in stages(geometry, scheme, ranks)
+    )
+    bias = torch.empty(geometry.out_channels)
+    return build_chain(geometry, Chain(scheme, ranks, weights, bias.to(reference)), like)
+
+
+def rewrite(
+    model: nn.Module, sites: Mapping[str, LayerSite], chains: Mapping[str, Chain]
+) -> nn.Module:
+    """Return a copy of the model with the named layers replaced; the model itself is untouched.
+
+    Args:
+        model: The network, norms folded.
+        sites: Its sites by name.
+        chains: What becomes of which site.
+    """
+    new = copy.deepcopy(model)
+    modules = dict(new.named_modules(remove_duplicate=False))
+    for name, chain in chains.items():
+        site, old = sites[name], modules[name]
+        built = build_chain(site.geometry, chain, old)
+        if name == "":
+            return built
+        for alias in site.aliases:
+            replace_module(new, alias, built)
+    return new
