@@ -26,7 +26,7 @@ SPECTRA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist-width
 
 
 def candidate(loss: float, macs: int, seconds: float | None = None) -> Candidate:
-    return Candidate("output", (1,), loss, 0.0, macs, 0, seconds)
+    return Candidate("output", (1,), loss=loss, macs=macs, params=0, seconds=seconds)
 
 
 def macs(option: Candidate) -> float:
