@@ -78,7 +78,7 @@ def build_model(spec: str) -> BuiltModel:
     return BuiltModel(
         module=module.float().eval(),
         spec=spec,
-        needs_trust=not head.startswith("compress."),
+        needs_trust=needs_trust(spec),
         preset=None,
         input_shape=tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None,
     )
@@ -132,6 +132,21 @@ def _toml_value(text: str) -> Any:
     return values["value"] if len(values) == 1 else text
 
 
+def needs_trust(spec: str) -> bool:
+    """Whether building a spec runs the user's own code: neither torchvision's nor this package's."""
+    head = split_spec(spec, ModelError)[0]
+    return not head.startswith(("torchvision:", "compress."))
+
+
+def import_function(spec: str, error: type[InputError]) -> Callable[..., Any]:
+    """Import the function that ``package.module:function`` or ``path/file.py:function`` names.
+
+    Raises:
+        InputError: Of the type ``error``: no such file, module or function.
+    """
+    return _import_callable(spec, error, "package.module:function or path/to/file.py:function")[0]
+
+
 def call_factory(
     head: str, arguments: dict[str, Any], error: type[InputError], forms: str
 ) -> object:
@@ -150,6 +165,15 @@ def call_factory(
         InputError: Of the type ``error``: no such file, module or factory, a factory that takes
             other arguments, or one that raises; the user's own exception is the cause.
     """
+    factory, folder = _import_callable(head, error, forms)
+    with _on_path(folder):
+        return _call(factory, head, arguments, error)
+
+
+def _import_callable(
+    head: str, error: type[InputError], forms: str
+) -> tuple[Callable[..., Any], Path]:
+    """Import what a spec names; also return the folder that was on ``sys.path`` meanwhile."""
     place, colon, name = head.rpartition(":")
     if not colon or not place or not name:
         raise error(f"{head!r} is no spec; write {forms}.")
@@ -159,15 +183,15 @@ def call_factory(
         module = (
             _import_file(Path(place), error) if is_file else _import_module(place, error, forms)
         )
-        factory = getattr(module, name, None)
-        if not callable(factory) or isinstance(factory, nn.Module):
-            known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            what = "no factory" if factory is None else "no function or class"
-            raise error(
-                f"{place} has {what} {name!r}.{near_matches(name, known)} "
-                f"It must be callable without a tensor and return what is asked for."
-            )
-        return _call(factory, head, arguments, error)
+    found = getattr(module, name, None)
+    if not callable(found) or isinstance(found, nn.Module):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        what = "no factory" if found is None else "no function or class"
+        raise error(
+            f"{place} has {what} {name!r}.{near_matches(name, known)} "
+            f"It must be callable without a tensor and return what is asked for."
+        )
+    return found, folder
 
 
 def _call(

@@ -131,7 +131,8 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if path.suffix != ".npz":
             raise DataError(f"The file {path} is neither .safetensors nor .npz.")
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because numpy leaves the file open where it is no archive.
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (
         OSError, SafetensorError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,

@@ -75,17 +75,25 @@ class Batches:
         stacks: Iterator[Tensor | DataError]
         if self.workers:
             stacks = iter(
-                DataLoader(_Stacks(self.images, chunks), batch_size=None, num_workers=self.workers)
+                DataLoader(
+                    _Stacks(self.images, chunks),
+                    batch_size=None,
+                    num_workers=self.workers,
+                    generator=torch.Generator(),  # else it draws from the global random state
+                )
             )
         else:
             stacks = (self.images.stack(chunk) for chunk in chunks)
         first: torch.Size | None = None
-        for chunk, stacked in zip(chunks, stacks, strict=True):
-            if isinstance(stacked, DataError):
-                raise stacked
-            first = stacked.shape[1:] if first is None else first
-            self.images.check_shape(stacked[0], chunk[0], first, 0)
-            yield stacked, torch.tensor([self.images.label(p) for p in chunk])
+        try:
+            for chunk, stacked in zip(chunks, stacks, strict=True):
+                if isinstance(stacked, DataError):
+                    raise stacked
+                first = stacked.shape[1:] if first is None else first
+                self.images.check_shape(stacked[0], chunk[0], first, 0)
+                yield stacked, torch.tensor([self.images.label(p) for p in chunk])
+        finally:
+            del stacks  # ends the workers now, not when a traceback that holds them is let go
 
 
 def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
