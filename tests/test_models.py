@@ -13,7 +13,7 @@ from compress import vision
 from compress.checkpoint import load_into, read_checkpoint
 from compress.data import Preprocessing, batches, open_dataset
 from compress.errors import DataError, ModelError
-from compress.models import build_model, split_spec
+from compress.models import build_model, needs_trust, split_spec
 
 RESNET20 = Path(__file__).parent / "networks" / "resnet20.py"
 
@@ -90,6 +90,21 @@ def test_the_package_needs_no_trust_for_its_own_network():
     built = build_model("compress.demo_data.network:width32?num_classes=7")
     assert not built.needs_trust
     assert built.module(torch.zeros(2, *built.input_shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("torchvision:resnet18?num_classes=3", False),
+        ("compress.demo_data.network:width32?width=8", False),
+        ("compress.models:build_model?spec=theirs.py:net", True),
+        ("compress.py:net", True),
+        ("torchvision.models:resnet18", True),
+        ("theirs.py:net", True),
+    ],
+)
+def test_what_needs_trust(spec, expected):
+    assert needs_trust(spec) is expected
 
 
 def test_the_demo_network_has_the_experiments_size():
