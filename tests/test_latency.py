@@ -184,7 +184,7 @@ def test_networks_are_restored_when_one_fails() -> None:
     model = Timed(FakeTime(), "a", 1.0)
     before = snapshot(model)
     with pytest.raises(RuntimeError):
-        time_network_formats({"a": model}, torch.randn(1, 7, 8, 8), rounds=1)
+        time_network_formats({"a": model}, torch.randn(1, 7, 8, 8), ("channels_last",), rounds=1)
     assert snapshot(model) == before
     assert not torch.is_inference_mode_enabled()
 
@@ -234,8 +234,9 @@ def test_a_shape_in_several_layers_is_measured_once() -> None:
     assert table.time([(same[2], (2, 3, 8, 8))], setting, **options) == [2.0]
     assert fake.calls.count("same") == 5
     assert table.time([(same[2], (4, 3, 8, 8))], setting, **options) == [2.0]
-    last = Setting.here(memory_format="channels_last")
+    last, before = Setting.here(memory_format="channels_last"), snapshot(same[2])
     assert table.time([(same[2], (2, 3, 8, 8))], last, **options) == [1.0]
+    assert snapshot(same[2]) == before
     assert fake.calls.count("same") == 15
     assert len(table) == 4
 
