@@ -15,6 +15,7 @@ _KEYS = {
     "sweep": {"verdict", "notes", "sweep"},
     "several": {"verdict", "notes", "runs"},
 }
+_VERDICTS = ("passed", "failed", "unverified")
 _BASELINE_KEYS = {"name", "rows", "layers", "classes"}
 
 
@@ -68,19 +69,45 @@ def check_report(raw: Any, where: str) -> Report:
             f"{where} lacks {', '.join(missing)}; it is damaged. Run the command that wrote it "
             "again."
         )
+    _check_common(raw, where)
     if raw["kind"] == "sweep":
         sweep = from_dict(SweepResult, raw["sweep"], f"{where}: sweep")
         return {**raw, "sweep": to_dict(sweep)}
     if raw["kind"] == "several":
+        _require_list(raw["runs"], f"{where}: runs")
         runs = [check_report(run, f"{where}: runs[{i}]") for i, run in enumerate(raw["runs"])]
         return {**raw, "runs": runs}
     # Through the record and back, so that what a renderer looks for is there.
     result = to_dict(from_dict(Result, raw["result"], f"{where}: result"))
-    for i, gate in enumerate(raw["gates"]):
-        from_dict(GateResult, gate, f"{where}: gates[{i}]")
-    if raw["baseline"] is not None and set(raw["baseline"]) != _BASELINE_KEYS:
+    _require_list(raw["gates"], f"{where}: gates")
+    gates = [
+        to_dict(from_dict(GateResult, gate, f"{where}: gates[{i}]"))
+        for i, gate in enumerate(raw["gates"])
+    ]
+    baseline = raw["baseline"]
+    if baseline is not None and (not isinstance(baseline, dict) or set(baseline) != _BASELINE_KEYS):
         raise ArtefactError(f"{where} has a damaged baseline; compare with the baseline again.")
-    return {**raw, "result": result, "headline": headline(result)}
+    return {**raw, "result": result, "headline": headline(result), "gates": gates}
+
+
+def _check_common(raw: Report, where: str) -> None:
+    if raw["verdict"] not in _VERDICTS:
+        raise ArtefactError(
+            f"{where}: verdict is {raw['verdict']!r}, not one of {', '.join(_VERDICTS)}; the file "
+            "was edited or is damaged."
+        )
+    _require_list(raw["notes"], f"{where}: notes")
+    for note in raw["notes"]:
+        if not isinstance(note, str):
+            raise ArtefactError(f"{where}: notes holds {note!r}, which is no text.")
+
+
+def _require_list(value: Any, where: str) -> None:
+    if not isinstance(value, list):
+        raise ArtefactError(
+            f"{where} should be a list and is {type(value).__name__}; the file was edited or is "
+            "damaged. Run the command that wrote it again."
+        )
 
 
 def result_of(report: Report) -> Result:

@@ -317,6 +317,8 @@
     const items = data.points.filter((d) => d.change !== null && d.macs_ratio !== null);
     const front = items.filter((d) => d.pareto).sort((a, b) => a.macs_ratio - b.macs_ratio);
     const ranged = items.filter((d) => d.low !== null);
+    const [least, most] = d3.extent(items, (d) => d.macs_ratio);
+    const domain = least === most ? { domain: [least - 0.05, most + 0.05] } : { nice: true };
     draw("plot-points", items, (width) => ({
       at: { x: "macs_ratio", y: "change" },
       title: (d) => `${d.label}\nMACs \u00d7${d.macs_ratio.toFixed(3)}\n${d.accuracy}, ${gained(d)}`,
@@ -324,7 +326,7 @@
         ...(items.some((d) => d.chosen) ? [["chosen", css("loss"), "hollow"]] : [])],
       plot: {
         height: 400, marginLeft: 52, marginRight: 24, marginTop: 26,
-        x: { label: "MACs over the original's", grid: true, nice: true, ticks: width / 90 },
+        x: { ...domain, label: "MACs over the original's", grid: true, ticks: width / 90, tickFormat: (v) => v.toFixed(2) },
         y: { label: items[0].unit === "points" ? "change of accuracy, points" : `change of ${items[0].unit}`, grid: true, nice: true },
         marks: [
           Plot.ruleY([0], { stroke: css("soft") }),

@@ -1,0 +1,34 @@
+"""The examples on the report's pages run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import report_examples as examples
+
+from compress.report import LIMITS, build_report, write_report
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [("report.md", ["drop of accuracy is", "failed"]), ("report-schema.md", ["'layers'"])],
+)
+def test_examples_run(page, printed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "result").mkdir()
+    write_report(build_report(examples.result()), tmp_path / "result")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+    shown = capsys.readouterr().out
+    for words in printed:
+        assert words in shown
+
+
+def test_every_limit_is_documented():
+    page = (DOCS / "report.md").read_text(encoding="utf-8")
+    for name in LIMITS:
+        assert f"`{name}`" in page
