@@ -137,7 +137,7 @@ class _Collector:
         """Get ready for a batch that starts at image ``start``."""
         self.start, self.batch, self.call = start, batch, 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         y = self.kind.images(output)
         if not math.isfinite(float(y.detach().sum())):
             raise CalibrationError(
@@ -153,8 +153,14 @@ class _Collector:
             elif moments.outputs is not None:
                 moments.outputs.update(output_rows(y, geometry, taken))
         if moments.weighting is not None and output.requires_grad:
-            output.register_hook(lambda gradient: self._weigh(gradient, taken))
+            self._watch(output, taken)
         self.call += 1
+
+    def _watch(self, output: Tensor, taken: Tensor | None) -> None:
+        def hook(gradient: Tensor) -> None:
+            self._weigh(gradient, taken)
+
+        output.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def _taken(self, y: Tensor) -> Tensor | None:
         if y.shape[0] % self.batch:  # the batch is not the leading axis: take every row

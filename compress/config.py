@@ -41,7 +41,7 @@ class RunConfig:
     # Where and how it computes.
     device: str = "cpu"
     threads: int | None = None
-    batch_size: int = 64
+    batch_size: int | None = None  # None: by image size
     workers: int = 0
     seed: int = 0
 
@@ -83,13 +83,18 @@ class RunConfig:
 
     @property
     def rule(self) -> str:
-        """The name of the rank rule in force."""
+        """The name of the rank rule in force.
+
+        ``"rank"`` where ranks are given by hand and no rule: every other layer is then kept.
+        """
         given = [r for r in RULES if getattr(self, r) is not None]
-        return given[0] if given else "threshold"
+        return given[0] if given else "rank" if self.rank else "threshold"
 
     @property
-    def rule_value(self) -> float:
-        """The value of the rule in force; the default threshold is 1e-3."""
+    def rule_value(self) -> float | None:
+        """The value of the rule in force; by default threshold 1e-3. Ranks by hand have none."""
+        if self.rule == "rank":
+            return None
         value = getattr(self, self.rule)
         return 1e-3 if value is None else float(value)
 
@@ -224,7 +229,7 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     if value is None and "None" in annotation:
         return None
     base = annotation.split("|")[0].split("[")[0].strip()
-    wanted = _EXPECTED[base]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and base != "bool"):
+    fits = type(value) in _EXPECTED[base]  # exactly: True is an int to isinstance
+    if not fits:
         raise ConfigError(f"{name} = {value!r} should be of type {annotation}.")
     return float(value) if base == "float" else value

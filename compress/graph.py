@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -17,7 +18,9 @@ class _Tracer(fx.Tracer):
     """Traces through the user's modules and stops at torch's and this package's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = type(m).__module__.startswith("compress.modules")
+        # Unpacked attention stays open: its projections are layers like any other.
+        home = type(m).__module__
+        own = home.startswith("compress.modules") and "attention" not in home
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -114,6 +117,8 @@ def _parameters(model: nn.Module) -> list[Tensor]:
     return [p for m in model.modules() for p in m._parameters.values() if p is not None]
 
 
+# A Linear's channels are its last axis and a BatchNorm1d's the second: the same for two dimensions
+# alone, which only a forward pass can tell, so that pair is left as it is.
 def _pairs_of_graph(model: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, nn.Module]]:
     modules = dict(model.named_modules(remove_duplicate=False))
     called: dict[nn.Module, int] = {}
@@ -130,18 +135,9 @@ def _pairs_of_graph(model: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, 
             continue
         layer = modules[str(feeder.target)]
         alone = set(feeder.users) == {node} and called[layer] == called[norm] == 1
-        if alone and _same_axis(layer, norm):
+        if alone and not isinstance(layer, nn.Linear):
             pairs.append((layer, norm))
     return pairs
-
-
-def _same_axis(layer: nn.Module, norm: nn.Module) -> bool:
-    """Whether both agree which axis holds the channels.
-
-    A Linear's channels are the last axis and a BatchNorm1d's the second: the same for two
-    dimensions alone, which only a forward pass can tell, so that pair is left as it is.
-    """
-    return kind_of(layer) is not None and not isinstance(layer, nn.Linear)
 
 
 def _pairs_of_sequences(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -153,9 +149,9 @@ def _pairs_of_sequences(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         if type(parent) is not nn.Sequential:
             continue
         children = list(parent)
-        for layer, norm in zip(children, children[1:], strict=False):
+        for layer, norm in itertools.pairwise(children):
             once = uses[layer] == uses[norm] == uses[parent] == 1
-            if once and type(norm) in _NORMS and _same_axis(layer, norm):
+            if once and type(norm) in _NORMS and not isinstance(layer, nn.Linear):
                 pairs.append((layer, norm))
     return pairs
 

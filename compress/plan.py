@@ -21,7 +21,6 @@ class Candidate:
         scheme: ``"dense"`` or the name of a scheme.
         ranks: Ranks per group; ``()`` for dense, two for ``two_sided``, else one.
         loss: Predicted increase of the objective per image, in the metric's units.
-        mse: Predicted mean squared error per output element.
         macs: Multiply-accumulates per image, over all calls.
         params: Number of parameters, bias included.
         seconds: Measured time per batch, where latency is a cost.
@@ -30,7 +29,6 @@ class Candidate:
     scheme: str
     ranks: tuple[int, ...]
     loss: float
-    mse: float
     macs: int
     params: int
     seconds: float | None = None
@@ -38,7 +36,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the plan does with one layer: a candidate and the reason for it."""
+    """What the plan does with one layer, and the reason for it.
+
+    Attributes:
+        name: The layer's qualified name.
+        kind: Name of its type.
+        shape: A short description; a plan for another model shows here.
+        scheme: ``"dense"`` or the name of a scheme; may be edited.
+        ranks: Ranks per group; may be edited.
+        reason: How the choice came about.
+        macs: Multiply-accumulates per image as chosen; ``dense_macs`` as it was.
+        params: Parameters as chosen; ``dense_params`` as it was.
+        break_even: Largest rank that still saves.
+        full_rank: Largest rank of the weight matrix.
+    """
 
     name: str
     kind: str
@@ -46,9 +57,6 @@ class Choice:
     scheme: str
     ranks: tuple[int, ...]
     reason: str
-    predicted_loss: float
-    predicted_mse: float
-    predicted_relative_mse: float
     macs: int
     params: int
     dense_macs: int
@@ -67,7 +75,7 @@ class Plan:
     """Choices for every layer, in execution order, with the rule that made them."""
 
     rule: str
-    value: float
+    value: float | None
     metric: str
     choices: tuple[Choice, ...]
     model: str = ""

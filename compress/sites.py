@@ -120,9 +120,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
+
+
 @contextmanager
 def forward_hooks(
-    hooks: dict[nn.Module, Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]],
+    hooks: dict[nn.Module, ForwardHook],
 ) -> Iterator[None]:
     """Attach forward hooks and remove them whatever happens."""
     handles = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,18 @@ class Preprocessing:
     def is_identity(self) -> bool:
         """Whether pictures are only scaled to [0, 1]."""
         return not self.mean and self.resize is None and self.crop is None
+
+
+def thumbnail(pixels: np.ndarray[Any, np.dtype[np.uint8]], side: int = 64) -> bytes:
+    """Encode an image uint8 ``[H, W, C]`` as a small PNG, its longer side ``side`` pixels."""
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Small images are enlarged without blurring, so that their pixels can be seen.
+    filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    buffer = io.BytesIO()
+    image.resize(size, filter_).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 # --- Pictures to tensors -----------------------------------------------------------------------

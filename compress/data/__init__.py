@@ -2,7 +2,7 @@
 
 from compress.data.images import ImageSet, Source, check_channels, check_labels
 from compress.data.loading import Batches, Split, batches, split
-from compress.data.sources import DATA_FORMS, open_dataset
+from compress.data.sources import DATA_FORMS, as_images, open_dataset
 from compress.vision import Preprocessing
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Preprocessing",
     "Source",
     "Split",
+    "as_images",
     "batches",
     "check_channels",
     "check_labels",

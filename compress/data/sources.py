@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from compress import vision
-from compress.data.arrays import open_idx, open_tensors
+from compress.data.arrays import array_source, open_idx, open_tensors
 from compress.data.datasets import DatasetSource
 from compress.data.images import UNLABELLED, ImageSet, Source
 from compress.errors import DataError, near_matches
@@ -228,3 +230,26 @@ def _mapped(source: Source, path: Path) -> tuple[tuple[str, ...], tuple[int, ...
                 f"{near_matches(name, names)}"
             )
     return tuple(names), tuple(places[name] for name in source.classes)
+
+
+def as_images(images: ImageSet | Dataset[Any] | Tensor | tuple[Tensor, Tensor]) -> ImageSet:
+    """Return what a program passes as an image set: inputs as the network takes them.
+
+    Args:
+        images: An image set; inputs ``[N, C, H, W]``, alone or with labels ``[N]``; or a dataset
+            of such inputs.
+
+    Raises:
+        DataError: It holds no images, or labels that do not fit.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    source: Source
+    if isinstance(images, Tensor):
+        source = array_source("the images", images, None)
+    elif isinstance(images, tuple):
+        source = array_source("the images", images[0], images[1])
+    else:
+        source = DatasetSource.of(images, "the dataset", None)
+    as_given = Preprocessing(from_preset=True)
+    return ImageSet(source, as_given, range(len(source)), tuple(source.classes))

@@ -1,0 +1,97 @@
+"""The dense baseline: the user's model with attention unpacked, norms folded and layers found."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress.errors import ModelError
+from compress.graph import FoldedPair, fold_batch_norms, same_outputs, trace
+from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.sites import LayerSite, evaluation_mode, find_sites, run_model
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to be compressed.
+
+    Attributes:
+        original: The model as given, in float32 and eval mode; never changed.
+        model: Its copy with attention unpacked and norms folded: the dense baseline.
+        graph: The baseline's graph, or None where it cannot be traced.
+        sites: The baseline's layers, in order of execution.
+        folded: Which norms went into which layers.
+        unpacked: Names of the attention modules that were rebuilt of linear layers.
+        example: One input ``[1, ...]``.
+        warnings: What the user should know.
+    """
+
+    original: nn.Module
+    model: nn.Module
+    graph: fx.Graph | None
+    sites: tuple[LayerSite, ...]
+    folded: tuple[FoldedPair, ...]
+    unpacked: tuple[str, ...]
+    example: Tensor
+    warnings: tuple[str, ...]
+
+    def site(self, name: str) -> LayerSite:
+        """The site of a name."""
+        return next(s for s in self.sites if s.name == name)
+
+
+def prepare(model: nn.Module, example: Tensor) -> Network:
+    """Make the dense baseline of a model.
+
+    Args:
+        model: The user's model; it is left as it was.
+        example: One input with the batch axis.
+
+    Raises:
+        ModelError: The model does not run on the example, or gives NaN.
+    """
+    original = copy.deepcopy(model).float().eval()
+    baseline = copy.deepcopy(original)
+    warnings = []
+    unpacked = unpack_attention(baseline)
+    graph = trace(baseline)
+    if graph is None:
+        warnings.append(
+            "The model's forward cannot be traced, so only norms that directly follow a layer in "
+            "an nn.Sequential were folded, and factors are not refitted."
+        )
+    with torch.no_grad(), evaluation_mode(original), evaluation_mode(baseline):
+        before = run_model(original, example)
+        if not bool(torch.isfinite(before).all()):
+            raise ModelError(
+                "The model gives NaN or infinite outputs on the first image, before anything was "
+                "changed; check the checkpoint and the normalisation (--mean, --std)."
+            )
+        pairs = fold_batch_norms(baseline, graph)
+        if not same_outputs(before, run_model(baseline, example)):
+            # Folding is exact where the graph is right; a forward that bypasses its modules is not.
+            baseline = copy.deepcopy(original)
+            unpacked, pairs, graph = (), (), None
+            warnings.append("Folding the norms changed the outputs, so they were left in place.")
+    if pairs:
+        graph = trace(baseline)
+    sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
+    return Network(original, baseline, graph, sites, pairs, unpacked, example, tuple(warnings))
+
+
+class _DirectReaders:
+    """Reasons to keep layers whose parent reads their weight without calling them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reasons: dict[nn.Module, str] = {}
+        for name, parent in model.named_modules():
+            for child in reads_child_weights(parent):
+                self.reasons[parent.get_submodule(child)] = (
+                    f"its parent {name or type(parent).__name__} reads its weight directly"
+                )
+
+    def __call__(self, module: nn.Module) -> str | None:
+        return self.reasons.get(module)
