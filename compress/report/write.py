@@ -15,7 +15,7 @@ from compress.report.points import render_csv
 
 def render_json(report: Report) -> str:
     """Return a report as it stands in ``report.json``."""
-    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_report(

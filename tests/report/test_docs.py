@@ -1,12 +1,15 @@
 """The examples on the report's pages run as they stand."""
 
+import hashlib
 import re
 from pathlib import Path
 
 import pytest
 import report_examples as examples
 
+from compress import report
 from compress.report import LIMITS, build_report, write_report
+from compress.report.page import SCRIPTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -32,3 +35,12 @@ def test_every_limit_is_documented():
     page = (DOCS / "report.md").read_text(encoding="utf-8")
     for name in LIMITS:
         assert f"`{name}`" in page
+
+
+def test_the_vendored_library_is_the_one_named():
+    vendor = Path(report.__file__).parent / "vendor"
+    readme = (vendor / "README.txt").read_text(encoding="utf-8")
+    scripts = sorted(vendor.glob("*.js"))
+    assert [f"vendor/{path.name}" for path in scripts] == sorted(SCRIPTS[:2])
+    for path in scripts:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in readme

@@ -45,14 +45,15 @@
     function render() {
       width = canvas.clientWidth - 16;
       const built = make(Math.max(width, 240));
+      const point = (options) => Plot[built.pointer ?? "pointer"](
+        { x: built.at.x, y: built.at.y, maxRadius: 60, ...options });
       const place = (d, key, fallback) => d[built.at[key]] ?? fallback;
       const plot = Plot.plot({
         width: Math.max(width, 240), marginTop: 10, marginBottom: 42, insetLeft: 2, style: { background: "none", color: "currentColor" },
         ...built.plot,
-        marks: [...built.plot.marks, Plot.tip(items, Plot[built.pointer ?? "pointer"]({
-          x: built.at.x, y: built.at.y, title: built.title, maxRadius: 60, fill: css("card"),
-          stroke: css("line"), textPadding: 8, lineWidth: 30,
-        }))],
+        marks: [...built.plot.marks, Plot.dot(items, point({ r: 7, stroke: "currentColor" })),
+          Plot.tip(items, point({ title: built.title, fill: css("card"), stroke: css("before"),
+            textPadding: 9, lineHeight: 1.35, lineWidth: 30 }))],
       });
       const drawn = plot instanceof SVGElement ? plot : plot.querySelector("svg:last-of-type");
       drawn.setAttribute("aria-hidden", "true");
