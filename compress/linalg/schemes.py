@@ -29,6 +29,8 @@ def unavailable(geometry: Geometry, scheme: str) -> str | None:
     taps = math.prod(geometry.kernel_size)
     if scheme == "spatial" and min(geometry.kernel_size) == 1:
         return "its kernel has one row or one column, so that nothing is separable"
+    if scheme == "input" and taps == 1:
+        return "its kernel is 1x1, where the output scheme fits no worse at no more cost"
     if scheme == "two_sided" and taps == 1:
         return "its kernel is 1x1, where it is the output scheme with a wasted stage"
     return None
@@ -110,7 +112,7 @@ def chain_params(chain: tuple[Geometry, ...], biased: bool = True) -> int:
     return sum(stage.weight_numel for stage in chain) + (chain[-1].out_channels if biased else 0)
 
 
-def split_weight(weight: Tensor, geometry: Geometry, scheme: str) -> Tensor:
+def split_weight(weight: Tensor, scheme: str) -> Tensor:
     """Reorder a weight ``[groups, out, in, k_h, k_w]`` to ``[groups, out, outer, inner]``."""
     groups, out, channels, k_h, k_w = weight.shape
     if scheme == "output":
