@@ -24,7 +24,7 @@ from compress.calibration_file import CalibrationKey, read_calibration, write_ca
 from compress.choose import check_plan, make_plan
 from compress.config import RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ArtefactError, ConfigError, GateError, ModelError
+from compress.errors import ArtefactError, ConfigError, GateError, ModelError, PlanError
 from compress.files import atomic_folder, check_output, write_atomically
 from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
 from compress.network import Network, prepare
@@ -169,6 +169,34 @@ def loss_function(config: RunConfig) -> Any:
     return import_function(config.loss_fn, ModelError)
 
 
+def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tuple[str, ...]]:
+    """Calibrate and choose, and rewrite nothing.
+
+    Returns:
+        The plan that `run` would carry out, and what the user should know.
+
+    Raises:
+        CompressError: As `run`.
+    """
+    inputs = load_network(config)
+    network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+    batch_size = batch_size_for(config, inputs.example)
+    calibration = calibrated(network, inputs, config, batch_size, track)
+    plan = make_plan(network.model, network.sites, calibration, config)
+    warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
+    return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings
+
+
+def check_source(plan: Plan, inputs: Inputs) -> None:
+    """Raise `PlanError` where a plan was made for another checkpoint."""
+    if plan.source_sha256 and plan.source_sha256 != inputs.sha256:
+        raise PlanError(
+            f"The plan was made for the checkpoint with SHA-256 {plan.source_sha256[:16]}…, and "
+            f"{inputs.source or 'the model given'} has {inputs.sha256[:16]}…. Pass the checkpoint "
+            "it was made for, or make a new plan."
+        )
+
+
 def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -> Compressed:
     """The main job of the command line: read, compress, verify, save, reload, report.
 
@@ -182,6 +210,8 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)
+    if plan is not None:
+        check_source(plan, inputs)
     compressed = compress_network(inputs, config, plan=plan, track=track, clock=clock)
     save_result(compressed, config, inputs.test)
     if compressed.failed_gates:
