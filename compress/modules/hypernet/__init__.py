@@ -1,0 +1,35 @@
+"""Networks whose chosen weights come from another network.
+
+After HyperLight and Gonzalez Ortiz, Guttag and Dalca, "Non-Proportional Parametrizations for
+Stable Hypernetwork Learning", arXiv 2304.07645.
+"""
+
+from __future__ import annotations
+
+from compress.modules.hypernet.convert import hypernetize, hypernetize_single
+from compress.modules.hypernet.encoding import encode
+from compress.modules.hypernet.external import ExternalParameter, HyperModule
+from compress.modules.hypernet.find import (
+    find_modules_from_patterns,
+    find_modules_of_type,
+    find_parameters_from_patterns,
+)
+from compress.modules.hypernet.layers import HyperConv1d, HyperConv2d, HyperConv3d, HyperLinear
+from compress.modules.hypernet.network import HyperNet, Hypernet
+
+__all__ = [
+    "ExternalParameter",
+    "HyperConv1d",
+    "HyperConv2d",
+    "HyperConv3d",
+    "HyperLinear",
+    "HyperModule",
+    "HyperNet",
+    "Hypernet",
+    "encode",
+    "find_modules_from_patterns",
+    "find_modules_of_type",
+    "find_parameters_from_patterns",
+    "hypernetize",
+    "hypernetize_single",
+]

@@ -1,0 +1,306 @@
+"""Slots for parameters that come from outside, and modules that hold them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import near_matches
+
+Values = Mapping[str, Tensor]
+
+
+class ExternalParameter:
+    """A slot for a tensor of a fixed shape.
+
+    Copies and pickles hold its value without the graph that made it.
+
+    Args:
+        shape: Shape of the values.
+        dtype: Their dtype; None takes any.
+
+    Attributes:
+        name: What errors call the slot; set by the module that holds it.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.name = "unnamed"
+        self._value: Tensor | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a value."""
+        return self._value is not None
+
+    @property
+    def data(self) -> Tensor:
+        """The value.
+
+        Raises:
+            AttributeError: Reading before a value was set.
+            TypeError: Setting something that is no tensor.
+            ValueError: Setting a tensor of another shape or dtype.
+        """
+        if self._value is None:
+            raise AttributeError(
+                f"The external parameter {self.name!r} of shape {tuple(self.shape)} is not set; "
+                "use set_externals or using_externals first."
+            )
+        return self._value
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.check(value)
+        self._value = value
+
+    def check(self, value: Tensor, name: str | None = None) -> None:
+        """Raise as setting ``value`` would, calling the slot ``name``."""
+        name = name or self.name
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"The external parameter {name!r} takes a tensor, not a {type(value).__name__}."
+            )
+        if value.shape != self.shape:
+            raise ValueError(
+                f"The external parameter {name!r} has shape {tuple(self.shape)}; it got a tensor "
+                f"of shape {tuple(value.shape)}."
+            )
+        if self.dtype is not None and value.dtype != self.dtype:
+            raise ValueError(
+                f"The external parameter {name!r} is of {self.dtype}; it got {value.dtype}."
+            )
+
+    def reset(self) -> None:
+        """Empty the slot."""
+        self._value = None
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module's ``.to(...)``: the value, and the dtype that is asked for."""
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self._value is not None:
+            self._value = fn(self._value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        value = None if self._value is None else self._value.detach()
+        return {**self.__dict__, "_value": value}
+
+    def __repr__(self) -> str:
+        state = "set" if self.is_set else "unset"
+        return f"ExternalParameter(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
+
+
+class HyperModule(nn.Module):
+    """A module that holds slots beside ordinary parameters, itself or in its submodules.
+
+    Assigning an `ExternalParameter` to an attribute makes the slot; reading the attribute gives
+    its value, assigning a tensor sets it. Slots are in no state dict.
+    """
+
+    _external_parameters: dict[str, ExternalParameter]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_external_parameters"] = {}
+        super().__init__(*args, **kwargs)
+
+    def register_external(self, name: str, param: ExternalParameter) -> None:
+        """Add a slot.
+
+        Raises:
+            TypeError: ``param`` is no `ExternalParameter`, ``name`` no string.
+            KeyError: A name with a dot, or one that is taken.
+        """
+        kind = type(self).__name__
+        if not isinstance(name, str):
+            raise TypeError(f"{kind}: a slot's name is a string, not {name!r}.")
+        if not isinstance(param, ExternalParameter):
+            raise TypeError(
+                f"{kind}.{name} must be an ExternalParameter, not a {type(param).__name__}."
+            )
+        if not name or "." in name:
+            raise KeyError(f"{kind}: {name!r} cannot name a slot; it is empty or has a dot.")
+        taken = (self.__dict__, self._parameters, self._buffers, self._modules)
+        if any(name in place for place in taken):
+            raise KeyError(f"{kind} has an attribute {name!r} already.")
+        if param.name == "unnamed":
+            param.name = f"{kind}.{name}"
+        self._external_parameters[name] = param
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        slots = self.__dict__.get("_external_parameters", {})
+        if isinstance(value, ExternalParameter):
+            if "_external_parameters" not in self.__dict__:
+                raise AttributeError(
+                    f"{type(self).__name__}.{name} cannot be a slot before HyperModule.__init__()."
+                )
+            slots.pop(name, None)
+            self.register_external(name, value)
+        elif name in slots and isinstance(value, Tensor):
+            slots[name].data = value
+        else:
+            slots.pop(name, None)
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        slots = self.__dict__.get("_external_parameters", {})
+        if name in slots:
+            return slots[name].data
+        return super().__getattr__(name)
+
+    def __delattr__(self, name: str) -> None:
+        if self._external_parameters.pop(name, None) is None:
+            super().__delattr__(name)
+
+    def named_externals(self, prefix: str = "") -> Iterator[tuple[str, ExternalParameter]]:
+        """Yield every slot here and below once, by its first dotted name."""
+        seen: set[int] = set()
+        for name, slot in self._every_name(prefix):
+            if id(slot) not in seen:
+                seen.add(id(slot))
+                yield name, slot
+
+    def _every_name(self, prefix: str = "") -> Iterator[tuple[str, ExternalParameter]]:
+        for path, module in self.named_modules(prefix=prefix, remove_duplicate=False):
+            if isinstance(module, HyperModule):
+                for leaf, slot in module._external_parameters.items():
+                    yield f"{path}.{leaf}" if path else leaf, slot
+
+    def externals(self) -> Iterator[ExternalParameter]:
+        """Yield every slot here and below once."""
+        for _, slot in self.named_externals():
+            yield slot
+
+    def external_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every slot by dotted name."""
+        return {name: tuple(slot.shape) for name, slot in self.named_externals()}
+
+    def get_external(self, name: str) -> ExternalParameter:
+        """Return a slot by dotted name.
+
+        Raises:
+            ValueError: No such slot.
+        """
+        return self._slots([name])[name]
+
+    def set_externals(self, values: Values | None = None, /, **named: Tensor) -> None:
+        """Set some slots by dotted name: ``set_externals(weight=w)`` or ``set_externals({...})``.
+
+        Raises:
+            ValueError: An unknown name, or a value of another shape or dtype; nothing is set.
+        """
+        given = {**(values or {}), **named}
+        for slot, value in self._checked(given):
+            slot.data = value
+
+    def reset_externals(self) -> None:
+        """Empty all slots here and below."""
+        for slot in self.externals():
+            slot.reset()
+
+    @contextlib.contextmanager
+    def using_externals(self, values: Values) -> Iterator[None]:
+        """Let the slots hold ``values``, and afterwards what they held before, errors included.
+
+        Contexts nest; an inner one needs values only for what it changes.
+
+        Raises:
+            ValueError: Unknown names, a slot that is neither given nor set, values of another
+                shape or dtype; before anything is set.
+        """
+        pairs = self._checked(values)
+        given = {id(slot) for slot, _ in pairs}
+        missing = [n for n, s in self.named_externals() if id(s) not in given and not s.is_set]
+        if missing:
+            more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+            raise ValueError(
+                f"{type(self).__name__} has no value for {len(missing)} of its external "
+                f"parameters: {', '.join(missing[:20])}{more}."
+            )
+        before = [(slot, slot._value) for slot, _ in pairs]
+        try:
+            for slot, value in pairs:
+                slot.data = value
+            yield
+        finally:
+            for slot, old in before:
+                slot._value = old
+
+    def _slots(self, names: Sequence[str]) -> dict[str, ExternalParameter]:
+        every = dict(self._every_name())
+        for name in names:
+            if name not in every:
+                raise ValueError(
+                    f"{type(self).__name__} has no external parameter {name!r}."
+                    f"{near_matches(str(name), every)}"
+                )
+        return {name: every[name] for name in names}
+
+    def _checked(self, values: Values) -> list[tuple[ExternalParameter, Tensor]]:
+        """Slots with their values, each slot once."""
+        taken: dict[int, tuple[str, Tensor]] = {}
+        pairs = []
+        for name, slot in self._slots(list(values)).items():
+            slot.check(values[name], name)
+            first = taken.setdefault(id(slot), (name, values[name]))
+            if first[1] is not values[name]:
+                raise ValueError(
+                    f"{type(self).__name__}: {first[0]!r} and {name!r} are one external parameter "
+                    "and got two values."
+                )
+            if first[0] == name:
+                pairs.append((slot, values[name]))
+        return pairs
+
+    def convert_externals(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Turn own parameters into slots, in place.
+
+        Args:
+            names: Names of this module's own parameters.
+
+        Returns:
+            The parameters' values by name.
+
+        Raises:
+            ValueError: No such parameter.
+        """
+        for name in names:
+            if self._parameters.get(name) is None:
+                known = [n for n, p in self._parameters.items() if p is not None]
+                raise ValueError(
+                    f"{type(self).__name__} has no parameter {name!r} of its own."
+                    f"{near_matches(str(name), known)}"
+                )
+        values = {}
+        for name in names:
+            parameter = self._parameters.pop(name)
+            assert parameter is not None
+            values[name] = parameter.detach()
+            self.register_external(name, ExternalParameter(parameter.shape, parameter.dtype))
+        return values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for slot in self._external_parameters.values():
+            slot.convert(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show what the class shows; unset slots stand there by their shape."""
+        unset = [slot for slot in self._external_parameters.values() if not slot.is_set]
+        for slot in unset:
+            slot._value = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+        try:
+            shown = super().extra_repr()
+        finally:
+            for slot in unset:
+                slot.reset()
+        external = f"external=[{', '.join(self._external_parameters)}]"
+        if not self._external_parameters:
+            return shown
+        return f"{shown}, {external}" if shown else external
