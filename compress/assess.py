@@ -89,7 +89,7 @@ def assess(
         _layer(choice, replaced.predicted.get(choice.name), found, losses.get(choice.name))
         for choice, found in _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
     )
-    metric = _metric_function(config)
+    metric = metric_function(config)
 
     def end_metric(images: ImageSet, describe: str) -> EndMetric:
         return compare(
@@ -105,7 +105,7 @@ def assess(
         if metric is None:
             require_labels(inputs.test)
         on_test = end_metric(inputs.test, "test")
-    cost = costs(network, final, inputs, config)
+    cost = costs(network, final, inputs.dtype, config)
     gates = check_gates(config, on_test, layers)
     warnings = _warnings(plan, layers, cost, on_test, inputs)
     correlation = rank_correlation(
@@ -190,7 +190,8 @@ def _comparable(network: Network, images: ImageSet, metric: object) -> bool:
     )
 
 
-def _metric_function(config: RunConfig) -> Callable[..., float] | None:
+def metric_function(config: RunConfig) -> Callable[..., float] | None:
+    """The user's own measure ``(model, batches) -> number``, or None for accuracy."""
     if not config.metric_fn:
         return None
     from compress.errors import ModelError
@@ -199,12 +200,12 @@ def _metric_function(config: RunConfig) -> Callable[..., float] | None:
     return import_function(config.metric_fn, ModelError)
 
 
-def costs(network: Network, final: nn.Module, inputs: Inputs, config: RunConfig) -> CostSummary:
+def costs(network: Network, final: nn.Module, dtype: torch.dtype, config: RunConfig) -> CostSummary:
     """Costs of original, baseline and result, and their measured times."""
     example = network.example
-    size = torch.empty((), dtype=inputs.dtype).element_size()
+    size = torch.empty((), dtype=dtype).element_size()
     reference = next(final.parameters())
-    dense = copy.deepcopy(network.model).to(inputs.dtype)
+    dense = copy.deepcopy(network.model).to(dtype)
     return CostSummary(
         original=model_cost(network.original, example, size),
         folded=model_cost(network.model, example, size),

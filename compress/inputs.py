@@ -77,14 +77,8 @@ def load_network(config: RunConfig) -> Inputs:
         if not getattr(config, name):
             raise ConfigError(f"No {name} given ({meaning}); pass it, or set it with --config.")
     model, spec_hash, dtype, preprocessing = load_model(config)
-    channels = _image_channels(model)
-    if preprocessing.channels is None and not preprocessing.mean and channels in (1, 3):
-        preprocessing = dataclasses.replace(preprocessing, channels=channels)
-    images = open_dataset(config.data, preprocessing, config.class_map)
-    test = open_dataset(config.test, preprocessing, config.class_map) if config.test else None
-    for given in (images, test):
-        if given is not None and channels is not None:
-            check_channels(given, channels)
+    images = open_images(config.data, config, model, preprocessing)
+    test = open_images(config.test, config, model, preprocessing) if config.test else None
     parts = split(images, config.calibration_images, config.seed)
     warnings = []
     if test is not None and test.fingerprint == images.fingerprint:
@@ -95,6 +89,19 @@ def load_network(config: RunConfig) -> Inputs:
     return Inputs(
         model, config.model, config.checkpoint, spec_hash, dtype, parts, test, tuple(warnings)
     )
+
+
+def open_images(
+    spec: str, config: RunConfig, model: nn.Module, preprocessing: Preprocessing
+) -> ImageSet:
+    """Open the images of a spec as a model takes them, and check their channels."""
+    channels = _image_channels(model)
+    if preprocessing.channels is None and not preprocessing.mean and channels in (1, 3):
+        preprocessing = dataclasses.replace(preprocessing, channels=channels)
+    images = open_dataset(spec, preprocessing, config.class_map)
+    if channels is not None:
+        check_channels(images, channels)
+    return images
 
 
 def load_model(config: RunConfig) -> tuple[nn.Module, str, torch.dtype, Preprocessing]:
