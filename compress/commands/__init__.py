@@ -1,0 +1,25 @@
+"""The command line: ``compress run``, ``inspect``, ``plan``, ... as one click group.
+
+Nothing here imports torch before a command needs it, so that ``compress --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from compress.commands.apply import apply
+from compress.commands.demo import demo
+from compress.commands.evaluate import evaluate
+from compress.commands.group import cli
+from compress.commands.inspect import inspect
+from compress.commands.plan import plan
+from compress.commands.run import run
+from compress.commands.verify import verify
+
+for command in (run, inspect, plan, apply, evaluate, verify, demo):
+    cli.add_command(command)
+
+__all__ = ["cli", "main"]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    cli.main(prog_name="compress")

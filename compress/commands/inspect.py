@@ -1,0 +1,81 @@
+"""``compress inspect``: what there is to compress."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from compress.commands.options import Settings, configured, example
+from compress.commands.terminal import Terminal, table
+
+if TYPE_CHECKING:
+    from compress.inspection import InspectedLayer, Inspection
+
+
+def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    parts = value.replace("x", ",").split(",") if value else []
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is no shape such as 3,224,224")
+    return tuple(int(part) for part in parts)
+
+
+@click.command(
+    epilog=example(
+        "compress inspect resnet18.pth --model torchvision:resnet18 --data imagefolder:train",
+    )
+)
+@click.argument("checkpoint", required=False)
+@click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Shape of one input, where "
+              "neither --data nor the model says it.")  # fmt: skip
+@configured("model", "data", "images", "calibration", "compute")
+def inspect(settings: Settings, terminal: Terminal, input_shape: tuple[int, ...]) -> None:
+    """List every layer of CHECKPOINT: cost, break-even rank, schemes or why it is kept.
+
+    With --data also the spectra, and the rank that each rule would choose.
+    """
+    from compress.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(settings.config(), input_shape, terminal.track)
+    terminal.show(asdict(found), _lines(found))
+
+
+def _lines(found: Inspection) -> list[str]:
+    from compress.report import text
+
+    rules = next((list(x.ranks) for x in found.layers if x.ranks), [])
+    head = ["layer", "kind", "shape", "schemes", "MACs", "parameters", "full rank", "break-even"]
+    lines = table([*head, *rules], [_row(x, rules) for x in found.layers], left=4)
+    kept = [x for x in found.layers if x.reason]
+    lines += ["", *(f"Kept {x.name or '(the model itself)'}: {x.reason}" for x in kept)]
+    lines += [""] if kept else []
+    lines.append(
+        f"{text.plural(len(found.layers), 'layer')}; MACs {text.count(found.folded.macs)}, "
+        f"parameters {text.whole(found.original.params)}, {text.size(found.original.bytes)} in "
+        f"{found.dtype}, for one input of {'x'.join(map(str, found.input_shape))}."
+    )
+    if found.norms:
+        lines.append(f"{text.plural(len(found.norms), 'norm')} folded into the layer before.")
+    if found.unpacked:
+        lines.append(f"{text.plural(len(found.unpacked), 'attention module')} taken apart.")
+    if found.images:
+        lines.append(f"Spectra of the outputs from {text.plural(found.images, 'image')}.")
+    return [*lines, *(f"Warning: {w}" for w in found.warnings)]
+
+
+def _row(layer: InspectedLayer, rules: list[str]) -> list[str]:
+    from compress.report import text
+
+    rewritable = layer.reason is None
+    return [
+        layer.name or "(model)",
+        layer.kind,
+        layer.shape,
+        ", ".join(layer.schemes) or "kept",
+        text.count(layer.macs),
+        text.whole(layer.params),
+        str(layer.full_rank),
+        str(layer.break_even) if rewritable else text.UNKNOWN,
+        *(str(layer.ranks[rule]) if layer.ranks else text.UNKNOWN for rule in rules),
+    ]

@@ -1,0 +1,235 @@
+"""The flags that commands share, and how they become one checked configuration.
+
+Precedence: default < base of the command (what a plan or an artefact records) < --config < flag.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from compress.commands.terminal import Terminal
+from compress.config import METRICS, RULES, SCHEMES, RunConfig, make_config, read_toml
+from compress.errors import ConfigError
+
+Command = Callable[..., None]
+Decorator = Callable[[Any], Any]
+
+
+def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[float] | None:
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,0.5,0.5") from error
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _pairs(
+    _: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str] | None:
+    pairs = {}
+    for value in values:
+        name, equals, given = value.rpartition("=")
+        if not equals or not name or not given:
+            raise click.BadParameter(f"{value!r} is not {parameter.make_metavar(_)}")
+        pairs[name] = given
+    return pairs or None
+
+
+def _listed(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[str] | None:
+    return list(values) or None
+
+
+def _o(*names: str, text: str, **settings: Any) -> Decorator:
+    """Make an option whose default is "not given": the configuration holds all defaults."""
+    return click.option(*names, help=text, default=None, **settings)
+
+
+_MODEL = (
+    _o("--model", metavar="SPEC", text="How the network is built: torchvision:resnet18, "
+       "package.module:factory?width=32 or path/to/file.py:factory."),
+)  # fmt: skip
+_DATA = (
+    _o("--data", metavar="SPEC", text="Images to calibrate on: imagefolder:DIR, tensors:FILE, "
+       "idx:IMAGES,LABELS, torchvision:CIFAR10?root=DIR, package.module:factory."),
+)  # fmt: skip
+_TEST = (
+    _o("--test", metavar="SPEC", text="Held-out labelled images for the final verification; "
+       "never used to choose anything."),
+)  # fmt: skip
+_IMAGES = (
+    _o("--mean", metavar="M,M,M", callback=_numbers, text="Mean per channel, after scaling to "
+       "[0, 1]."),
+    _o("--std", metavar="S,S,S", callback=_numbers, text="Standard deviation per channel."),
+    _o("--resize", type=int, metavar="N", text="Resize the shorter side to N pixels."),
+    _o("--crop", type=int, metavar="N", text="Cut an NxN square from the centre."),
+    _o("--class-map", metavar="FILE", text="Class names in the model's order, where the folders' "
+       "order is another."),
+)  # fmt: skip
+_COMPUTE = (
+    _o("--device", metavar="NAME", text="Where to compute: cpu (default), cuda, cuda:1, mps."),
+    _o("--threads", type=int, metavar="N", text="CPU threads for torch."),
+    _o("--batch-size", type=int, metavar="N", text="Images a batch (default: by image size)."),
+    _o("--workers", type=int, metavar="N", text="Processes that decode images (default 0)."),
+    _o("--seed", type=int, metavar="N", text="Decides every random draw (default 0)."),
+)  # fmt: skip
+_CALIBRATION = (
+    _o("--calibration-images", type=int, metavar="N", text="Images taken from --data (default "
+       "1000); a quarter of them validates."),
+    _o("--calibration", metavar="FILE", text="Statistics: written once, reused where model, data "
+       "and settings are the same."),
+    _o("--samples-per-dimension", type=int, metavar="N", text="Output positions sampled, in "
+       "multiples of a layer's row length (default 64)."),
+    _o("--metric", metavar="NAME", text=f"What errors are weighed by: {' or '.join(METRICS)} "
+       "(default loss)."),
+    _o("--loss-fn", metavar="SPEC", text="package.module:function (outputs, labels) -> summed "
+       "loss, for outputs that are no logits."),
+)  # fmt: skip
+_RULES = (
+    _o("--threshold", type=float, metavar="T", text="Keep eigenvalues of at least T times the "
+       "largest (the default rule, 1e-3)."),
+    _o("--energy", type=float, metavar="E", text="Keep the fewest eigenvalues that hold this "
+       "share of their sum."),
+    _o("--macs", type=float, metavar="F", text="Spend this fraction of the multiply-accumulates "
+       "over all layers and schemes."),
+    _o("--params", type=float, metavar="F", text="Spend this fraction of the parameters."),
+    _o("--rank", metavar="NAME=R", multiple=True, callback=_pairs, text="Rank of a layer, by name "
+       "or glob (R1,R2 for two_sided). Repeatable; without a rule all other layers are kept."),
+    _o("--keep", metavar="GLOB", multiple=True, callback=_listed, text="Leave these layers as "
+       "they are. Repeatable."),
+    _o("--scheme", metavar="GLOB=NAME", multiple=True, callback=_pairs, text="Scheme of these "
+       f"layers: {', '.join(SCHEMES)} or dense. Repeatable."),
+    _o("--schemes", metavar="A,B", callback=_names, text="The schemes a rule may choose from."),
+    _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N."),
+    _o("--force-rank", is_flag=True, text="Rewrite at --rank even beyond break-even."),
+)  # fmt: skip
+_FIT = (
+    _o("--refit/--no-refit", text="Refit each last factor on the compressed network (default on)."),
+)  # fmt: skip
+_EVALUATION = (
+    _o("--metric-fn", metavar="SPEC", text="package.module:function (model, batches) -> number, "
+       "for networks that are no classifiers."),
+    _o("--latency-batch", type=int, metavar="N", text="Also time batches of N (default 8)."),
+)  # fmt: skip
+_GATES = (
+    _o("--max-drop", type=float, metavar="P", text="Fail where test accuracy falls by more than "
+       "P points."),
+    _o("--max-layer-relative-mse", type=float, metavar="X", text="Fail where a layer's relative "
+       "error is larger."),
+    _o("--min-agreement", type=float, metavar="A", text="Fail where fewer predictions than this "
+       "share stay the same."),
+)  # fmt: skip
+_OUTPUT = (
+    _o("--output", metavar="DIR", text="The result folder."),
+    _o("--force", is_flag=True, text="Replace an existing result."),
+)  # fmt: skip
+
+GROUPS: dict[str, tuple[Decorator, ...]] = {
+    "model": _MODEL,
+    "data": _DATA,
+    "test": _TEST,
+    "images": _IMAGES,
+    "compute": _COMPUTE,
+    "calibration": _CALIBRATION,
+    "rules": _RULES,
+    "fit": _FIT,
+    "evaluation": _EVALUATION,
+    "gates": _GATES,
+    "output": _OUTPUT,
+}
+_COMMON = (
+    click.option("--config", "config_file", metavar="FILE", help="Settings as TOML; flags win."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def example(*lines: str) -> str:
+    """Return example command lines as the end of a command's help."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def configured(*groups: str) -> Callable[[Command], Command]:
+    """Give a command the flags of some groups, and call it with what they come to.
+
+    The command is called as ``command(settings, terminal, **others)``: the `Settings` given by
+    flags and file, the terminal, and whatever flags and arguments are its own.
+    """
+    names = set(RunConfig.__dataclass_fields__)
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def called(
+            config_file: str | None, as_json: bool, quiet: bool, debug: bool, **values: Any
+        ) -> None:
+            del debug  # looked up where errors are caught
+            settings = Settings(
+                read_toml(config_file) if config_file else {},
+                {k: v for k, v in values.items() if k in names and v is not None},
+            )
+            own = {k: v for k, v in values.items() if k not in names}
+            command(settings, Terminal(quiet=quiet, as_json=as_json), **own)
+
+        options = [option for group in groups for option in GROUPS[group]]
+        for option in reversed([*options, *_COMMON]):
+            called = option(called)
+        return called
+
+    return decorate
+
+
+class Settings:
+    """What the user set, before it is one configuration."""
+
+    def __init__(self, file: dict[str, Any], flags: dict[str, Any]) -> None:
+        self.file, self.flags = file, flags
+
+    def config(self, **base: Any) -> RunConfig:
+        """Return the checked configuration, and set torch's threads by it.
+
+        Args:
+            **base: Defaults of the command, which file and flags override.
+
+        Raises:
+            ConfigError: An unknown key, a value out of range, rules that contradict each other, a
+                device that is not there.
+        """
+        config = make_config({**base, **_without_rules(self.file, self.flags), **self.flags})
+        _set_up(config)
+        return config
+
+    def given(self, name: str) -> Any:
+        """What flag or file say of a setting; None where neither does."""
+        return self.flags.get(name, self.file.get(name))
+
+
+def _without_rules(file: dict[str, Any], flags: Iterable[str]) -> dict[str, Any]:
+    """Take the file's rank rule away where a flag gives another: the flag wins, not both."""
+    if not any(rule in flags for rule in RULES):
+        return file
+    return {key: value for key, value in file.items() if key not in RULES}
+
+
+def _set_up(config: RunConfig) -> None:
+    """Apply threads and check the device, before any work."""
+    import torch
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"The device {config.device!r} cannot be used: {reason}. Pass --device cpu, or one "
+            "that torch finds here."
+        ) from error

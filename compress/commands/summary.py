@@ -1,0 +1,96 @@
+"""A run's report as the terminal shows it; everything in it is read from the report's data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from compress.commands.terminal import table
+from compress.report import gate_sentence, text
+from compress.report.build import Report, accuracy_sentence, layers_sentence, verdict_text
+
+# Reasons for keeping layers that are listed before the rest is left to the report.
+MOST_REASONS = 8
+
+
+def run_summary(
+    report: Report, where: str = "", measured_on: str = "held-out validation images"
+) -> list[str]:
+    """Return the lines of a run's summary.
+
+    Args:
+        report: A report of kind ``"run"``.
+        where: The result folder.
+        measured_on: The images that layers' errors were measured on.
+    """
+    result = report["result"]
+    lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
+    lines += _layers(result["layers"], measured_on) + _totals(report)
+    lines += [layers_sentence(report), accuracy_sentence(report)]
+    lines += [gate_sentence(**gate) for gate in report["gates"]]
+    lines += [f"Warning: {warning}" for warning in [*report["notes"], *result["warnings"]]]
+    if where:
+        lines += ["", f"Result: {where}"]
+    return lines
+
+
+def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:
+    rewritten = [layer for layer in layers if layer["scheme"] != "dense"]
+    lines = []
+    if rewritten:
+        head = ("layer", "shape", "scheme", "rank", "MACs", "predicted", "measured")
+        lines += table(head, map(_layer, rewritten), left=3)
+        lines += [f"(relative mean squared error, measured on {measured_on})", ""]
+    kept: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        if layer["scheme"] == "dense":
+            kept[layer["reason"]].append(layer["name"] or "(the model itself)")
+    lines += [
+        f"Kept {_some(names)}: {reason}" for reason, names in list(kept.items())[:MOST_REASONS]
+    ]
+    if len(kept) > MOST_REASONS:
+        rest = sum(len(names) for names in list(kept.values())[MOST_REASONS:])
+        lines.append(f"Kept {text.plural(rest, 'more layer')}; the report gives each reason.")
+    return [*lines, ""] if kept else lines
+
+
+def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
+    errors = layer["errors"]
+    measured = errors["validation_alone"] or errors["fit_alone"]
+    return (
+        layer["name"] or "(model)",
+        layer["shape"],
+        layer["scheme"],
+        f"{text.ranks(layer['ranks'])} of {layer['full_rank']}",
+        f"{text.count(layer['dense_macs'])} → {text.count(layer['macs'])}",
+        text.number(layer["predicted_relative_mse"]),
+        text.number(measured["relative_mse"] if measured else None),
+    )
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
+def _totals(report: Report) -> list[str]:
+    cost, head = report["result"]["cost"], report["headline"]
+    folded, small = cost["folded"], cost["compressed"]
+    if not folded or not small:
+        return []
+    rows = [
+        ("MACs", text.count(folded["macs"]), text.count(small["macs"]), head["macs_ratio"]),
+        ("parameters", text.whole(folded["params"]), text.whole(small["params"]),
+         head["params_ratio"]),
+        ("bytes", text.size(folded["bytes"]), text.size(small["bytes"]), head["bytes_ratio"]),
+    ]  # fmt: skip
+    rows += [
+        (f"time, batch {x['batch_size']}", text.seconds(x["dense_seconds"]),
+         text.seconds(x["seconds"]), x["ratio"])
+        for x in cost["latency"]
+    ]  # fmt: skip
+    shown = [(name, before, after, text.ratio(ratio)) for name, before, after, ratio in rows]
+    return [*table(("", "before", "after", "ratio"), shown), ""]

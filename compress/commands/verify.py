@@ -1,0 +1,38 @@
+"""``compress verify``: the gates again."""
+
+from __future__ import annotations
+
+import click
+
+from compress.commands.options import Settings, configured, example
+from compress.commands.terminal import Terminal
+from compress.errors import GateError
+
+
+@click.command(
+    epilog=example(
+        "compress verify smaller --checkpoint resnet18.pth --test imagefolder:other --max-drop 1",
+    )
+)
+@click.argument("artefact", metavar="RESULT")
+@click.option("--checkpoint", metavar="FILE", help="The original that was compressed.")
+@click.option("--trust-code", is_flag=True, help="Import the code that the result's model names.")
+@configured("model", "test", "gates", "images", "evaluation", "compute")
+def verify(settings: Settings, terminal: Terminal, artefact: str, trust_code: bool) -> None:
+    """Hold RESULT to its gates again, on another test set or machine.
+
+    Model, preprocessing and limits are those of the run unless you give others. The errors of
+    layers are measured on the test images.
+    """
+    from compress.artefact import read_manifest
+    from compress.commands.summary import run_summary
+    from compress.evaluation import recorded_settings, verify_result
+    from compress.report import build_report, gate_sentence
+
+    config = settings.config(**recorded_settings(read_manifest(artefact)))
+    result = verify_result(config, artefact, trust_code=trust_code, track=terminal.track)
+    report = build_report(result)
+    terminal.show(report, run_summary(report, measured_on="the test images"))
+    failed = [gate_sentence(**gate) for gate in report["gates"] if not gate["passed"]]
+    if failed:
+        raise GateError(" ".join(failed))
