@@ -44,7 +44,7 @@ def _weight(module: nn.Module) -> Tensor:
 def attributes(geometry: Geometry, dims: int) -> dict[str, Any]:
     """Keyword arguments of the ``nn`` constructors for the last ``dims`` dimensions."""
     padding = geometry.padding
-    return {
+    found: dict[str, Any] = {
         "kernel_size": geometry.kernel_size[-dims:],
         "stride": geometry.stride[-dims:],
         "padding": padding if isinstance(padding, str) else padding[-dims:],
@@ -52,6 +52,9 @@ def attributes(geometry: Geometry, dims: int) -> dict[str, Any]:
         "groups": geometry.groups,
         "padding_mode": geometry.padding_mode,
     }
+    if geometry.transposed:
+        found["output_padding"] = geometry.output_padding[-dims:]
+    return found
 
 
 def _build(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module:

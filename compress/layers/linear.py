@@ -34,14 +34,12 @@ def _unsupported(module: nn.Module) -> str | None:
 
 
 def _images(activation: Tensor) -> Tensor:
-    """``[batch, ..., features]`` to ``[batch, features, positions, 1]``; a lone row is one image."""
+    """``[batch, ..., features]`` to ``[batch, features, positions, 1]``; one row is an image."""
     if activation.dim() == 1:
         activation = activation.unsqueeze(0)
-    return (
-        activation.flatten(1, -2).mT.unsqueeze(3)
-        if activation.dim() > 2
-        else activation[:, :, None, None]
-    )
+    if activation.dim() == 2:
+        return activation[:, :, None, None]
+    return activation.flatten(1, -2).mT.unsqueeze(3)
 
 
 LINEAR = LayerKind(nn.Linear, _geometry, _weight, _build, _unsupported, _images)

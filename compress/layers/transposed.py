@@ -13,13 +13,15 @@ from compress.linalg.geometry import Geometry
 def _geometry(module: nn.Module) -> Geometry:
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d)
     one = isinstance(module, nn.ConvTranspose1d)
+    padding = module.padding
+    assert not isinstance(padding, str)  # torch takes numbers alone here
     return Geometry(
         kind="conv_transpose1d" if one else "conv_transpose2d",
         in_channels=module.in_channels,
         out_channels=module.out_channels,
         kernel_size=pair(module.kernel_size, 1),
         stride=pair(module.stride, 1),
-        padding=pair(tuple(module.padding), 0),
+        padding=pair(padding, 0),
         dilation=pair(module.dilation, 1),
         groups=module.groups,
         output_padding=pair(module.output_padding, 0),
@@ -42,7 +44,6 @@ def _build(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> nn.Module
             geometry.in_channels,
             geometry.out_channels,
             bias=bias is not None,
-            output_padding=geometry.output_padding[-dims:],
             **attributes(geometry, dims),
         )
     flat = weight.transpose(1, 2).flatten(0, 1)

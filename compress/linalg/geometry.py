@@ -118,11 +118,11 @@ def patch_view(x: Tensor, geometry: Geometry) -> Tensor:
         geometry: The layer that reads it.
 
     Returns:
-        A view ``[batch, in_channels, out_h, out_w, k_h, k_w]``; the taps of transposed
-        convolutions are in the order of the layer's own kernel.
+        A view ``[batch, in_channels, out_h, out_w, k_h, k_w]``, taps in the order of the layer's
+        own kernel; a copy for transposed convolutions, whose taps run backwards.
     """
     if geometry.transposed:
-        return _transposed_patch_view(x, geometry)
+        return _stuffed_patch_view(x, geometry).flip(-1, -2)
     (top, bottom), (left, right) = geometry.sides()
     if top or bottom or left or right:
         mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
@@ -142,7 +142,8 @@ def _windows(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
     )
 
 
-def _transposed_patch_view(x: Tensor, geometry: Geometry) -> Tensor:
+def _stuffed_patch_view(x: Tensor, geometry: Geometry) -> Tensor:
+    """View the patches that a transposed convolution reads, taps in reverse."""
     batch, channels, height, width = x.shape
     s_h, s_w = geometry.stride
     stuffed = x.new_zeros(batch, channels, (height - 1) * s_h + 1, (width - 1) * s_w + 1)
@@ -153,7 +154,7 @@ def _transposed_patch_view(x: Tensor, geometry: Geometry) -> Tensor:
         before, after = geometry.sides()[axis]
         pads += [span - before, span - after + geometry.output_padding[axis]]
     padded = F.pad(stuffed, pads)  # a negative pad crops
-    return _windows(padded, geometry.kernel_size, (1, 1), geometry.dilation).flip(-1, -2)
+    return _windows(padded, geometry.kernel_size, (1, 1), geometry.dilation)
 
 
 def patch_rows(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -> Tensor:
@@ -168,7 +169,7 @@ def patch_rows(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -
     Returns:
         ``[groups, rows, in_features]``, rows of an image next to each other.
     """
-    view = patch_view(x, geometry)
+    view = _stuffed_patch_view(x, geometry) if geometry.transposed else patch_view(x, geometry)
     batch, channels, out_h, out_w, k_h, k_w = view.shape
     view = view.permute(0, 2, 3, 1, 4, 5)
     if positions is None:
@@ -176,6 +177,8 @@ def patch_rows(x: Tensor, geometry: Geometry, positions: Tensor | None = None) -
     else:
         image, place = _locate(positions, batch, out_h * out_w)
         rows = view[image, place // out_w, place % out_w]
+    if geometry.transposed:
+        rows = rows.flip(-1, -2)
     grouped = rows.reshape(rows.shape[0], geometry.groups, geometry.in_features)
     return grouped.transpose(0, 1)
 

@@ -35,16 +35,24 @@ def eigenbasis(matrix: Tensor) -> Spectrum:
 def regularise(weighting: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Add ``epsilon`` of the mean eigenvalue to the diagonal; the identity where it is all zero.
 
-    An output weighting ``E[g gᵀ]`` is always singular at the logits and on dead channels.
+    An output weighting ``E[g gᵀ]`` is always singular at the logits and on dead channels. The mean
+    is over all groups: a group that nothing reads must not weigh more than one that is read.
+
+    Args:
+        weighting: ``[groups, n, n]``, the diagonal blocks of one matrix.
+        epsilon: In parts of the mean eigenvalue.
     """
-    features = weighting.shape[-1]
-    eye = torch.eye(features, dtype=weighting.dtype, device=weighting.device)
-    trace = weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    return torch.where(trace > 0, weighting + epsilon * trace / features * eye, eye)
+    eye = torch.eye(weighting.shape[-1], dtype=weighting.dtype, device=weighting.device)
+    mean = weighting.diagonal(dim1=-2, dim2=-1).mean()
+    return torch.where(mean > 0, weighting + epsilon * mean * eye, eye)
 
 
 def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric square root of a positive definite matrix and its inverse."""
+    """Return the symmetric square root of a positive definite matrix and its inverse.
+
+    Args:
+        matrix: ``[groups, n, n]``; eigenvalues below 1e-14 of the largest count as that.
+    """
     spectrum = eigenbasis(matrix)
     floor = spectrum.eigenvalues[:, :1] * 1e-14
     root = spectrum.eigenvalues.clamp_min(floor).sqrt().unsqueeze(1)

@@ -1,0 +1,251 @@
+"""One layer's weight in the metric of its data, and the same reordered for a scheme."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compress.linalg.geometry import Geometry
+from compress.linalg.schemes import split_covariance, split_weight
+from compress.linalg.spectrum import Spectrum, eigenbasis, regularise, square_roots
+
+# Beyond this patch length the alternating fits run in float32: half the memory and time.
+FLOAT32_BEYOND = 1200
+
+
+class Problem:
+    """One layer's weight with the metric of its data.
+
+    Args:
+        geometry: The layer's geometry.
+        weight: ``[groups, out, in, k_h, k_w]``.
+        output_covariance: ``[groups, out, out]``.
+        input_covariance: ``[groups, d, d]`` over patches; None where only ``output`` is wanted.
+        weighting: ``G [groups, out, out]``; None for the plain mean squared error.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        output_covariance: Tensor,
+        input_covariance: Tensor | None = None,
+        weighting: Tensor | None = None,
+    ) -> None:
+        self.geometry = geometry
+        self.weight = weight.double()
+        self.output_covariance = output_covariance
+        self.input_covariance = input_covariance
+        eye = torch.eye(geometry.out_features, dtype=torch.float64, device=weight.device)
+        self.weighting = (
+            eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
+        )
+        self._splits: dict[str, Split] = {}
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """``W [groups, out, d]``."""
+        return self.weight.flatten(2)
+
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """``G^½`` and ``G^-½``."""
+        return square_roots(self.weighting)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Eigenbasis of ``G^½ C_y G^½``, at most ``full_rank`` of it."""
+        root = self.roots[0]
+        geometry = self.geometry
+        if self.input_covariance is None or geometry.in_features >= geometry.out_features:
+            spectrum = eigenbasis(root @ self.output_covariance @ root)
+            rank = geometry.full_rank
+            return Spectrum(spectrum.eigenvalues[:, :rank], spectrum.eigenvectors[:, :, :rank])
+        # The smaller side: singular vectors of G^½ W C^½. A whisper of identity in C keeps the
+        # basis spanning W's whole range where the data do not.
+        covariance = self.input_covariance
+        scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        live = scale > 0
+        whisper = torch.where(live, 1e-12 * scale, torch.ones_like(scale))[:, None, None]
+        eye = torch.eye(geometry.in_features, dtype=torch.float64, device=covariance.device)
+        half = torch.linalg.cholesky(covariance + whisper * eye)
+        left, values, _ = torch.linalg.svd(root @ self.matrix @ half, full_matrices=False)
+        return Spectrum(values**2 * live[:, None], left)
+
+    @cached_property
+    def plain_spectrum(self) -> Tensor:
+        """Eigenvalues ``[groups, full_rank]`` of the outputs' covariance, whatever the metric."""
+        values: Tensor = torch.linalg.eigvalsh(self.output_covariance)
+        return values.flip(-1).clamp_min(0.0)[:, : self.geometry.full_rank]
+
+    def variance(self) -> float:
+        """Mean variance per output element, what relative errors are relative to."""
+        trace = self.output_covariance.diagonal(dim1=-2, dim2=-1).sum()
+        return float(trace) / self.geometry.out_channels
+
+    def errors(self, approximation: Tensor) -> tuple[float, float]:
+        """Return the weighted loss and the mean squared error of ``Ŵ [groups, out, d]``."""
+        if self.input_covariance is None:
+            raise ValueError("the error of a general approximation needs the patches' covariance")
+        delta = self.matrix - approximation
+        gram = delta @ self.input_covariance.to(delta.dtype) @ delta.mT
+        loss = float((self.weighting * gram).sum())
+        plain = float(gram.diagonal(dim1=-2, dim2=-1).sum()) / self.geometry.out_channels
+        return max(loss, 0.0), max(plain, 0.0)
+
+    def split(self, scheme: str) -> Split:
+        """Return the problem reordered for a scheme, cached."""
+        key = "input" if scheme == "two_sided" else scheme
+        if key not in self._splits:
+            self._splits[key] = Split(self, key)
+        return self._splits[key]
+
+    def release(self) -> None:
+        """Drop the cached reorderings, which are as large as the covariance."""
+        self._splits.clear()
+
+
+class Split:
+    """A problem with its patch index split in ``outer`` and ``inner`` (see `schemes`).
+
+    Attributes:
+        dtype: float64, or float32 for long patches.
+        weight: ``W [groups, out, outer, inner]``.
+        covariance: ``C [groups, outer, inner, outer * inner]``.
+        weighting: ``G [groups, out, out]``.
+    """
+
+    def __init__(self, problem: Problem, scheme: str) -> None:
+        if problem.input_covariance is None:
+            raise ValueError(f"the {scheme} scheme needs the patches' covariance")
+        geometry = problem.geometry
+        long = geometry.in_features > FLOAT32_BEYOND
+        self.dtype = torch.float32 if long else torch.float64
+        self.weight = split_weight(problem.weight, scheme).to(self.dtype)
+        self.groups, self.out, self.outer, self.inner = self.weight.shape
+        ordered = split_covariance(problem.input_covariance.to(self.dtype), geometry, scheme)
+        self.covariance = ordered.reshape(self.groups, self.outer, self.inner, -1)
+        self.weighting = problem.weighting.to(self.dtype)
+        self.problem = problem
+
+    @cached_property
+    def inner_covariance(self) -> Tensor:
+        """Mean over the outer taps of the inner part's covariance ``[groups, n, n]``, float64."""
+        blocks = self.covariance.reshape(
+            self.groups, self.outer, self.inner, self.outer, self.inner
+        )
+        mean = blocks.diagonal(dim1=1, dim2=3).mean(-1).double()
+        scale = mean.diagonal(dim1=-2, dim2=-1).mean(-1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None]
+        eye = torch.eye(self.inner, dtype=torch.float64, device=mean.device)
+        # The ridge must outweigh what rounding took from the smallest eigenvalues.
+        return mean + (1e-6 if self.dtype == torch.float32 else 1e-8) * scale * eye
+
+    @cached_property
+    def inner_half(self) -> Tensor:
+        """Cholesky factor ``L`` of `inner_covariance`."""
+        factor: Tensor = torch.linalg.cholesky(self.inner_covariance)
+        return factor
+
+    @cached_property
+    def inner_inverse(self) -> Tensor:
+        """Inverse of `inner_covariance`, the first factor's preconditioner."""
+        inverse: Tensor = torch.cholesky_inverse(self.inner_half)
+        return inverse.to(self.dtype)
+
+    @cached_property
+    def start(self) -> Tensor:
+        """Rows of the first factor in order of weight ``[groups, inner, inner]``: whitened SVD.
+
+        With ``C̄ = L Lᵀ`` the mean covariance of the inner part, the rows are ``Vᵀ L⁻¹`` with ``V``
+        the right singular vectors of ``G^½ W L`` over all outer taps; any root of ``C̄`` gives the
+        same subspaces.
+        """
+        half = self.inner_half
+        weighted = torch.einsum(
+            "gpc,gcon->gpon", self.problem.roots[0], self.weight.double()
+        ).flatten(1, 2)
+        tall = weighted @ half
+        basis = eigenbasis(tall.mT @ tall).eigenvectors
+        rows = torch.linalg.solve_triangular(half, basis.mT, upper=False, left=False)
+        return orthogonal_rows(rows)[0].to(self.dtype)
+
+    @cached_property
+    def components(self) -> Tensor:
+        """Principal components of the inner part in rows ``[groups, inner, inner]``."""
+        return eigenbasis(self.inner_covariance).eigenvectors.mT.to(self.dtype)
+
+    @cached_property
+    def pulled_weight(self) -> Tensor:
+        """``W C [groups, out, outer, inner]``."""
+        flat = self.covariance.flatten(1, 2)
+        return (self.weight.flatten(2) @ flat).reshape(self.weight.shape)
+
+    def project(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``C Mᵀ`` and ``M C Mᵀ`` for ``M = A ⊗ I``, the lifting of the first factor.
+
+        Args:
+            first: ``A [groups, r, inner]``.
+
+        Returns:
+            ``[groups, outer * inner, outer * r]`` and ``[groups, outer * r, outer * r]``.
+        """
+        groups, rank, inner = first.shape
+        wide = self.outer * rank
+        stretched = self.covariance.reshape(groups, -1, inner) @ first.mT
+        projected = stretched.reshape(groups, self.outer, inner, wide)
+        gram = (first.unsqueeze(1) @ projected).reshape(groups, wide, wide)
+        return projected.flatten(1, 2), (gram + gram.mT) / 2
+
+
+def orthogonal_rows(first: Tensor) -> tuple[Tensor, Tensor]:
+    """``A = T Q`` with orthonormal rows Q; returns Q and T, so that ``B A = (B T) Q``.
+
+    ``T`` is lower triangular: the leading rows of Q span what the leading rows of A do.
+    """
+    q, r = torch.linalg.qr(first.mT)
+    return q.mT.contiguous(), r.mT
+
+
+def combine_factors(first: Tensor, last: Tensor) -> Tensor:
+    """``Ŵ [groups, out, outer, inner]`` of ``A [groups, r, n]`` and ``B [groups, out, r, o]``."""
+    groups, out, rank, outer = last.shape
+    flat = last.permute(0, 1, 3, 2).reshape(groups, out * outer, rank) @ first
+    return flat.reshape(groups, out, outer, first.shape[-1])
+
+
+def cholesky_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor a positive semi-definite matrix with a hint of ridge, in proportion to its diagonal.
+
+    Returns:
+        ``s [groups, n, 1]`` and lower triangular ``L [groups, n, n]`` with
+        ``matrix + ridge ≈ S⁻¹ L Lᵀ S⁻¹`` for ``S = diag(s)``.
+
+    Raises:
+        ValueError: The matrix is not finite.
+    """
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    double = matrix.dtype == torch.float64
+    floor = diagonal.amax(-1, keepdim=True) * (1e-15 if double else 1e-8)
+    # An all-zero matrix (dead inputs) becomes the identity.
+    floor = torch.where(floor > 0, floor, torch.ones_like(floor))
+    scale = diagonal.clamp_min(floor).rsqrt().unsqueeze(-1)
+    scaled = matrix * scale * scale.mT
+    ridge = 1e-12 if double else 1e-6
+    while True:
+        damped = scaled.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            return scale, factor
+        if not ridge < 1e3:
+            raise ValueError("a matrix that is not finite cannot be factored")
+        ridge *= 100
+
+
+def solve_psd(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve ``X matrix = right`` for a positive semi-definite matrix, ``right [groups, m, n]``."""
+    scale, factor = cholesky_psd(matrix)
+    return (torch.cholesky_solve(right.mT * scale, factor) * scale).mT
