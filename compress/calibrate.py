@@ -107,7 +107,7 @@ class _Positions:
         if key not in self.tables:
             generator = torch.Generator().manual_seed(self.seed + 7919 * call)
             shape = (self.images, self.per_image)
-            # Stratified: one position in each of per_image equal stretches, so never one twice.
+            # Stratified: one position in each of per_image equal stretches, spread over the image.
             edges = torch.arange(self.per_image, dtype=torch.float64)
             jitter = torch.rand(shape, generator=generator, dtype=torch.float64)
             table = ((edges + jitter) * (positions / self.per_image)).long()
@@ -139,7 +139,9 @@ class _Collector:
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         y = self.kind.images(output)
-        if not math.isfinite(float(y.detach().sum())):
+        # Half precision would overflow in the sum alone.
+        total = y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32))
+        if not math.isfinite(float(total)):
             raise CalibrationError(
                 f"Layer {self.site.name!r} ({self.site.shape}) gave NaN or infinite activations "
                 f"on the images from number {self.start}. The weights or the inputs are broken, "
@@ -249,6 +251,14 @@ def calibrate(
                     run_model(model, inputs)
             start += len(inputs)
     statistics = {c.site.name: c.statistics for c in collectors.values()}
+    for name, found in statistics.items():
+        for role, moments in found.moments().items():
+            if not moments.is_finite():
+                raise CalibrationError(
+                    f"The {role} of layer {name!r} have NaN or infinite moments on the calibration "
+                    "images: the loss has no finite gradient there, or squares overflow. Check the "
+                    "checkpoint and the normalisation (--mean, --std), or use --metric mse."
+                )
     return Calibration(statistics, start, "loss" if weigh else "mse")
 
 

@@ -101,13 +101,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _foldable(model: nn.Module, layer: nn.Module, norm: nn.Module) -> bool:
     channels = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, layer._forward_hooks)
+    hooks = [h for m in (norm, layer) for h in (m._forward_hooks, m._forward_pre_hooks)]
+    # Old-style weight and spectral norms compute the weight in a hook and hold it elsewhere.
     weight = layer._parameters.get("weight")
     tied = sum(weight is p for p in _parameters(model)) > 1
     return (
         isinstance(norm, _NORMS)
         and norm.running_mean is not None
         and norm.num_features == channels
+        and weight is not None
         and not any(hooks)
         and not tied
     )
@@ -123,9 +125,12 @@ def _pairs_of_graph(model: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, 
     modules = dict(model.named_modules(remove_duplicate=False))
     called: dict[nn.Module, int] = {}
     for node in graph.nodes:
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            called[module] = called.get(module, 0) + 1
+        if node.op in ("call_module", "get_attr"):
+            # Reading a parameter past its module counts as another use of it.
+            target = str(node.target)
+            owner = target if node.op == "call_module" else target.rpartition(".")[0]
+            if owner in modules:
+                called[modules[owner]] = called.get(modules[owner], 0) + 1
     pairs = []
     for node in graph.nodes:
         if node.op != "call_module" or type(modules[str(node.target)]) not in _NORMS:

@@ -45,6 +45,9 @@ def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequent
     built.train(like.training)
     for parameter in built.parameters():
         parameter.requires_grad_(reference.requires_grad)
+    old = like._parameters.get("bias")
+    if old is not None:
+        layers[-1].bias.requires_grad_(old.requires_grad)
     return built
 
 

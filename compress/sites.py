@@ -110,12 +110,24 @@ def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run in eval mode; restore every module's training flag, the buffers and the random state."""
     flags = {module: module.training for module in model.modules()}
+    # Norms leave their buffers alone in eval mode, but a forward may do as it likes with its own.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in flags
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     state = torch.get_rng_state()
     model.eval()
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
         for module, flag in flags.items():
             module.training = flag
 
@@ -233,7 +245,7 @@ def find_sites(
     with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):
         run_model(model, example)
     tied = _tied(model)
-    ordered = [m for m in calls] + [m for m in layers if m not in calls]
+    ordered = list(calls) + [m for m in layers if m not in calls]
     return tuple(
         _site(module, names[module], calls.get(module), keep(module) or tied.get(module))
         for module in ordered
@@ -268,10 +280,10 @@ def _site(
         skip = skip or "never called in a forward pass (its parent may read its weight directly)"
     elif module._forward_hooks or module._forward_pre_hooks:
         skip = skip or "it carries forward hooks, which a rewrite would lose"
-    elif geometry.full_rank < 2:
-        skip = skip or "its weight has rank 1 in each group already"
     else:
         skip = skip or kind.unsupported(module)
+        if geometry.full_rank < 2:
+            skip = skip or "its weight has rank 1 in each group already"
     return LayerSite(
         name=names[0],
         aliases=names,
