@@ -88,7 +88,13 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
         grouped.setdefault((site, role), {})[part] = tensor
     for (site, role), parts in grouped.items():
         setattr(statistics.setdefault(site, LayerStatistics()), role, Moments.from_tensors(parts))
-    return Calibration(statistics, int(header["images"]), str(header["metric"]))
+    return Calibration(
+        statistics,
+        int(header["images"]),
+        str(header["metric"]),
+        data_fingerprint=key.data,
+        model_fingerprint=key.model,
+    )
 
 
 def _differences(found: Any, wanted: Any) -> str:
