@@ -28,7 +28,7 @@ from compress.sites import LayerSite, evaluation_mode, forward_hooks, frozen, ru
 # Below this many samples a dimension the covariance is shrunk and the user is warned.
 FEW_SAMPLES = 10
 # Layers this small take every position up to this many rows, whatever their dimension.
-FREE_SAMPLES = 1 << 17
+FREE_SAMPLES = 1 << 16
 # Longer patches than this are not accumulated for schemes that want them: the matrix alone would
 # take more than half a gigabyte.
 LONGEST_PATCH = 8192
