@@ -1,0 +1,7 @@
+"""Sweeps: a grid of thresholds, energies or budgets evaluated on one calibration."""
+
+from compress.sweep.grid import Grid, parse_grid
+from compress.sweep.pick import Pick, parse_pick
+from compress.sweep.run import Swept, sweep, sweep_network
+
+__all__ = ["Grid", "Pick", "Swept", "parse_grid", "parse_pick", "sweep", "sweep_network"]
