@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", metavar="FILE", help="The checkpoint that the plan was made for.")
 @click.option("--trust-code", is_flag=True, help="Import the code that the plan's model names.")
 @configured(
-    "model", "data", "test", "output", "gates", "images", "calibration", "fit", "evaluation",
-    "compute",
+    "model", "data", "test", "output", "schemes", "gates", "images", "calibration", "fit",
+    "evaluation", "compute",
 )  # fmt: skip
 def apply(settings: Settings, terminal: Terminal, plan_file: str, trust_code: bool) -> None:
     """Carry out PLAN: fit, rewrite, verify, save, report. Model and metric are the plan's."""
@@ -35,6 +35,11 @@ def apply(settings: Settings, terminal: Terminal, plan_file: str, trust_code: bo
     plan = read_plan(plan_file)
     _check_trust(plan, settings, trust_code)
     config = settings.config(model=plan.model, metric=plan.metric)
+    lacking = {c.scheme for c in plan.choices if c.rewritten} - set(config.schemes)
+    if lacking:
+        raise PlanError(
+            f"The plan uses the schemes {', '.join(sorted(lacking))}, which --schemes leaves out."
+        )
     run_and_show(config, terminal, plan)
 
 

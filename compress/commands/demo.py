@@ -19,7 +19,7 @@ OUTPUT = "demo-result"
         "compress demo --macs 0.3 --output smaller-digits",
     )
 )
-@configured("output", "rules", "gates", "compute")
+@configured("output", "rules", "schemes", "gates", "compute")
 def demo(settings: Settings, terminal: Terminal) -> None:
     """Compress the embedded network with the embedded images: no download, under a minute.
 

@@ -107,9 +107,11 @@ _RULES = (
        "they are. Repeatable."),
     _o("--scheme", metavar="GLOB=NAME", multiple=True, callback=_pairs, text="Scheme of these "
        f"layers: {', '.join(SCHEMES)} or dense. Repeatable."),
-    _o("--schemes", metavar="A,B", callback=_names, text="The schemes a rule may choose from."),
     _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N."),
     _o("--force-rank", is_flag=True, text="Rewrite at --rank even beyond break-even."),
+)  # fmt: skip
+_SCHEMES = (
+    _o("--schemes", metavar="A,B", callback=_names, text="The schemes a rule may choose from."),
 )  # fmt: skip
 _FIT = (
     _o("--refit/--no-refit", text="Refit each last factor on the compressed network (default on)."),
@@ -140,6 +142,7 @@ GROUPS: dict[str, tuple[Decorator, ...]] = {
     "compute": _COMPUTE,
     "calibration": _CALIBRATION,
     "rules": _RULES,
+    "schemes": _SCHEMES,
     "fit": _FIT,
     "evaluation": _EVALUATION,
     "gates": _GATES,

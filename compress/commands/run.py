@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @click.argument("checkpoint", required=False)
 @configured(
-    "model", "data", "test", "output", "rules", "gates", "images", "calibration", "fit",
+    "model", "data", "test", "output", "rules", "schemes", "gates", "images", "calibration", "fit",
     "evaluation", "compute",
 )  # fmt: skip
 def run(settings: Settings, terminal: Terminal) -> None:

@@ -1,0 +1,5 @@
+"""``python -m compress.commands``: the command line where no console script is installed."""
+
+from compress.commands import main
+
+main()
