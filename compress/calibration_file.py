@@ -74,6 +74,12 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
             f"{path} is no calibration that this version of compress reads; pass another file."
         )
     wanted = {"model": key.model, "data": key.data, "settings": dict(key.settings)}
+    found = header.get("settings")
+    if isinstance(found, dict) and set(key.settings.get("schemes", ())) <= set(
+        found.get("schemes", ())
+    ):
+        # Statistics for more schemes than are wanted hold all that is needed.
+        wanted["settings"] = {**key.settings, "schemes": found["schemes"]}
     for what, value in wanted.items():
         if header.get(what) != value:
             raise CalibrationError(

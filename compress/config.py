@@ -98,6 +98,15 @@ class RunConfig:
         value = getattr(self, self.rule)
         return 1e-3 if value is None else float(value)
 
+    @property
+    def schemes_in_play(self) -> tuple[str, ...]:
+        """The schemes that the rule may come to use: a spectrum's cut is the output scheme's."""
+        asked = {s for s in self.scheme.values() if s != "dense"}
+        if any("," in ranks for ranks in self.rank.values()):
+            asked.add("two_sided")
+        free = {"output"} if self.rule in ("threshold", "energy", "rank") else set(self.schemes)
+        return tuple(s for s in SCHEMES if s in asked | free)
+
     def replace(self, **changes: Any) -> RunConfig:
         """Return a copy with ``changes`` applied and checked."""
         return dataclasses.replace(self, **changes)

@@ -105,7 +105,10 @@ def compress_network(
         network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
     batch_size = batch_size_for(config, inputs.example)
     with clock.stage("calibrate"):
-        calibration = calibrated(network, inputs, config, batch_size, track)
+        schemes = config.schemes_in_play
+        if plan is not None:
+            schemes = tuple(sorted({c.scheme for c in plan.choices if c.rewritten}))
+        calibration = calibrated(network, inputs, config, schemes, batch_size, track)
     with clock.stage("plan"):
         if plan is None:
             plan = make_plan(network.model, network.sites, calibration, config)
@@ -113,7 +116,7 @@ def compress_network(
             plan = check_plan(plan, network.sites)
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
-        replaced = fit_plan(network, plan, calibration, config, track)
+        replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
     final = copy.deepcopy(replaced.model).to(inputs.dtype)
     with clock.stage("verify"):
         assessed = assess(network, plan, replaced, final, inputs, config, batch_size, track)
@@ -123,9 +126,14 @@ def compress_network(
 
 
 def calibrated(
-    network: Network, inputs: Inputs, config: RunConfig, batch_size: int, track: Track
+    network: Network,
+    inputs: Inputs,
+    config: RunConfig,
+    schemes: tuple[str, ...],
+    batch_size: int,
+    track: Track,
 ) -> Calibration:
-    """Statistics of the fit images: from the calibration file where it fits, else measured."""
+    """Statistics of the fit images that some schemes need: from the file that fits, or measured."""
     fit = inputs.split.fit
     key = CalibrationKey(
         inputs.sha256,
@@ -134,7 +142,7 @@ def calibrated(
             "metric": config.metric,
             "seed": config.seed,
             "samples_per_dimension": config.samples_per_dimension,
-            "schemes": sorted(config.schemes),
+            "schemes": sorted(schemes),
             "loss_fn": config.loss_fn,
         },
     )
@@ -147,7 +155,7 @@ def calibrated(
         network.sites,
         track(loaded, "calibrate", len(loaded)),
         len(fit),
-        schemes=config.schemes,
+        schemes=schemes,
         weigh=config.metric == "loss",
         loss=loss_function(config),
         samples_per_dimension=config.samples_per_dimension,
@@ -181,7 +189,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     inputs = load_network(config)
     network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
     batch_size = batch_size_for(config, inputs.example)
-    calibration = calibrated(network, inputs, config, batch_size, track)
+    calibration = calibrated(network, inputs, config, config.schemes_in_play, batch_size, track)
     plan = make_plan(network.model, network.sites, calibration, config)
     warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
     return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from compress.calibrate import Calibration, absorbed_bias, layer_problem
+from compress.calibrate import Calibration, LayerStatistics, absorbed_bias, layer_problem
 from compress.config import RunConfig
-from compress.linalg.fit import fit
+from compress.data import Split, batches
+from compress.layers import kind_of
+from compress.linalg.fit import Fit, Problem, fit
 from compress.network import Network
 from compress.plan import Plan
 from compress.progress import Track
-from compress.rewrite import Chain, rewrite
+from compress.refit import Factors, refit
+from compress.rewrite import rewrite
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,24 @@ def fit_plan(
     plan: Plan,
     calibration: Calibration,
     config: RunConfig,
+    split: Split,
+    batch_size: int,
     track: Track,
 ) -> Replaced:
-    """Fit every chosen scheme in the data's metric and rewrite the model."""
+    """Fit every chosen scheme in the data's metric, rewrite the model, refit it in order.
+
+    Args:
+        network: The dense baseline.
+        plan: What to do with each layer.
+        calibration: The layers' statistics.
+        config: Whether to refit, and the seed.
+        split: Images that the refit is fitted to and judged on.
+        batch_size: Images a batch.
+        track: Progress.
+    """
     sites = {site.name: site for site in network.sites}
     modules = dict(network.model.named_modules(remove_duplicate=False))
-    chains: dict[str, Chain] = {}
+    factors: dict[str, Factors] = {}
     predicted: dict[str, PredictedError] = {}
     measured = [c for c in plan.choices if c.name in calibration.statistics]
     for choice in track(measured, "fit", len(measured)):
@@ -73,19 +89,58 @@ def fit_plan(
         loss = mse = 0.0
         if choice.rewritten:
             found = fit(problem, choice.scheme, choice.ranks)
-            loss, mse = 0.5 * site.positions * found.loss, found.mse
+            loss, mse = seen_errors(module, statistics, problem, found)
             bias = absorbed_bias(module, statistics, found)
-            chains[choice.name] = Chain(found.scheme, found.ranks, found.weights, bias)
+            factors[choice.name] = Factors(found, bias, problem.weighting)
         variance = problem.variance()
         moments = statistics.inputs or statistics.outputs
         assert moments is not None
         predicted[choice.name] = PredictedError(
-            loss=loss,
+            loss=0.5 * site.positions * loss,
             mse=mse,
             relative_mse=mse / variance if variance > 1e-20 else None,
             eigenvalues=tuple(problem.plain_spectrum.flatten().sort(descending=True)[0].tolist()),
             samples=statistics.samples,
             samples_per_dimension=statistics.samples / moments.mean.shape[1],
         )
-    fitted = rewrite(network.model, sites, chains)
-    return Replaced(fitted, fitted, predicted)
+    fitted = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+    if not (config.refit and factors and network.graph is not None and len(split.validation)):
+        return Replaced(fitted, fitted, predicted)
+    device = network.example.device
+    new, _ = refit(
+        network.model,
+        network.graph,
+        sites,
+        factors,
+        (images.to(device) for images, _ in batches(split.fit, batch_size, config.workers)),
+        (images.to(device) for images, _ in batches(split.validation, batch_size, config.workers)),
+        seed=config.seed,
+        track=track,
+    )
+    changed = tuple(name for name in factors if new[name] is not factors[name])
+    model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
+    return Replaced(model, fitted, predicted, changed)
+
+
+def seen_errors(
+    module: nn.Module, statistics: LayerStatistics, problem: Problem, found: Fit
+) -> tuple[float, float]:
+    """Weighted loss and mean squared error of a fit on the rows seen.
+
+    Where few rows were seen the fit was made with a shrunk covariance, but what it does to those
+    rows is a matter of the covariance as it was.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    if statistics.inputs is not None:
+        delta = kind.weight(module).double().flatten(2) - found.matrix
+        gram = delta @ statistics.inputs.covariance @ delta.mT
+    else:
+        assert statistics.outputs is not None
+        assert found.projection is not None
+        eye = torch.eye(found.projection.shape[-1], dtype=torch.float64, device=found.matrix.device)
+        rest = eye - found.projection
+        gram = rest @ statistics.outputs.covariance @ rest.mT
+    loss = float((problem.weighting * gram).sum())
+    mse = float(gram.diagonal(dim1=-2, dim2=-1).sum()) / problem.geometry.out_channels
+    return max(loss, 0.0), max(mse, 0.0)

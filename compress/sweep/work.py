@@ -94,7 +94,8 @@ class SweepWork:
             config = config.replace(calibration=str(self.store.calibration_file))
         known = bool(config.calibration) and Path(config.calibration).exists()
         start = time.perf_counter()
-        found = calibrated(self.network, self.inputs, config, self.batch_size, self.track)
+        schemes = self.grid.at(config, self.grid.values[0]).schemes_in_play
+        found = calibrated(self.network, self.inputs, config, schemes, self.batch_size, self.track)
         if not known:
             self.calibration_seconds = time.perf_counter() - start
         return found
@@ -166,7 +167,15 @@ class SweepWork:
             if (other.schemes, other.ranks) == (schemes, ranks):
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
         config = self.grid.at(self.config, value)
-        replaced = fit_plan(self.network, plan, self.calibration, config, self.track)
+        replaced = fit_plan(
+            self.network,
+            plan,
+            self.calibration,
+            config,
+            self.inputs.split,
+            self.batch_size,
+            self.track,
+        )
         model = replaced.model.to(self.inputs.dtype)
         cost = model_cost(model, self.network.example.to(next(model.parameters())))
         measured = {name: judge(model) for name, judge in self.judges.items()}

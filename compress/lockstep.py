@@ -1,0 +1,196 @@
+"""Running the dense and the compressed network side by side, one node of the graph at a time.
+
+All batches stand at the same node, so that a layer can be fitted to what the compressed network
+really feeds it and the pass goes on from there: refitting every layer costs one pass in all. What
+is still needed of each batch is kept in memory up to a cap, then on disk.
+"""
+
+from __future__ import annotations
+
+import operator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# In-place functions: their first argument must not be shared between the two networks.
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+@dataclass
+class Pair:
+    """One value in the dense and in the compressed network; one object while they agree."""
+
+    dense: Any
+    compressed: Any
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing before this value was replaced."""
+        return self.dense is self.compressed
+
+
+Environment = dict[str, Pair]
+
+
+class Frontier:
+    """What each batch still needs, in memory up to ``cap`` bytes, the rest in a folder."""
+
+    def __init__(self, cap: int, folder: Path) -> None:
+        self.cap, self.folder = cap, folder
+        self.kept: dict[int, Environment] = {}
+        self.spilled: set[int] = set()
+        self.used = 0
+        self.sizes: dict[int, int] = {}
+
+    def put(self, batch: int, environment: Environment) -> None:
+        """Keep a batch's values."""
+        size = sum(
+            _bytes(p.dense) + (0 if p.same else _bytes(p.compressed)) for p in environment.values()
+        )
+        if self.used + size > self.cap:
+            flat = {
+                name: (p.dense, None if p.same else p.compressed) for name, p in environment.items()
+            }
+            torch.save(flat, self.folder / f"{batch}.pt")
+            self.spilled.add(batch)
+            return
+        self.kept[batch] = environment
+        self.sizes[batch] = size
+        self.used += size
+
+    def take(self, batch: int) -> Environment:
+        """Take a batch's values out."""
+        if batch in self.spilled:
+            self.spilled.discard(batch)
+            path = self.folder / f"{batch}.pt"
+            flat = torch.load(path, weights_only=True)
+            path.unlink()
+            return {n: Pair(d, d if c is None else c) for n, (d, c) in flat.items()}
+        self.used -= self.sizes.pop(batch)
+        return self.kept.pop(batch)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, tuple | list):
+        return sum(_bytes(v) for v in value)
+    return 0
+
+
+class Lockstep:
+    """The two networks over one graph.
+
+    Args:
+        model: The dense network.
+        graph: Its graph.
+        chains: Replacements by the qualified name that the graph calls them by; may change
+            between segments.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, chains: dict[str, nn.Module]) -> None:
+        self.model, self.chains = model, chains
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.nodes = list(graph.nodes)
+        self.last_use: dict[fx.Node, list[str]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    self.last_use.setdefault(node, []).append(source.name)
+
+    def run(self, environment: Environment, nodes: Iterable[fx.Node]) -> None:
+        """Advance a batch through some nodes, dropping values after their last use."""
+        for node in nodes:
+            environment[node.name] = self.execute(node, environment)
+            for name in self.last_use.get(node, ()):
+                environment.pop(name, None)
+
+    def execute(self, node: fx.Node, environment: Environment) -> Pair:
+        """Compute one node in both networks, once where they agree."""
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.model)
+            return Pair(value, value)
+        if node.op == "output":
+            return Pair(None, None)
+        same = all(environment[n.name].same for n in node.all_input_nodes)
+        replaced = node.op == "call_module" and str(node.target) in self.chains
+        divert = not same or replaced
+        dense = self._call(node, environment, "dense", self.modules, fresh=divert)
+        if not divert:
+            return Pair(dense, dense)
+        modules = {**self.modules, **self.chains} if replaced else self.modules
+        return Pair(dense, self._call(node, environment, "compressed", modules, fresh=True))
+
+    def _call(
+        self,
+        node: fx.Node,
+        environment: Environment,
+        side: str,
+        modules: dict[str, nn.Module],
+        fresh: bool,
+    ) -> Any:
+        def value(source: fx.Node) -> Any:
+            pair = environment[source.name]
+            found = getattr(pair, side)
+            shared = pair.same and fresh and isinstance(found, Tensor)
+            return found.clone() if shared and _changes_input(node, modules) else found
+
+        args = fx.node.map_arg(node.args, value)
+        kwargs = fx.node.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            return modules[str(node.target)](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        function: Callable[..., Any] = node.target  # type: ignore[assignment]  # not a str here
+        return function(*args, **kwargs)
+
+
+def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
+
+
+@contextmanager
+def spill_folder() -> Iterator[Path]:
+    """A temporary folder for what memory does not hold."""
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+        yield Path(folder)
+
+
+def residual_partner(
+    node: fx.Node, done: set[fx.Node], modules: dict[str, nn.Module]
+) -> fx.Node | None:
+    """Return what is added to a layer's output, where that is computed already.
+
+    ``y + shortcut``: fitting ``y`` to the dense sum less the compressed shortcut mends what the
+    shortcut carries past the layer. Only an addition that alone reads the output counts; dropout
+    and identities between are looked through.
+    """
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        added = user.op == "call_function" and user.target in (
+            operator.add, operator.iadd, torch.add,
+        )  # fmt: skip
+        added = added or (user.op == "call_method" and user.target in ("add", "add_"))
+        if added:
+            others = [a for a in user.args[:2] if isinstance(a, fx.Node) and a is not current]
+            plain = not user.kwargs and len(user.args) == 2
+            return others[0] if plain and len(others) == 1 and others[0] in done else None
+        if user.op != "call_module" or not isinstance(
+            modules[str(user.target)], nn.Identity | nn.Dropout
+        ):
+            return None
+        current = user
+    return None
