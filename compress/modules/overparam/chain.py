@@ -121,7 +121,7 @@ def _intervals(name: str, depth: int, given: int | Sequence[int]) -> tuple[int, 
             f"{name}: the residual intervals {unreached} are longer than its depth {depth} and "
             "never reached; they add no branch.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     return tuple(sorted({depth if n == -1 else n for n in asked if n <= depth}))
 

@@ -20,8 +20,8 @@ class OverparamLayer(nn.Module):
     layer's at any time, differentiable with respect to every sublayer.
 
     The collapsed weight is kept while no gradient is asked for, and made anew when any sublayer's
-    tensor was replaced, moved or written in place. Writes through ``tensor.data`` cannot be seen:
-    write under ``torch.no_grad()`` instead.
+    tensor was replaced, moved or written in place. Writes through ``tensor.data``, or
+    through another tensor over its storage, cannot be seen: write under ``torch.no_grad()``.
     """
 
     chain: Chain
