@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress import __version__
 from compress.checkpoint import ARTEFACT_KEY
-from compress.errors import ArtefactError
+from compress.errors import ArtefactError, ModelError
 from compress.files import write_atomically
 from compress.graph import replace_module
 from compress.layers import kind_of
@@ -188,6 +188,10 @@ def _parse(text: str, file: Path) -> Manifest:
         raw["unpacked"] = tuple(raw["unpacked"])
         manifest = Manifest(**raw)
         dtype = getattr(torch, manifest.dtype, None)
+        numbers = [n for r in manifest.replacements for n in r.ranks]
+        plain = (manifest.tied, manifest.settings, manifest.calibration, manifest.verified)
+        if any(type(n) is not int for n in numbers) or any(type(d) is not dict for d in plain):
+            raise ArtefactError(damaged)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtefactError(damaged) from error
     if not isinstance(dtype, torch.dtype):
@@ -237,7 +241,14 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
         raise ArtefactError(f"{file} is truncated or damaged ({error}).") from error
     try:
         model = restructure(model.float().eval(), manifest)
-    except (AttributeError, ValueError, KeyError, StopIteration, RuntimeError) as error:
+    except (
+        AttributeError,
+        ValueError,
+        KeyError,
+        StopIteration,
+        RuntimeError,
+        ModelError,
+    ) as error:
         raise ArtefactError(
             f"{file} does not fit the architecture it was given ({error}); pass the one that was "
             "compressed, with the same arguments."
