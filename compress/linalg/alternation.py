@@ -76,13 +76,13 @@ class Alternation:
         s = self.split
         groups, rank, inner = self.first.shape
         weighted = torch.einsum("gcd,gdro->gcro", s.weighting, self.last)
-        taps = torch.einsum("gcro,gcqp->gropq", self.last, weighted)
+        taps = torch.einsum("gcro,gcqp->grpoq", self.last, weighted)
         taps = taps.reshape(groups, rank, s.outer * s.outer * rank)
         mean_tap = torch.einsum("gcro,gcqo->grq", self.last, weighted)
         flat = s.covariance.reshape(groups, s.outer, inner, s.outer * inner)
 
         def operator(a: Tensor) -> Tensor:
-            # a C for every pair of taps (o, p), then K over (o, p, rank): [g, r, inner]
+            # a C for every pair of taps (p, o), then K over (p, o, rank): [g, r, inner]
             moved = (a.unsqueeze(1) @ flat).reshape(groups, s.outer, rank, s.outer, inner)
             moved = moved.transpose(2, 3).reshape(groups, s.outer * s.outer * rank, inner)
             return taps @ moved
