@@ -39,8 +39,8 @@ def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequent
     layers = []
     parts = stages(geometry, chain.scheme, chain.ranks)
     for index, (stage, weight) in enumerate(zip(parts, chain.weights, strict=True)):
-        bias = chain.bias.to(reference) if index == len(parts) - 1 else None
-        layers.append(kind_for(stage).build(stage, weight.to(reference), bias))
+        bias = chain.bias.to(reference, copy=True) if index == len(parts) - 1 else None
+        layers.append(kind_for(stage).build(stage, weight.to(reference, copy=True), bias))
     built = nn.Sequential(*layers)
     built.train(like.training)
     for parameter in built.parameters():

@@ -1,0 +1,269 @@
+"""Which layers are found, how often they run, and why some are kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import ModelError
+from compress.sites import (
+    Call,
+    LayerSite,
+    evaluation_mode,
+    find_sites,
+    forward_hooks,
+    frozen,
+    main_output,
+    module_names,
+    run_model,
+)
+
+
+class Network(nn.Module):
+    """Layers that are shared, tied, subclassed, never called, hooked, or in odd places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)  # called last, declared first
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
+        self.alias = self.block[0]
+        self.special = Special(4, 8, 1)
+        self.unused = nn.Linear(5, 4)
+        self.read = nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.read.weight
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.special(self.alias(self.block(self.stem(x)))).mean((2, 3))
+        x = self.read(x) + self.tied(x)
+        return self.head(self.dropout(x))
+
+
+class Special(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def found(model: nn.Module, x: Tensor) -> dict[str, LayerSite]:
+    return {site.name: site for site in find_sites(model, x)}
+
+
+def test_layers_in_order_of_execution_with_reasons() -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    sites = find_sites(model, x)
+    assert [site.name for site in sites] == [
+        "stem", "block.0", "special", "read", "tied", "head", "unused"
+    ]  # fmt: skip
+    skips = {site.name: site.skip for site in sites}
+    assert skips["stem"] is skips["block.0"] is skips["head"] is None
+    for name, words in {
+        "special": ("subclass of Conv2d", "Special"),
+        "read": ("tied to tied",),
+        "tied": ("tied to read",),
+        "unused": ("never called",),
+    }.items():
+        reason = skips[name]
+        assert reason is not None
+        assert all(word in reason for word in words)
+
+
+def test_a_shared_module_is_one_site_with_every_call() -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    site = found(model, x)["block.0"]
+    assert site.aliases == ("block.0", "alias")
+    assert site.calls == (Call((5, 5), Fraction(1)),) * 2
+    assert site.positions == 50
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.alias(model.block[0](torch.randn(1, 4, 5, 5)))
+    assert site.macs * 2 == counter.get_total_flops()
+    assert site.params == 4 * 4 * 9 + 4
+
+
+def test_macs_of_all_called_layers_are_torchs() -> None:
+    model, x = Network(), torch.randn(1, 3, 11, 8)
+    model.special = nn.Conv2d(4, 8, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    assert sum(site.macs for site in find_sites(model, x)) * 2 == counter.get_total_flops()
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    model.block.eval()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    flags = [module.training for module in model.modules()]
+    find_sites(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == flags
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_layers_with_hooks_are_kept(kind: str) -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    calls = []
+    if kind == "forward":
+        model.stem.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        model.stem.register_forward_pre_hook(lambda *_: calls.append(1))
+    reason = found(model, x)["stem"].skip
+    assert calls
+    assert reason is not None
+    assert "hooks" in reason
+    assert len(model.stem._forward_hooks) + len(model.stem._forward_pre_hooks) == 1
+
+
+def test_weights_behind_a_parametrisation_are_kept() -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    torch.nn.utils.parametrizations.weight_norm(model.stem)
+    reason = found(model, x)["stem"].skip
+    assert reason is not None
+    assert "subclass of Conv2d" in reason
+
+
+def test_the_callers_reasons_come_first() -> None:
+    model, x = Network(), torch.randn(1, 3, 9, 9)
+    sites = find_sites(model, x, keep=lambda module: "mine" if module is model.stem else None)
+    assert sites[0].skip == "mine"
+    assert sites[0].schemes == ()
+    assert sites[1].schemes == ("output", "input", "two_sided", "spatial")
+
+
+def test_the_model_may_itself_be_the_layer() -> None:
+    (site,) = find_sites(nn.Linear(4, 3, bias=False), torch.randn(1, 7, 4))
+    assert site.name == ""
+    assert site.kind == "Linear"
+    assert not site.biased
+    assert site.calls == (Call((7, 1), Fraction(1)),)
+    assert site.macs == 7 * 12
+    assert site.params == 12
+    assert site.schemes == ("output",)
+
+
+def test_a_layer_on_windows_folded_into_the_batch() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.reshape(-1, 4, 6)).sum()
+
+    (site,) = find_sites(Windows(), torch.randn(1, 12, 6))
+    assert site.calls == (Call((4, 1), Fraction(3)),)
+    assert site.positions == 12
+    assert site.macs == 12 * 30
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "shape"),
+    [
+        (nn.Conv2d(4, 6, (1, 3), stride=(1, 2)), torch.zeros(1, 4, 5, 5), "4→6 1x3 s1x2"),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2), torch.zeros(1, 4, 5, 5), "4→6 3x3 s2 g2"),
+        (nn.Conv1d(4, 6, 3, stride=2), torch.zeros(1, 4, 5), "4→6 1x3 s2"),
+        (nn.Linear(4, 6), torch.zeros(1, 4), "4→6"),
+    ],
+)
+def test_shapes_in_short(layer: nn.Module, x: Tensor, shape: str) -> None:
+    assert find_sites(layer, x)[0].shape == shape
+
+
+def test_all_names_of_every_module() -> None:
+    model = Network()
+    names = module_names(model)
+    assert names[model] == ("",)
+    assert names[model.alias] == ("block.0", "alias")
+    assert set(names) == set(model.modules())
+
+
+def test_buffers_flags_and_random_state_come_back_even_after_an_error() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("nothing", None)
+            self.register_buffer("last", torch.zeros(2))
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = torch.rand(2)
+            return F.batch_norm(self.layer(x), None, None, training=True)
+
+    model = Counting()
+    model.layer.eval()
+    calls, state = model.calls, torch.get_rng_state()
+
+    def failing() -> None:
+        with evaluation_mode(model):
+            assert not model.training
+            model(torch.randn(4, 3))
+            assert float(model.calls) == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.calls is calls
+    assert float(calls) == 0
+    assert not model.last.any()
+    assert model.training
+    assert not model.layer.training
+
+
+def test_hooks_and_gradients_come_back_after_an_error() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].bias.requires_grad_(False)
+
+    def failing() -> None:
+        with frozen(model), forward_hooks({model[0]: lambda *_: None}):
+            assert model[0]._forward_hooks
+            assert not any(p.requires_grad for p in model.parameters())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: (t, 1),
+        lambda t: [None, t],
+        lambda t: {"aux": t + 1, "logits": t},
+        lambda t: {"aux": t + 1, "out": t},
+        lambda t: {"only": t},
+        lambda t: SimpleNamespace(logits=t),
+    ],
+)
+def test_the_main_output(wrap: Callable[[Tensor], Any]) -> None:
+    t = torch.randn(2, 3)
+    assert main_output(wrap(t)) is t
+
+
+def test_outputs_without_a_tensor() -> None:
+    with pytest.raises(ModelError, match="returned dict"):
+        main_output({"names": ["a"]})
+
+
+def test_a_forward_that_fails_says_what_it_was_given() -> None:
+    with pytest.raises(ModelError, match=r"\(1, 4, 8, 8\).*channels") as caught:
+        run_model(nn.Conv2d(3, 4, 3), torch.zeros(1, 4, 8, 8))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError):
+        find_sites(Network(), torch.zeros(1, 2, 8, 8))
