@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from compress.assess import metric_function
 from compress.config import RunConfig
 from compress.data import Batches, ImageSet, batches
-from compress.errors import ModelError
 from compress.progress import Track
 from compress.result import EndMetric
-from compress.verify import MetricFunction, all_logits, compare
+from compress.verify import all_logits, compare
 
 # Sets whose decoded images take more than this are decoded again for every point.
 HELD_BYTES = 1 << 30
@@ -120,16 +120,3 @@ class Judge:
 def brief(metric: EndMetric) -> EndMetric:
     """Leave out the lists of images that flipped, of which a point's report shows the counts."""
     return replace(metric, to_wrong=(), to_right=())
-
-
-def metric_function(config: RunConfig) -> MetricFunction | None:
-    """The user's own measure, or None for accuracy.
-
-    Raises:
-        ModelError: It names no function.
-    """
-    if not config.metric_fn:
-        return None
-    from compress.models import import_function  # only where it is asked for
-
-    return import_function(config.metric_fn, ModelError)

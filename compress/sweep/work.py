@@ -13,21 +13,20 @@ from pathlib import Path
 import torch
 
 from compress import __version__
-from compress.calibrate import Calibration, layer_problem
-from compress.choose import Overrides, make_plan, options, plan_within
+from compress.calibrate import Calibration
+from compress.choose import Budgets, make_plan
 from compress.config import RunConfig
 from compress.cost import model_cost
+from compress.data import Split
 from compress.errors import DataError
 from compress.inputs import Inputs, batch_size_for
-from compress.linalg.fit import Problem
 from compress.network import Network, prepare
 from compress.pipeline import calibrated
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
 from compress.result import Cost, EndMetric, SweepPoint, SweepResult, Versions
-from compress.sites import LayerSite
-from compress.sweep.evaluate import Judge
+from compress.sweep.evaluate import Judge, hold
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick
 from compress.sweep.store import PointStore
@@ -111,21 +110,12 @@ class SweepWork:
                 network.model, network.sites, calibration, grid.at(config, v)
             )
         # The candidates do not depend on the budget, and they are what costs time.
-        modules = dict(network.model.named_modules(remove_duplicate=False))
-
-        def problem(site: LayerSite) -> Problem:
-            return layer_problem(site, modules[site.name], calibration.statistics[site.name])
-
-        sites = network.sites
-        overrides = Overrides(config, sites)
-        found = options(sites, overrides, config, problem, grid.rule)
-        cost = {site.name: float(getattr(site, grid.rule)) for site in sites}
-        total = sum(cost.values())
-        fixed = sum(c for name, c in cost.items() if name not in found)
+        budgets = Budgets(
+            network.model, network.sites, calibration, grid.at(config, grid.values[0])
+        )
 
         def plan(value: float) -> Plan:
-            choices = plan_within(sites, overrides, found, grid.rule, value, total, fixed)
-            return Plan(grid.rule, value, config.metric, tuple(choices))
+            return Plan(grid.rule, value, config.metric, tuple(budgets.spend(value)))
 
         return plan
 
@@ -192,6 +182,15 @@ class SweepWork:
             test=measured.get("test"),
             seconds=time.perf_counter() - start,
         )
+
+    @cached_property
+    def split(self) -> Split:
+        """The images of the refit, held where memory allows it: every point reads them again."""
+        split, workers = self.inputs.split, self.config.workers
+        if not self.config.refit:
+            return split
+        fit = hold(split.fit, self.batch_size, workers)
+        return Split(fit, self.judges["validation"].images, split.record)
 
     @cached_property
     def folded(self) -> Cost:
