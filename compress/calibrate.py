@@ -240,9 +240,8 @@ def calibrate(
                 collector.begin(start, len(inputs))
             inputs = inputs.to(device)
             if weigh:
-                # A copy that requires grad, so that gradients reach the first layer's output and
-                # models that change their input in place still run.
-                output = run_model(model, inputs.clone().requires_grad_() * 1)
+                # An input that requires grad, so that gradients reach the first layer's output.
+                output = run_model(model, inputs.detach().requires_grad_())
                 numbers = uniforms[start : start + len(inputs)]
                 value = loss(output, labels) if loss else sampled_loss(_logits(output), numbers)
                 torch.autograd.backward(value, inputs=None)

@@ -172,7 +172,7 @@ def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
         ModelError: The forward fails, or its result holds no tensor.
     """
     try:
-        result = model(inputs)
+        result = model(inputs.clone())  # a model may change its input in place
     except (
         RuntimeError,
         ValueError,
