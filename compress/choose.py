@@ -139,8 +139,6 @@ def make_plan(
     sites: tuple[LayerSite, ...],
     calibration: Calibration,
     config: RunConfig,
-    *,
-    costs: Callable[[LayerSite, list[Candidate]], list[Candidate]] | None = None,
 ) -> Plan:
     """Choose for every layer by the configuration's rule.
 
@@ -149,23 +147,25 @@ def make_plan(
         sites: Its layers.
         calibration: Their statistics.
         config: Rule, overrides, schemes.
-        costs: Adds measured seconds to a layer's candidates, for a latency budget.
 
     Raises:
         BudgetError: The budget cannot be reached; the smallest reachable fraction is named.
         ConfigError: Overrides that fit no layer.
     """
-    overrides = Overrides(config, sites)
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def problem(site: LayerSite) -> Problem:
-        return layer_problem(site, modules[site.name], calibration.statistics[site.name])
-
     if config.rule in ("threshold", "energy", "rank"):
+        overrides, problem = Overrides(config, sites), problems(model, calibration)
         choices = [_by_spectrum(site, overrides, config, problem) for site in sites]
+    elif config.rule in _MEASURES:
+        choices = Budgets(model, sites, calibration, config).spend(config.rule_value or 0.0)
     else:
-        choices = _by_budget(sites, overrides, config, problem, costs)
+        raise ConfigError(f"the {config.rule} rule needs the validation images, not a plan alone")
     return Plan(config.rule, config.rule_value, config.metric, tuple(choices))
+
+
+def problems(model: nn.Module, calibration: Calibration) -> Callable[[LayerSite], Problem]:
+    """Return what makes a layer's problem from its statistics."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return lambda site: layer_problem(site, modules[site.name], calibration.statistics[site.name])
 
 
 def kept(site: LayerSite, reason: str) -> Choice:
@@ -304,7 +304,6 @@ def _grid(
 _MEASURES: dict[str, tuple[Callable[[SchemeCost], int], Callable[[Candidate], float]]] = {
     "macs": (lambda c: c.macs, lambda c: c.macs),
     "params": (lambda c: c.params, lambda c: c.params),
-    "latency": (lambda c: c.macs, lambda c: c.seconds or 0.0),
 }
 
 
@@ -346,7 +345,7 @@ def plan_within(
         sites: All layers.
         overrides: What the user fixed.
         found: The candidates by layer name.
-        rule: ``"macs"``, ``"params"`` or ``"latency"``.
+        rule: ``"macs"`` or ``"params"``.
         fraction: The budget, of ``dense_total``.
         dense_total: Cost of the whole dense network.
         fixed_total: What the layers without candidates cost, and all else.
@@ -379,22 +378,42 @@ def plan_within(
     return choices
 
 
-def _by_budget(
-    sites: tuple[LayerSite, ...],
-    overrides: Overrides,
-    config: RunConfig,
-    problem: Callable[[LayerSite], Problem],
-    costs: Callable[[LayerSite, list[Candidate]], list[Candidate]] | None,
-) -> list[Choice]:
-    rule = config.rule
-    found = options(sites, overrides, config, problem, rule)
-    if costs is not None:
-        found = {s.name: costs(s, found[s.name]) for s in sites if s.name in found}
-    value = _MEASURES[rule][1]
-    dense = [Candidate(DENSE, (), 0.0, s.macs, s.params) for s in sites]
-    total = sum(value(c) for c in dense)
-    fixed = sum(value(c) for c, s in zip(dense, sites, strict=True) if s.name not in found)
-    return plan_within(sites, overrides, found, rule, config.rule_value or 0.0, total, fixed)
+class Budgets:
+    """All budgets of one rule over one set of candidates, which do not depend on the budget.
+
+    Args:
+        model: The network, norms folded.
+        sites: Its layers.
+        calibration: Their statistics.
+        config: Rule (``macs`` where it is no budget), overrides, schemes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: tuple[LayerSite, ...],
+        calibration: Calibration,
+        config: RunConfig,
+    ) -> None:
+        overrides, problem = Overrides(config, sites), problems(model, calibration)
+        self.sites, self.overrides = sites, overrides
+        self.rule = config.rule if config.rule in _MEASURES else "macs"
+        self.found = options(sites, overrides, config, problem, self.rule)
+        dense = {site.name: float(getattr(site, self.rule)) for site in sites}
+        self.total = sum(dense.values())
+        self.fixed = sum(cost for name, cost in dense.items() if name not in self.found)
+
+    def spend(self, fraction: float) -> list[Choice]:
+        """Choose within a fraction of the dense cost; see `plan_within`."""
+        return plan_within(
+            self.sites, self.overrides, self.found, self.rule, fraction, self.total, self.fixed
+        )
+
+    def smallest(self) -> float:
+        """The smallest fraction that can be reached."""
+        cost = _MEASURES[self.rule][1]
+        least = sum(min(cost(c) for c in found) for found in self.found.values())
+        return (least + self.fixed) / max(self.total, 1.0)
 
 
 def check_plan(plan: Plan, sites: tuple[LayerSite, ...]) -> Plan:

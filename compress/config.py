@@ -17,7 +17,7 @@ from compress.errors import ConfigError, near_matches
 
 SCHEMES = ("output", "input", "two_sided", "spatial")
 METRICS = ("loss", "mse")
-RULES = ("threshold", "energy", "macs", "params", "latency", "target_drop")
+RULES = ("threshold", "energy", "macs", "params", "target_drop")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class RunConfig:
     energy: float | None = None
     macs: float | None = None
     params: float | None = None
-    latency: float | None = None
     target_drop: float | None = None
 
     # What the rule may choose from.
@@ -127,7 +126,7 @@ def _check(config: RunConfig) -> None:
     given = [r for r in RULES if getattr(config, r) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(given)} contradict each other: give one rank rule")
-    for name in ("energy", "macs", "params", "latency"):
+    for name in ("energy", "macs", "params"):
         value = getattr(config, name)
         if value is not None and not 0 < value <= 1:
             problems.append(f"{name} = {value} is outside (0, 1]")

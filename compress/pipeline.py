@@ -21,19 +21,21 @@ from compress.artefact import MODEL_FILE, Manifest, Replacement, load, save, ver
 from compress.assess import Assessment, assess
 from compress.calibrate import Calibration, calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
-from compress.choose import check_plan, make_plan
+from compress.choose import Budgets, check_plan, make_plan
 from compress.config import RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
 from compress.errors import ArtefactError, ConfigError, GateError, ModelError, PlanError
 from compress.files import atomic_folder, check_output, write_atomically
 from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
 from compress.network import Network, prepare
-from compress.plan import Plan
+from compress.plan import Choice, Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
 from compress.report import build_report, gate_sentence, write_report
 from compress.result import Result, Versions
+from compress.search import cheapest_within_drop
 from compress.sites import evaluation_mode, run_model
+from compress.verify import all_logits, compare, require_labels
 
 
 @dataclass
@@ -110,10 +112,12 @@ def compress_network(
             schemes = tuple(sorted({c.scheme for c in plan.choices if c.rewritten}))
         calibration = calibrated(network, inputs, config, schemes, batch_size, track)
     with clock.stage("plan"):
-        if plan is None:
-            plan = make_plan(network.model, network.sites, calibration, config)
-        else:
+        if plan is not None:
             plan = check_plan(plan, network.sites)
+        elif config.rule == "target_drop":
+            plan = searched_plan(network, inputs, calibration, config, batch_size, track)
+        else:
+            plan = make_plan(network.model, network.sites, calibration, config)
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
@@ -123,6 +127,47 @@ def compress_network(
     result = _result(inputs, config, network, plan, calibration, assessed, clock)
     manifest = _manifest(inputs, config, network, plan, calibration, result)
     return Compressed(final, plan, result, manifest, network)
+
+
+def searched_plan(
+    network: Network,
+    inputs: Inputs,
+    calibration: Calibration,
+    config: RunConfig,
+    batch_size: int,
+    track: Track,
+) -> Plan:
+    """The cheapest plan whose validation accuracy falls by at most ``target_drop`` points.
+
+    Raises:
+        DataError: There are no labelled validation images to measure it on.
+    """
+    images = inputs.split.validation
+    require_labels(images)
+    target = config.rule_value or 0.0
+    loaded = batches(images, batch_size, config.workers)
+    before = all_logits(network.original, loaded, "search: original", track)
+
+    def plan_of(choices: list[Choice]) -> Plan:
+        return Plan("target_drop", target, config.metric, tuple(choices))
+
+    def drop(choices: list[Choice]) -> float:
+        replaced = fit_plan(
+            network, plan_of(choices), calibration, config, inputs.split, batch_size, track
+        )
+        metric = compare(
+            network.original, replaced.model, images, config,
+            batch_size=batch_size, describe="search", before_logits=before, track=track,
+        )  # fmt: skip
+        return metric.drop or 0.0
+
+    budgets = Budgets(network.model, network.sites, calibration, config)
+    found = cheapest_within_drop(budgets, drop, target)
+    why = f"cheapest found that loses at most {target:g} points on the validation images"
+    choices = [
+        dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices
+    ]
+    return plan_of(choices)
 
 
 def calibrated(

@@ -140,8 +140,14 @@ class Split:
         scale = mean.diagonal(dim1=-2, dim2=-1).mean(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None]
         eye = torch.eye(self.inner, dtype=torch.float64, device=mean.device)
-        # The ridge must outweigh what rounding took from the smallest eigenvalues.
-        return mean + (1e-6 if self.dtype == torch.float32 else 1e-8) * scale * eye
+        # The ridge must outweigh what rounding took from the smallest eigenvalues: rows are
+        # multiplied in float32, which shows where one eigenvalue dwarfs all others.
+        ridge = 1e-6 if self.dtype == torch.float32 else 1e-8
+        while bool(torch.linalg.cholesky_ex(mean + ridge * scale * eye)[1].any()):
+            if not ridge < 1:
+                raise ValueError("a covariance that is not finite cannot be factored")
+            ridge *= 10
+        return mean + ridge * scale * eye
 
     @cached_property
     def inner_half(self) -> Tensor:
