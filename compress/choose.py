@@ -175,6 +175,7 @@ def kept(site: LayerSite, reason: str) -> Choice:
 
 def _choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int) -> Choice:
     cost = scheme_cost(site, scheme, ranks)
+    full = site.geometry.full_rank if scheme == DENSE else full_ranks(site.geometry, scheme)[0]
     return Choice(
         name=site.name,
         kind=site.kind,
@@ -187,7 +188,7 @@ def _choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int)
         dense_macs=site.macs,
         dense_params=site.params,
         break_even=limit,
-        full_rank=site.geometry.full_rank,
+        full_rank=full,
     )
 
 

@@ -48,7 +48,7 @@ class Choice:
         macs: Multiply-accumulates per image as chosen; ``dense_macs`` as it was.
         params: Parameters as chosen; ``dense_params`` as it was.
         break_even: Largest rank that still saves.
-        full_rank: Largest rank of the weight matrix.
+        full_rank: First rank at which the scheme loses nothing; of the weight matrix for dense.
     """
 
     name: str

@@ -38,7 +38,7 @@ class LayerResult:
         shape: Text such as ``"64→64 3x3 s1"``.
         scheme: ``"dense"`` where the layer was kept.
         ranks: Ranks per group; ``()`` for dense, two for ``two_sided``, else one.
-        full_rank: ``min(d, c_out)`` per group.
+        full_rank: First rank at which the scheme loses nothing; ``min(d, c_out)`` for dense.
         break_even: Largest rank that still saves; 0 where none does.
         reason: How the rank was chosen, or why the layer was kept.
         predicted_held_out_mse: The prediction on held-out rows, given where samples were few.
