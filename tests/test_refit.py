@@ -1,0 +1,223 @@
+"""The walk of two networks side by side, and refitting along it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate import absorbed_bias, calibrate, layer_problem
+from compress.linalg.fit import fit
+from compress.linalg.geometry import output_rows, patch_rows
+from compress.linalg.schemes import SCHEME_NAMES
+from compress.lockstep import Frontier, Lockstep, Pair, residual_partner
+from compress.network import Network, prepare
+from compress.refit import Factors, _Walk, refit
+from compress.rewrite import rewrite
+
+
+class Residual(nn.Module):
+    """Two blocks with in-place operations where they hurt: a shared shortcut, an in-place ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        out = self.norm(self.first(x))
+        out += x
+        x = self.relu(out)
+        out = self.drop(self.second(x))
+        x = self.relu(x + out)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return prepare(model, torch.randn(1, 3, 9, 9))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    smooth = torch.randn(48, 3, 3, 3, generator=generator)
+    return nn.functional.interpolate(smooth, size=9, mode="bilinear")
+
+
+def factors_of(
+    network: Network, images: Tensor, ranks: dict[str, tuple[str, int]]
+) -> dict[str, Factors]:
+    batches = [(images, torch.zeros(len(images)))]
+    calibration = calibrate(
+        network.model, network.sites, batches, len(images), schemes=SCHEME_NAMES
+    )
+    found = {}
+    for name, (scheme, rank) in ranks.items():
+        module = network.model.get_submodule(name)
+        statistics = calibration.statistics[name]
+        problem = layer_problem(network.site(name), module, statistics)
+        fitted = fit(problem, scheme, (rank,))
+        bias = absorbed_bias(module, statistics, fitted)
+        found[name] = Factors(fitted, bias, problem.weighting)
+    return found
+
+
+RANKS = {"first": ("output", 3), "second": ("spatial", 5)}
+
+
+def rewritten(network: Network, factors: dict[str, Factors]) -> nn.Module:
+    sites = {s.name: s for s in network.sites}
+    return rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+
+
+def test_lockstep_computes_what_both_networks_compute_apart(
+    network: Network, images: Tensor
+) -> None:
+    factors = factors_of(network, images, RANKS)
+    compressed = rewritten(network, factors)
+    assert network.graph is not None
+    chains = {name: compressed.get_submodule(name) for name in RANKS}
+    lockstep = Lockstep(network.model, network.graph, chains)
+    output = next(n for n in lockstep.nodes if n.op == "output").all_input_nodes[0]
+    given = images.clone()
+    with torch.no_grad():
+        environment = {lockstep.nodes[0].name: Pair(images, images)}
+        lockstep.run(environment, lockstep.nodes[1:-1])
+        torch.testing.assert_close(environment[output.name].dense, network.model(images))
+        torch.testing.assert_close(environment[output.name].compressed, compressed(images))
+    assert set(environment) == {output.name}, "values are dropped after their last use"
+    assert torch.equal(images, given), "in-place operations must not reach the images"
+
+
+def test_lockstep_computes_a_shared_prefix_once(network: Network, images: Tensor) -> None:
+    assert network.graph is not None
+    chains = {"second": copy.deepcopy(network.model.second)}
+    lockstep = Lockstep(network.model, network.graph, chains)
+    nodes = {n.name: n for n in lockstep.nodes}
+    environment = {lockstep.nodes[0].name: Pair(images, images)}
+    with torch.no_grad():
+        until = lockstep.nodes.index(nodes["second"])
+        lockstep.run(environment, lockstep.nodes[1:until])
+        assert all(pair.same for pair in environment.values())
+        lockstep.run(environment, [nodes["second"]])
+    assert not environment["second"].same
+
+
+def test_the_partner_of_a_sum_is_found_where_it_is_known_already(network: Network) -> None:
+    assert network.graph is not None
+    nodes = list(network.graph.nodes)
+    modules = dict(network.model.named_modules())
+    by_name = {n.name: n for n in nodes}
+    for name in ("first", "second"):
+        node = by_name[name]
+        before = set(nodes[: nodes.index(node)])
+        partner = residual_partner(node, before, modules)
+        assert partner is not None, f"{name} is added to a shortcut"
+        assert residual_partner(node, set(), modules) is None, "not computed yet"
+    assert residual_partner(by_name["stem"], set(nodes), modules) is None
+
+
+def test_the_target_is_what_the_sum_lacks(network: Network, images: Tensor, tmp_path: Path) -> None:
+    factors = factors_of(network, images, RANKS)
+    compressed = rewritten(network, factors)
+    assert network.graph is not None
+    sites = {s.name: s for s in network.sites}
+    walk = _Walk(network.model, network.graph, sites, factors, Frontier(1 << 30, tmp_path), 0)
+    seen: dict[str, Tensor] = {}
+
+    def watch(model: nn.Module, key: str) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[f"{key} in"], seen[f"{key} out"] = inputs[0].clone(), output.clone()
+
+        handle = model.get_submodule("second").register_forward_hook(hook)
+        with torch.no_grad():
+            model(images)
+        handle.remove()
+
+    watch(network.model, "dense")
+    watch(compressed, "compressed")
+    with torch.no_grad():
+        walk.start([images], [images])
+        node = next(n for n in walk.lockstep.nodes if n.name == "second")
+        train, _ = walk.advance(node, sites["second"])
+    # second's input is also its shortcut here
+    target = seen["dense out"] + seen["dense in"] - seen["compressed in"]
+    geometry = sites["second"].geometry
+    rows = torch.cat(
+        [patch_rows(seen["compressed in"], geometry), output_rows(target, geometry)], dim=2
+    ).double()
+    torch.testing.assert_close(train.moments.mean, rows.mean(1), rtol=1e-4, atol=1e-5)
+    centred = rows - rows.mean(1, keepdim=True)
+    torch.testing.assert_close(
+        train.moments.covariance, centred.mT @ centred / rows.shape[1], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_refitting_lowers_the_error_of_the_whole_network(network: Network, images: Tensor) -> None:
+    ranks = {"first": ("output", 2), "second": ("spatial", 2)}
+    factors = factors_of(network, images[:36], ranks)
+    assert network.graph is not None
+    sites = {s.name: s for s in network.sites}
+    before = copy.deepcopy(network.model.state_dict())
+    new, outcome = refit(
+        network.model, network.graph, sites, factors, images[:36].split(9), images[36:].split(12)
+    )
+    assert any(new[n] is not factors[n] for n in factors)
+    for name, change in outcome.items():
+        assert change.after <= change.before
+        assert (change.after < change.before) == (new[name] is not factors[name])
+    with torch.no_grad():
+        wanted = network.model(images).log_softmax(1)
+        old, now = (
+            (wanted.exp() * (wanted - rewritten(network, f)(images).log_softmax(1))).sum()
+            for f in (factors, new)
+        )
+    assert now < old
+    for key, value in network.model.state_dict().items():
+        assert torch.equal(value, before[key]), f"the dense network's {key} was changed"
+
+
+def test_spilling_to_disk_changes_nothing(network: Network, images: Tensor) -> None:
+    factors = factors_of(network, images, RANKS)
+    assert network.graph is not None
+    sites = {s.name: s for s in network.sites}
+    found = [
+        refit(
+            network.model, network.graph, sites, factors, images[:36].split(9),
+            images[36:].split(12), cache_bytes=cap,
+        )[0]
+        for cap in (1 << 30, 0)
+    ]  # fmt: skip
+    for name in factors:
+        for a, b in zip(found[0][name].fit.weights, found[1][name].fit.weights, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_frontier_keeps_to_its_cap(tmp_path: Path) -> None:
+    frontier = Frontier(cap=4 * 100, folder=tmp_path)
+    tensors = [torch.full((60,), float(i)) for i in range(3)]
+    for i, tensor in enumerate(tensors):
+        frontier.put(i, {"x": Pair(tensor, tensor), "y": Pair(tensor[:1], tensor[:1] + 1)})
+    assert frontier.used <= frontier.cap
+    assert len(list(tmp_path.iterdir())) == 2
+    for i in reversed(range(3)):
+        environment = frontier.take(i)
+        assert torch.equal(environment["x"].dense, tensors[i])
+        assert environment["x"].same
+        assert environment["y"].compressed == i + 1
+    assert frontier.used == 0
+    assert not list(tmp_path.iterdir())
