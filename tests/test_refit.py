@@ -168,7 +168,7 @@ def test_the_target_is_what_the_sum_lacks(network: Network, images: Tensor, tmp_
 
 
 def test_refitting_lowers_the_error_of_the_whole_network(network: Network, images: Tensor) -> None:
-    factors = factors_of(network, images[:36], ranks)
+    factors = factors_of(network, images[:36], RANKS)
     assert network.graph is not None
     sites = {s.name: s for s in network.sites}
     before = copy.deepcopy(network.model.state_dict())
