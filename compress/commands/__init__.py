@@ -11,10 +11,12 @@ from compress.commands.evaluate import evaluate
 from compress.commands.group import cli
 from compress.commands.inspect import inspect
 from compress.commands.plan import plan
+from compress.commands.report import report
 from compress.commands.run import run
+from compress.commands.sweep import sweep
 from compress.commands.verify import verify
 
-for command in (run, inspect, plan, apply, evaluate, verify, demo):
+for command in (run, inspect, plan, apply, sweep, report, verify, evaluate, demo):
     cli.add_command(command)
 
 __all__ = ["cli", "main"]

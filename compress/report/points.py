@@ -85,7 +85,7 @@ def marks(row: Point) -> str:
 
 def rule_label(rule: str, value: float | None) -> str:
     """Name a setting: ``"threshold 0.001"``."""
-    shown = "" if value is None else f" {text.number(value)}"
+    shown = "" if value is None else f" {text.number(value, 4)}"
     return f"{rule.replace('_', ' ')}{shown}"
 
 

@@ -154,13 +154,11 @@ def _check_pick(pick: Pick, inputs: Inputs, config: RunConfig) -> None:
 def _save_chosen(work: SweepWork, point: SweepPoint) -> Compressed:
     """Compress the chosen point as ``compress run`` does, and save it beside the sweep."""
     assert work.store is not None
-    plan, fit = work.planner(point.value), work.inputs.split.fit
+    fit = work.inputs.split.fit
     config = work.grid.at(work.config, point.value)
     config = config.replace(output=str(work.store.folder / CHOSEN), force=True)
     statistics = work.config.calibration or str(work.store.calibration_file)
-    made = compress_network(
-        work.inputs, config.replace(calibration=statistics), plan=plan, track=work.track
-    )
+    made = compress_network(work.inputs, config.replace(calibration=statistics), track=work.track)
     # The statistics' file goes away with the sweep: what is kept tells what it was made from.
     settings = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     compressed = dataclasses.replace(

@@ -102,22 +102,16 @@ class SweepWork:
     @cached_property
     def planner(self) -> Callable[[float], Plan]:
         """From a value of the rule to the plan that ``compress run`` would make."""
-        network, calibration, config, grid = (
-            self.network, self.calibration, self.config, self.grid,
-        )  # fmt: skip
-        if grid.rule not in ("macs", "params"):
-            return lambda v: make_plan(
-                network.model, network.sites, calibration, grid.at(config, v)
+        network, calibration = self.network, self.calibration
+        config, rule = self.config, self.grid.rule
+        if rule not in ("macs", "params"):
+            return lambda value: make_plan(
+                network.model, network.sites, calibration, self.grid.at(config, value)
             )
         # The candidates do not depend on the budget, and they are what costs time.
-        budgets = Budgets(
-            network.model, network.sites, calibration, grid.at(config, grid.values[0])
-        )
-
-        def plan(value: float) -> Plan:
-            return Plan(grid.rule, value, config.metric, tuple(budgets.spend(value)))
-
-        return plan
+        first = self.grid.at(config, self.grid.values[0])
+        budgets = Budgets(network.model, network.sites, calibration, first)
+        return lambda value: Plan(rule, value, config.metric, tuple(budgets.spend(value)))
 
     def points(self, on_point: OnPoint) -> list[SweepPoint]:
         """Measure every point that is not finished yet; return all in the grid's order.

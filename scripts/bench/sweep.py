@@ -110,7 +110,7 @@ def main() -> None:
     count = len(grid.values)
     original = [network.original] * count
     steps: dict[str, Callable[[], object]] = {
-        "calibration": lambda: calibrated(network, inputs, config, batch_size, silent),
+        "calibration": lambda: calibrated(network, inputs, config, ("output",), batch_size, silent),
         f"{count} evaluations of the original, images read each time": lambda: evaluate(
             original, sets, batch_size
         ),

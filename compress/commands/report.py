@@ -1,0 +1,260 @@
+"""``compress report``: what changed and whether it matters, and a gate for CI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.commands.options import Settings, configured, example
+from compress.commands.terminal import Terminal, table
+from compress.errors import ArtefactError, GateError, UsageError
+
+if TYPE_CHECKING:
+    from compress.report.build import Report
+
+# Every limit of `compress.report.LIMITS`, with what its flag says. Written out, because importing
+# the reports would slow every command's --help.
+LIMIT_HELP = {
+    "max_drop": "Points that test accuracy may fall.",
+    "max_drop_upper": "The same for the upper end of its 95% interval.",
+    "max_class_drop": "Points that the worst class may fall.",
+    "min_agreement": "Least share of predictions that stay the same.",
+    "max_kl": "Mean KL divergence, in nats.",
+    "max_ece_rise": "Points that the calibration error may rise.",
+    "max_layer_relative_mse": "Relative error of the worst layer, in place.",
+    "max_latency_ratio": "Time over the original's, at the slowest measured batch size.",
+    "max_macs_ratio": "MACs over the original's.",
+    "max_params_ratio": "Parameters over the original's.",
+    "max_bytes_ratio": "Size over the original's.",
+    "max_regression": "Points that accuracy may be below the --baseline's.",
+}
+
+
+def limit_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for every limit."""
+    for name, text in reversed(LIMIT_HELP.items()):
+        flag = "--" + name.replace("_", "-")
+        command = click.option(flag, type=float, metavar="X", help=f"Limit: {text}")(command)
+    return command
+
+
+@click.command(
+    epilog=example(
+        "compress report smaller --max-drop 0.5 --max-class-drop 3 --junit report.xml",
+        "compress report run-a run-b run-c --output comparison",
+        "compress report smaller --baseline last-release/report.json --max-regression 0.2",
+        "compress report --before resnet18.pth --model torchvision:resnet18 --after smaller \\",
+        "  --test imagefolder:val --output report",
+    )
+)
+@click.argument("results", nargs=-1, metavar="[RESULT]...")
+@click.option("--before", metavar="FILE", help="Measure anew: the original's checkpoint.")
+@click.option("--after", metavar="RESULT", help="Measure anew: the compressed model.")
+@limit_flags
+@click.option("--baseline", metavar="FILE", help="An earlier report.json to compare with.")
+@click.option(
+    "--allow-mismatch",
+    is_flag=True,
+    help="Compare different models or test sets all the same, under a banner.",
+)
+@click.option("--junit", metavar="FILE", help="Write the limits as JUnit XML.")
+@click.option("--trust-code", is_flag=True, help="Import the code that a result's model names.")
+@configured("model", "test", "output", "images", "evaluation", "compute")
+def report(
+    settings: Settings,
+    terminal: Terminal,
+    results: tuple[str, ...],
+    before: str | None,
+    after: str | None,
+    baseline: str | None,
+    allow_mismatch: bool,
+    junit: str | None,
+    trust_code: bool,
+    **limits: float | None,
+) -> None:
+    """Report on finished RESULTs (folders or files of them), or measure a pair anew.
+
+    Exits with 1 if a limit broke, and says which and by how much. What a report does not hold
+    (a test set, a latency) keeps no limit.
+    """
+    thumbnails: Mapping[int, bytes] = {}
+    _check_request(results, before, after)
+    if before or after:
+        reports, thumbnails = _measure(settings, terminal, before, after, trust_code)
+        names = [str(after)]
+    else:
+        reports, names = _read(results)
+    made = _arranged(reports, names, baseline, allow_mismatch, _limits(settings, limits))
+    _write(made, settings, junit, thumbnails)
+    terminal.show(made, _lines(made, settings.given("output") or ""))
+    _judge(made)
+
+
+def _check_request(results: Sequence[str], before: str | None, after: str | None) -> None:
+    if results and (before or after):
+        raise UsageError("Give finished results, or --before and --after to measure; not both.")
+    if not results and not (before and after):
+        lacking = "--after" if before else "--before" if after else ""
+        raise UsageError(
+            f"{lacking} is missing: --before takes the original's checkpoint, --after the result."
+            if lacking
+            else "Nothing to report on: pass result folders, or --before CKPT --model SPEC --after "
+            "RESULT --test SPEC to measure anew."
+        )
+
+
+def _measure(
+    settings: Settings, terminal: Terminal, before: str | None, after: str | None, trust_code: bool
+) -> tuple[list[Report], Mapping[int, bytes]]:
+    """Measure original and result on the test set, with thumbnails of what flipped."""
+    from compress.artefact import read_manifest
+    from compress.evaluation import recorded_settings, verify_result
+    from compress.inputs import load_model, open_images
+    from compress.pipeline import flip_thumbnails
+    from compress.report import build_report
+
+    assert before
+    assert after
+    manifest = read_manifest(after)
+    recorded = {k: v for k, v in recorded_settings(manifest).items() if k not in LIMIT_HELP}
+    config = settings.config(**recorded, checkpoint=before)
+    result = verify_result(config, after, trust_code=trust_code, track=terminal.track)
+    config = config.replace(model=result.model)
+    module, _, _, preprocessing = load_model(config)
+    images = open_images(config.test, config, module, preprocessing)
+    return [build_report(result)], flip_thumbnails(result, images)
+
+
+def _read(results: Sequence[str]) -> tuple[list[Report], list[str]]:
+    from compress.report import read_report
+
+    names = [str(Path(r).parent if Path(r).suffix else Path(r)) for r in results]
+    if len(set(names)) < len(names):
+        names = list(results)
+    return [read_report(result) for result in results], names
+
+
+def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, float]:
+    """The limits asked for; those that are settings of a run may stand in --config as well."""
+    asked = {name: settings.given(name) for name in LIMIT_HELP} | {
+        name: value for name, value in flags.items() if value is not None
+    }
+    return {name: float(value) for name, value in asked.items() if value is not None}
+
+
+def _arranged(
+    reports: list[Report],
+    names: Sequence[str],
+    baseline: str | None,
+    allow_mismatch: bool,
+    limits: Mapping[str, float],
+) -> Report:
+    """Hold the reports to limits and to a baseline; several become one comparison."""
+    from compress.report import (
+        build_comparison,
+        check_gates,
+        compare_with_baseline,
+        read_report,
+        with_gates,
+    )
+
+    if len(reports) > 1 and baseline:
+        raise UsageError("--baseline compares one result; give one, or compare them side by side.")
+    if limits or baseline:
+        for made, name in zip(reports, names, strict=True):
+            _require_run(made, name)
+    if baseline:
+        earlier = read_report(baseline)
+        reports = [compare_with_baseline(reports[0], earlier, allow_mismatch, baseline)]
+    if limits:
+        reports = [with_gates(_without(r, limits), check_gates(r, limits)) for r in reports]
+    if len(reports) == 1:
+        return reports[0]
+    return build_comparison(reports, names, allow_mismatch)
+
+
+def _require_run(made: Report, name: str) -> None:
+    if made["kind"] != "run":
+        chosen = " (that of a sweep is in its folder 'chosen')" if made["kind"] == "sweep" else ""
+        raise UsageError(
+            f"{name} is a report of kind {made['kind']!r}, which limits and baselines are not "
+            f"for; pass the result of a run{chosen}."
+        )
+
+
+def _without(made: Report, limits: Mapping[str, float]) -> Report:
+    """Drop the run's own limits that are given anew, so that none stands there twice."""
+    return {**made, "gates": [g for g in made["gates"] if g["name"] not in limits]}
+
+
+def _write(
+    made: Report, settings: Settings, junit: str | None, thumbnails: Mapping[int, bytes]
+) -> None:
+    from compress.files import write_atomically
+    from compress.report import render_junit, write_report
+
+    if junit:
+        if made["kind"] == "sweep":
+            raise UsageError("--junit writes limits, and a sweep has none; pass its chosen result.")
+        write_atomically(junit, render_junit(made))
+    output = settings.given("output")
+    if not output:
+        return
+    folder = Path(output)
+    if (folder / "report.json").exists() and not settings.given("force"):
+        raise ArtefactError(
+            f"{folder} already holds a report; pass --force to replace it, or another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(
+            f"The folder {folder} cannot be made: {error.strerror}; pass another --output."
+        ) from error
+    write_report(made, folder, thumbnails)
+
+
+def _lines(made: Report, where: str) -> list[str]:
+    from compress.commands.summary import run_summary
+    from compress.report import points, text
+
+    if made["kind"] == "run":
+        lines = run_summary(made, where)
+        baseline = made["baseline"]
+        if not baseline:
+            return lines
+        from compress.report.rows import baseline_rows
+
+        columns = (f"since {baseline['name']}", "baseline", "now", "change")
+        return [*lines, "", *table(columns, baseline_rows(baseline))]
+    rows = [
+        (
+            row["label"], row["verdict"] or points.marks(row), text.ratio(row["macs_ratio"]),
+            text.whole(row["params"]), points.shown(row, "before"), points.shown(row, "after"),
+            text.signed(row["change"]), points.interval(row),
+        )
+        for row in points.points(made)
+    ]  # fmt: skip
+    head = ("", "", "MACs", "parameters", "before", "after", "points", "95% interval")
+    warnings = [*made["notes"], *(made["sweep"]["warnings"] if made["kind"] == "sweep" else [])]
+    lines = [*table(head, rows, left=2), "", *(f"Warning: {w}" for w in warnings)]
+    return [*lines, *([f"Report: {where}"] if where else [])]
+
+
+def _judge(made: Report) -> None:
+    """Raise `GateError` with every limit that broke, and by how much."""
+    from compress.report import gate_sentence
+
+    runs: list[dict[str, Any]] = made.get("runs", [])
+    named = [(f"{run['name']}: ", run) for run in runs] or [("", made)]
+    broken = [
+        f"{name}{gate_sentence(**gate)}."
+        for name, run in named
+        for gate in run.get("gates", [])
+        if not gate["passed"]
+    ]
+    if broken:
+        raise GateError(" ".join(broken))

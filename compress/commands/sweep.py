@@ -1,0 +1,198 @@
+"""``compress sweep``: a grid of settings on one calibration."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from compress.commands.group import INTERRUPTED
+from compress.commands.options import Settings, configured, example
+from compress.commands.terminal import Terminal, table
+from compress.config import RULES
+from compress.errors import ConfigError, GateError
+
+if TYPE_CHECKING:
+    from compress.config import RunConfig
+    from compress.result import SweepPoint
+    from compress.sweep import Grid, Pick
+
+_HEAD = ("point", "MACs", "parameters", "validation", "points", "test", "points", "seconds")
+_WIDTHS = (22, 6, 11, 10, 7, 8, 7, 8)
+
+
+@click.command(
+    epilog=example(
+        "compress sweep resnet18.pth --model torchvision:resnet18 --data imagefolder:train \\",
+        "  --test imagefolder:val --thresholds 1e-4:1e-1:9 --output sweep",
+        "compress sweep ... --macs 0.9,0.8,0.65,0.5 --pick 'drop<=0.5' --resume --output sweep",
+    )
+)
+@click.argument("checkpoint", required=False)
+@click.option(
+    "--thresholds",
+    "threshold_grid",
+    metavar="GRID",
+    help="Thresholds: a list such as 1e-3,1e-2, or first:last:count, evenly in the logarithm.",
+)
+@click.option("--energies", "energy_grid", metavar="GRID", help="Shares of the eigenvalues' sum.")
+@click.option("--macs", "macs_grid", metavar="GRID", help="Budgets: fractions of the MACs.")
+@click.option(
+    "--params", "params_grid", metavar="GRID", help="Budgets: fractions of the parameters."
+)
+@click.option(
+    "--pick",
+    metavar="COND",
+    help="Save the point with the fewest MACs for which this "
+    "holds on validation images: drop<=0.5, or several with commas (drop, drop_upper, "
+    "accuracy, agreement, kl, macs).",
+)
+@click.option("--resume", is_flag=True, help="Go on with the sweep in --output.")
+@click.option(
+    "--test-points/--no-test-points",
+    default=True,
+    help="Measure every point on the test set, or the picked one alone (default: every point).",
+)
+@configured(
+    "model", "data", "test", "output", "rules", "schemes", "gates", "images", "calibration", "fit",
+    "evaluation", "compute",
+)  # fmt: skip
+def sweep(
+    settings: Settings,
+    terminal: Terminal,
+    pick: str | None,
+    resume: bool,
+    test_points: bool,
+    **grids: str | None,
+) -> None:
+    """Measure CHECKPOINT at many thresholds, energies or budgets, and calibrate once.
+
+    Writes a table (sweep.csv), the curve with its Pareto front (report.html) and, with --pick, the
+    chosen point as a result folder (OUTPUT/chosen). Finished points survive a stop: --resume takes
+    those whose weights, images and settings are the same.
+    """
+    from compress.sweep import parse_pick
+
+    grid = _grid(grids)
+    chosen = parse_pick(pick) if pick is not None else None
+    sweep_and_show(settings.config(), terminal, grid, chosen, resume, test_points)
+
+
+# The rules' own flags take one value; here a grid goes by the same name.
+sweep.params = [p for p in sweep.params if p.name not in RULES]
+
+
+def sweep_and_show(
+    config: RunConfig,
+    terminal: Terminal,
+    grid: Grid,
+    pick: Pick | None,
+    resume: bool,
+    test_points: bool,
+) -> None:
+    """Sweep, with a line for each point as it finishes and the front at the end.
+
+    Raises:
+        CompressError: As `compress.sweep.sweep`.
+    """
+    from compress import sweep as sweeping
+    from compress.report import read_report
+
+    talks = not (terminal.quiet or terminal.as_json)
+    if talks:
+        click.echo(_line(_HEAD))
+    try:
+        sweeping.sweep(
+            config, grid, pick=pick, resume=resume, test_points=test_points, track=terminal.track,
+            on_point=(lambda p, before: click.echo(_point(p, before))) if talks else _ignore,
+        )  # fmt: skip
+    except GateError:
+        report = read_report(config.output)
+        terminal.show(report, _summary(report, config.output))
+        raise
+    except KeyboardInterrupt:
+        click.echo(
+            f"Interrupted; finished points are kept in {config.output}. The same command with "
+            "--resume goes on from there.",
+            err=True,
+        )
+        sys.exit(INTERRUPTED)
+    report = read_report(config.output)
+    terminal.show(report, _summary(report, config.output))
+
+
+def _grid(grids: dict[str, str | None]) -> Grid:
+    from compress.sweep import parse_grid
+    from compress.sweep.grid import FLAGS
+
+    given = {name.removesuffix("_grid"): text for name, text in grids.items() if text is not None}
+    if len(given) != 1:
+        flags = [FLAGS[rule] for rule in given] or list(FLAGS.values())
+        start = "Several grids were given" if given else "No grid was given"
+        raise ConfigError(f"{start}: a sweep takes one of {', '.join(flags)}.")
+    ((rule, text),) = given.items()
+    return parse_grid(rule, text)
+
+
+def _ignore(point: SweepPoint, finished_before: bool) -> None:
+    del point, finished_before
+
+
+def _point(point: SweepPoint, finished_before: bool) -> str:
+    from compress.report import text
+
+    def change(metric: object) -> str:
+        drop = getattr(metric, "drop", None)
+        return text.signed(None if drop is None else -drop)
+
+    def quality(metric: object) -> str:
+        custom = getattr(metric, "custom", None)
+        if custom is not None:
+            return text.number(custom.after, 5)
+        return text.percent(getattr(metric, "top1_after", None))
+
+    return _line(
+        (
+            f"{point.rule} {text.number(point.value, 4)}",
+            text.ratio(point.ratio),
+            text.whole(point.params),
+            quality(point.validation),
+            change(point.validation),
+            quality(point.test),
+            change(point.test),
+            "kept" if finished_before else text.seconds(point.seconds),
+        )
+    )
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    first, *rest = zip(cells, _WIDTHS, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+
+def _summary(report: dict[str, object], where: str) -> list[str]:
+    from compress.report import points, text
+
+    rows = points.points(report)
+    front = sorted((r for r in rows if r["pareto"]), key=lambda r: float(r["macs_ratio"]))
+    head = ("Pareto front", "MACs", "parameters", "validation", "points", "95% interval", "")
+    shown = [
+        (
+            r["label"], text.ratio(r["macs_ratio"]), text.whole(r["params"]),
+            points.shown(r, "after"), text.signed(r["change"]), points.interval(r),
+            "chosen" if r["chosen"] else "",
+        )
+        for r in front
+    ]  # fmt: skip
+    sweep = report["sweep"]
+    assert isinstance(sweep, dict)
+    lines = ["", *table(head, shown), ""]
+    lines += [f"Warning: {warning}" for warning in sweep["warnings"]]
+    chosen = next((r for r in rows if r["chosen"]), None)
+    if chosen is not None:
+        tested = ""
+        if chosen["test_after"] is not None:
+            tested = f": {text.signed(chosen['test_change'])} points on the test set"
+        lines.append(f"Chosen by {sweep['pick']}: {chosen['label']}{tested}; in {where}/chosen")
+    return [*lines, f"Sweep: {where} (report.html shows the curve)"]
