@@ -78,6 +78,12 @@ def test_narrow_rows_lose_nothing_to_a_large_mean(dtype: torch.dtype) -> None:
     assert accumulated(rows, []).scatter.dtype == torch.float64
 
 
+def test_what_rounding_takes_from_a_batch_mean_is_put_back() -> None:
+    """A spread of ten steps of float32 around 10,000, whose own mean cannot be represented."""
+    rows = (10_000 + 0.01 * rows_of(1, 3000, 2).sub(3 * torch.arange(2))).float()
+    assert_same(accumulated(rows, []), accumulated(rows.double(), []), tolerance=1e-6)
+
+
 def test_covariance_and_second_moment() -> None:
     rows = rows_of(2, 50, 3)
     moments = accumulated(rows, [20])
