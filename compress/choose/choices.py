@@ -1,0 +1,80 @@
+"""What a choice for one layer costs, where it stops saving, and how it is recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress.calibrate import Calibration, layer_problem
+from compress.linalg.fit import Problem
+from compress.linalg.schemes import Ranks, chain_macs, chain_params, full_ranks, stages
+from compress.plan import DENSE, Choice
+from compress.sites import LayerSite
+
+
+@dataclass(frozen=True)
+class SchemeCost:
+    """MACs per image and parameters of one layer under a scheme at given ranks."""
+
+    macs: int
+    params: int
+
+
+def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
+    """Cost of a layer rewritten by a scheme; ``dense`` is the layer as it is."""
+    if scheme == DENSE:
+        return SchemeCost(site.macs, site.params)
+    chain = stages(site.geometry, scheme, ranks)
+    macs = site.count_macs(lambda call: chain_macs(chain, call.size))
+    return SchemeCost(macs, chain_params(chain))
+
+
+def break_even(site: LayerSite, scheme: str, measure: Callable[[SchemeCost], int]) -> int:
+    """Largest rank at which a scheme of one rank still saves; 0 where none does."""
+    dense = measure(scheme_cost(site, DENSE, ()))
+    low, high = 0, full_ranks(site.geometry, scheme)[0] + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        ranks = (middle,) * len(full_ranks(site.geometry, scheme))
+        saves = measure(scheme_cost(site, scheme, ranks)) < dense
+        low, high = (middle, high) if saves else (low, middle)
+    return low
+
+
+def problems(model: nn.Module, calibration: Calibration) -> Callable[[LayerSite], Problem]:
+    """Return what makes a layer's problem from its statistics."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return lambda site: layer_problem(site, modules[site.name], calibration.statistics[site.name])
+
+
+def kept(site: LayerSite, reason: str) -> Choice:
+    """The choice to leave a layer as it is."""
+    return make_choice(site, DENSE, (), reason, 0)
+
+
+def make_choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int) -> Choice:
+    """Record a choice; ``limit`` is the break-even rank."""
+    cost = scheme_cost(site, scheme, ranks)
+    full = site.geometry.full_rank if scheme == DENSE else full_ranks(site.geometry, scheme)[0]
+    return Choice(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        scheme=scheme,
+        ranks=ranks,
+        reason=reason,
+        macs=cost.macs,
+        params=cost.params,
+        dense_macs=site.macs,
+        dense_params=site.params,
+        break_even=limit,
+        full_rank=full,
+    )
+
+
+def rounded_up(rank: int, multiple: int | None, full: int) -> int:
+    """Round a rank up to a multiple, at most full."""
+    return rank if multiple is None else min(full, math.ceil(rank / multiple) * multiple)

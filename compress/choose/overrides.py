@@ -1,0 +1,89 @@
+"""What the user fixes by glob: layers to keep, schemes, ranks."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from compress.config import RunConfig
+from compress.errors import ConfigError, near_matches
+from compress.linalg.schemes import Ranks, full_ranks, unavailable
+from compress.plan import DENSE
+from compress.sites import LayerSite
+
+
+class Overrides:
+    """What the user fixed by glob: layers to keep, schemes, ranks.
+
+    Raises:
+        ConfigError: A glob that matches no layer (with near matches), a scheme that a layer
+            cannot take, ranks that do not suit it, or a layer both kept and ranked.
+    """
+
+    def __init__(self, config: RunConfig, sites: Iterable[LayerSite]) -> None:
+        self.config = config
+        self.sites = {site.name: site for site in sites}
+        for what, patterns in (
+            ("keep", config.keep),
+            ("scheme", config.scheme),
+            ("rank", config.rank),
+        ):
+            for pattern in patterns:
+                if not any(self._matches(pattern, site) for site in self.sites.values()):
+                    raise ConfigError(
+                        f"--{what} {pattern!r} matches no layer."
+                        f"{near_matches(pattern, self.sites)} `compress inspect` lists the layers."
+                    )
+        for site in self.sites.values():
+            self._check(site)
+
+    @staticmethod
+    def _matches(pattern: str, site: LayerSite) -> bool:
+        return any(fnmatch.fnmatchcase(alias, pattern) for alias in site.aliases)
+
+    def _last(self, patterns: Mapping[str, str], site: LayerSite) -> str | None:
+        found = [value for pattern, value in patterns.items() if self._matches(pattern, site)]
+        return found[-1] if found else None
+
+    def kept(self, site: LayerSite) -> str | None:
+        """The reason to keep a layer, or None."""
+        if site.skip is not None:
+            return site.skip
+        if any(self._matches(p, site) for p in self.config.keep):
+            return "kept on request"
+        return "kept on request" if self._last(self.config.scheme, site) == DENSE else None
+
+    def scheme(self, site: LayerSite) -> str | None:
+        """The scheme asked for, or None."""
+        return self._last(self.config.scheme, site)
+
+    def ranks(self, site: LayerSite) -> Ranks | None:
+        """The ranks asked for, or None."""
+        text = self._last(self.config.rank, site)
+        return None if text is None else tuple(int(part) for part in text.split(","))
+
+    def schemes(self, site: LayerSite) -> tuple[str, ...]:
+        """The schemes in play for a layer."""
+        asked = self.scheme(site)
+        allowed = self.config.schemes if asked is None else (asked,)
+        return tuple(s for s in site.schemes if s in allowed)
+
+    def _check(self, site: LayerSite) -> None:
+        scheme, ranks = self.scheme(site), self.ranks(site)
+        if site.skip is not None:
+            return
+        if scheme not in (None, DENSE):
+            reason = unavailable(site.geometry, str(scheme))
+            exact = any(p in site.aliases for p in self.config.scheme)
+            if reason is not None and exact:
+                raise ConfigError(f"Layer {site.name!r} cannot take {scheme!r}: {reason}.")
+        if ranks is None:
+            return
+        if any(self._matches(p, site) for p in self.config.keep):
+            raise ConfigError(f"Layer {site.name!r} is both kept and given a rank.")
+        wanted = scheme or ("two_sided" if len(ranks) == 2 else "output")
+        if wanted != DENSE and len(ranks) != len(full_ranks(site.geometry, wanted)):
+            raise ConfigError(
+                f"Layer {site.name!r} takes {len(full_ranks(site.geometry, wanted))} rank(s) in "
+                f"scheme {wanted!r}; --rank gives {len(ranks)}."
+            )
