@@ -413,6 +413,21 @@ def test_unbatched_input() -> None:
     assert layer(x).shape == layer.eval()(x).shape == (4, 6, 6)
 
 
+def test_a_failed_forward_changes_nothing() -> None:
+    conv = OverparamConv2d(3, 4, [3, 3], padding=0, batch_norm=True)
+    linear = OverparamLinear(3, 4, batch_norm=True)
+    linear.layers[1] = nn.Linear(5, 4)  # does not fit what the first gives
+    for layer, x in ((conv, torch.randn(2, 3, 4, 4)), (linear, torch.randn(2, 3))):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(RuntimeError):
+            layer(x)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name])
+    good = torch.randn(2, 3, 6, 6)
+    conv(good)
+    assert conv.norms[0].num_batches_tracked.item() == 1
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     conv = OverparamConv2d(64, 256, [3, 1], batch_norm=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,6 +95,21 @@ class OverparamLayer(nn.Module):
         ]
         self._kept = (references, eps, weight, bias)
         return weight, bias
+
+    @contextlib.contextmanager
+    def _statistics_kept_on_error(self) -> Iterator[None]:
+        """Undo BatchNorm updates where a later sublayer fails."""
+        if not self.training or torch.compiler.is_compiling():
+            yield
+            return
+        held = [(b, b.clone()) for b in self.norms.buffers()]
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for buffer, before in held:
+                    buffer.copy_(before)
+            raise
 
     def _tensors(self) -> list[Tensor]:
         found: list[Tensor | None] = []

@@ -76,6 +76,10 @@ class OverparamLinear(OverparamLayer):
 
     def forward_expanded(self, input: Tensor) -> Tensor:  # noqa: A002
         """Run the chain itself, whatever the mode."""
+        with self._statistics_kept_on_error():
+            return self._run_chain(input)
+
+    def _run_chain(self, input: Tensor) -> Tensor:  # noqa: A002
         nodes = [input]
         for node, layer in enumerate(self.layers, start=1):
             value: Tensor = layer(nodes[-1])
