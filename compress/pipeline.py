@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,70 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from compress import __version__
-from compress.artefact import MODEL_FILE, Manifest, Replacement, load, save, versions
-from compress.assess import Assessment, assess
+from compress.assess import assess
 from compress.calibrate import Calibration, calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
 from compress.choose import Budgets, check_plan, make_plan
 from compress.config import RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ArtefactError, ConfigError, GateError, ModelError, PlanError
-from compress.files import atomic_folder, check_output, write_atomically
+from compress.errors import ConfigError, GateError, ModelError, PlanError
+from compress.files import check_output
 from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
 from compress.network import Network, prepare
+from compress.outcome import (
+    Clock,
+    Compressed,
+    make_manifest,
+    make_result,
+    save_result,
+)
 from compress.plan import Choice, Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
-from compress.report import build_report, gate_sentence, write_report
-from compress.result import Result, Versions
 from compress.search import cheapest_within_drop
-from compress.sites import evaluation_mode, run_model
 from compress.verify import all_logits, compare, require_labels
-
-
-@dataclass
-class Clock:
-    """Seconds by stage, for the report."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a block."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What the main job gives back.
-
-    Attributes:
-        model: The compressed network of plain layers, in the dtype of the source.
-        plan: What was done to each layer and why.
-        result: Everything measured.
-        manifest: How to rebuild the model.
-        network: The dense baseline.
-    """
-
-    model: nn.Module
-    plan: Plan
-    result: Result
-    manifest: Manifest
-    network: Network
-
-    @property
-    def failed_gates(self) -> tuple[str, ...]:
-        """One sentence for each gate that failed."""
-        return tuple(
-            gate_sentence(g.name, g.limit, g.value, g.passed, g.where)
-            for g in self.result.gates
-            if not g.passed
-        )
 
 
 def compress_network(
@@ -114,19 +67,31 @@ def compress_network(
     with clock.stage("plan"):
         if plan is not None:
             plan = check_plan(plan, network.sites)
-        elif config.rule == "target_drop":
-            plan = searched_plan(network, inputs, calibration, config, batch_size, track)
         else:
-            plan = make_plan(network.model, network.sites, calibration, config)
+            plan = planned(network, inputs, calibration, config, batch_size, track)
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
     final = copy.deepcopy(replaced.model).to(inputs.dtype)
     with clock.stage("verify"):
         assessed = assess(network, plan, replaced, final, inputs, config, batch_size, track)
-    result = _result(inputs, config, network, plan, calibration, assessed, clock)
-    manifest = _manifest(inputs, config, network, plan, calibration, result)
+    result = make_result(inputs, config, network, plan, calibration, assessed, clock)
+    manifest = make_manifest(inputs, config, network, plan, calibration, result)
     return Compressed(final, plan, result, manifest, network)
+
+
+def planned(
+    network: Network,
+    inputs: Inputs,
+    calibration: Calibration,
+    config: RunConfig,
+    batch_size: int,
+    track: Track,
+) -> Plan:
+    """Choose a plan by the configuration's rule."""
+    if config.rule == "target_drop":
+        return searched_plan(network, inputs, calibration, config, batch_size, track)
+    return make_plan(network.model, network.sites, calibration, config, track)
 
 
 def searched_plan(
@@ -161,7 +126,7 @@ def searched_plan(
         )  # fmt: skip
         return metric.drop or 0.0
 
-    budgets = Budgets(network.model, network.sites, calibration, config)
+    budgets = Budgets(network.model, network.sites, calibration, config, track)
     found = cheapest_within_drop(budgets, drop, target)
     why = f"cheapest found that loses at most {target:g} points on the validation images"
     choices = [
@@ -235,7 +200,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
     batch_size = batch_size_for(config, inputs.example)
     calibration = calibrated(network, inputs, config, config.schemes_in_play, batch_size, track)
-    plan = make_plan(network.model, network.sites, calibration, config)
+    plan = planned(network, inputs, calibration, config, batch_size, track)
     warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
     return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings
 
@@ -274,54 +239,6 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
             "a larger budget)."
         )
     return compressed
-
-
-def save_result(compressed: Compressed, config: RunConfig, test: ImageSet | None = None) -> None:
-    """Write a result folder: model, reports, plan and configuration, all or nothing.
-
-    Raises:
-        ArtefactError: The folder cannot be written, or the model read back differs.
-    """
-    with atomic_folder(config.output, config.force) as folder:
-        if not compressed.failed_gates:
-            save(compressed.model, compressed.manifest, folder / MODEL_FILE)
-            check_reload(compressed, folder / MODEL_FILE)
-        write_atomically(folder / "plan.json", compressed.plan.to_json())
-        write_atomically(folder / "config.toml", config.to_toml())
-        report = build_report(compressed.result)
-        write_report(report, folder, flip_thumbnails(compressed.result, test))
-
-
-def check_reload(compressed: Compressed, path: Path) -> None:
-    """Load a saved model and compare it with the one in memory, bit by bit.
-
-    Raises:
-        ArtefactError: They differ.
-    """
-    reloaded = load(path, model=copy.deepcopy(compressed.network.original).cpu())
-    example = compressed.network.example
-    reference = next(compressed.model.parameters())
-    images = example.to(reference)
-    with torch.no_grad(), evaluation_mode(compressed.model):
-        expected = run_model(compressed.model, images)
-        found = run_model(reloaded.to(reference.device), images)
-    own, loaded = compressed.model.state_dict(), reloaded.state_dict()
-    same = own.keys() == loaded.keys() and all(torch.equal(own[k], loaded[k]) for k in own)
-    if not same or not torch.equal(expected, found):
-        raise ArtefactError(
-            "The saved model, read back, does not equal the one in memory; nothing was kept. "
-            "This is a defect of compress or of the disk: please report it."
-        )
-
-
-def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> dict[int, bytes]:
-    """Small PNG pictures of the test images whose verdict changed, by index."""
-    if images is None or result.test is None:
-        return {}
-    from compress.vision import thumbnail
-
-    flips = (*result.test.to_wrong[: most // 2], *result.test.to_right[: most // 2])
-    return {flip.index: thumbnail(images.raw(flip.index)) for flip in flips}
 
 
 def compress_model(
@@ -376,84 +293,3 @@ def compress_model(
     if compressed.failed_gates:
         raise GateError(" ".join(compressed.failed_gates))
     return compressed
-
-
-# Settings that are paths or decide only speed: equal models must come out as equal bytes.
-_UNRECORDED = {
-    "checkpoint", "model", "data", "test", "output", "device", "threads", "batch_size", "workers",
-    "calibration", "force", "class_map",
-}  # fmt: skip
-
-
-def _manifest(
-    inputs: Inputs,
-    config: RunConfig,
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    result: Result,
-) -> Manifest:
-    settings = dataclasses.asdict(config)
-    sites = {site.name: site for site in network.sites}
-    test = result.test
-    verified = {} if test is None else {
-        "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
-        "agreement": test.agreement, "data": result.test_fingerprint,
-    }  # fmt: skip
-    return Manifest(
-        model=inputs.spec,
-        source_sha256=inputs.sha256,
-        dtype=str(inputs.dtype).removeprefix("torch."),
-        unpacked=network.unpacked,
-        folded=tuple((pair.layer, pair.norm) for pair in network.folded),
-        replacements=tuple(
-            Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
-            for c in plan.choices
-            if c.rewritten
-        ),
-        settings={k: v for k, v in settings.items() if k not in _UNRECORDED and v is not None},
-        calibration={
-            "data": calibration.data_fingerprint,
-            "images": calibration.images,
-            "seed": config.seed,
-        },
-        verified=verified,
-        versions=versions(),
-    )
-
-
-def _result(
-    inputs: Inputs,
-    config: RunConfig,
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    assessed: Assessment,
-    clock: Clock,
-) -> Result:
-    warnings = [*inputs.warnings, *network.warnings, *calibration.warnings, *assessed.warnings]
-    return Result(
-        versions=Versions(__version__, torch.__version__, platform.python_version()),
-        model=inputs.spec,
-        config={k: v for k, v in dataclasses.asdict(config).items() if v is not None},
-        source=inputs.source,
-        source_sha256=inputs.sha256,
-        model_fingerprint=inputs.sha256,
-        data_fingerprint=calibration.data_fingerprint,
-        test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
-        dtype=str(inputs.dtype).removeprefix("torch."),
-        split=inputs.split_record(),
-        calibration_images=calibration.images,
-        rule=plan.rule,
-        value=plan.value,
-        metric=plan.metric,
-        layers=assessed.layers,
-        validation=assessed.validation,
-        test=assessed.test,
-        cost=assessed.cost,
-        gates=assessed.gates,
-        warnings=tuple(warnings),
-        folded=tuple(pair.norm for pair in network.folded),
-        rank_correlation=assessed.rank_correlation,
-        seconds=clock.seconds,
-    )

@@ -113,7 +113,7 @@ def _measure(
     from compress.artefact import read_manifest
     from compress.evaluation import recorded_settings, verify_result
     from compress.inputs import load_model, open_images
-    from compress.pipeline import flip_thumbnails
+    from compress.outcome import flip_thumbnails
     from compress.report import build_report
 
     assert before
@@ -222,7 +222,8 @@ def _lines(made: Report, where: str) -> list[str]:
     from compress.report import points, text
 
     if made["kind"] == "run":
-        lines = run_summary(made, where)
+        measured_on = "held-out validation images" if made["result"]["split"] else "the test images"
+        lines = run_summary(made, where, measured_on)
         baseline = made["baseline"]
         if not baseline:
             return lines

@@ -12,7 +12,8 @@ from compress.config import RULES, RunConfig
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import write_atomically
 from compress.inputs import Inputs, load_network
-from compress.pipeline import Compressed, compress_network, save_result
+from compress.outcome import Compressed, save_result
+from compress.pipeline import compress_network
 from compress.progress import Track, silent
 from compress.report import build_sweep_report, write_report
 from compress.result import SweepPoint, SweepResult
