@@ -100,12 +100,18 @@ def sweep_and_show(
     from compress.report import read_report
 
     talks = not (terminal.quiet or terminal.as_json)
-    if talks:
-        click.echo(_line(_HEAD))
+    lines = iter([_line(_HEAD)])
+
+    def on_point(point: SweepPoint, finished_before: bool) -> None:
+        if talks:
+            for head in lines:  # with the first point, so that an error before it stands alone
+                click.echo(head)
+            click.echo(_point(point, finished_before))
+
     try:
         sweeping.sweep(
             config, grid, pick=pick, resume=resume, test_points=test_points, track=terminal.track,
-            on_point=(lambda p, before: click.echo(_point(p, before))) if talks else _ignore,
+            on_point=on_point,
         )  # fmt: skip
     except GateError:
         report = read_report(config.output)
@@ -133,10 +139,6 @@ def _grid(grids: dict[str, str | None]) -> Grid:
         raise ConfigError(f"{start}: a sweep takes one of {', '.join(flags)}.")
     ((rule, text),) = given.items()
     return parse_grid(rule, text)
-
-
-def _ignore(point: SweepPoint, finished_before: bool) -> None:
-    del point, finished_before
 
 
 def _point(point: SweepPoint, finished_before: bool) -> str:

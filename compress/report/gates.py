@@ -100,7 +100,7 @@ def _worst_class(report: Report) -> tuple[float | None, str]:
     if not rows:
         return None, "no class labels"
     worst = min(rows, key=lambda r: float(r["change"]))
-    return -float(worst["change"]), worst["name"]
+    return 0.0 - float(worst["change"]), worst["name"]
 
 
 def _worst_layer(report: Report) -> tuple[float | None, str]:
@@ -145,7 +145,7 @@ def _regression(report: Report) -> tuple[float | None, str]:
         return None, "no baseline report was given"
     for row in report["baseline"]["rows"]:
         if row["key"] == "after" and row["change"] is not None:
-            return -float(row["change"]), "against the baseline"
+            return 0.0 - float(row["change"]), "against the baseline"
     return None, "the baseline has no accuracy"
 
 

@@ -47,6 +47,7 @@ class Grid:
             if not math.isfinite(value):
                 raise ConfigError(f"{FLAGS[self.rule]} holds {value}, which is no finite number.")
             self.at(RunConfig(), value)
+            self.at(RunConfig(), value)
 
     def at(self, config: RunConfig, value: float) -> RunConfig:
         """Return the configuration of one point: this rule at a value, and no other rule.

@@ -82,12 +82,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--images", type=int, default=1000, help="calibration images")
+    parser.add_argument("--no-test", action="store_true", help="judge on validation images alone")
     parser.add_argument("--grid", default="1e-4:1e-1:10")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     config = settings(arguments.demo, arguments.images)
+    if arguments.no_test:
+        config = config.replace(test="")
     grid = parse_grid("threshold", arguments.grid)
     inputs = load_network(config)
     network = prepare(inputs.model, inputs.example)
