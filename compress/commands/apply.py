@@ -9,6 +9,7 @@ import click
 from compress.commands.options import Settings, configured, example
 from compress.commands.run import run_and_show
 from compress.commands.terminal import Terminal
+from compress.config import RULES
 from compress.errors import PlanError
 
 if TYPE_CHECKING:
@@ -34,12 +35,8 @@ def apply(settings: Settings, terminal: Terminal, plan_file: str, trust_code: bo
 
     plan = read_plan(plan_file)
     _check_trust(plan, settings, trust_code)
-    config = settings.config(model=plan.model, metric=plan.metric)
-    lacking = {c.scheme for c in plan.choices if c.rewritten} - set(config.schemes)
-    if lacking:
-        raise PlanError(
-            f"The plan uses the schemes {', '.join(sorted(lacking))}, which --schemes leaves out."
-        )
+    rule = {plan.rule: plan.value} if plan.rule in RULES else {}
+    config = settings.config(model=plan.model, metric=plan.metric, **rule)
     run_and_show(config, terminal, plan)
 
 

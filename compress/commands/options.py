@@ -101,6 +101,8 @@ _RULES = (
     _o("--macs", type=float, metavar="F", text="Spend this fraction of the multiply-accumulates "
        "over all layers and schemes."),
     _o("--params", type=float, metavar="F", text="Spend this fraction of the parameters."),
+    _o("--target-drop", type=float, metavar="P", text="Search for the cheapest model whose "
+       "validation accuracy falls by at most P points."),
     _o("--rank", metavar="NAME=R", multiple=True, callback=_pairs, text="Rank of a layer, by name "
        "or glob (R1,R2 for two_sided). Repeatable; without a rule all other layers are kept."),
     _o("--keep", metavar="GLOB", multiple=True, callback=_listed, text="Leave these layers as "
