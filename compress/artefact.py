@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from compress import __version__
 from compress.checkpoint import ARTEFACT_KEY
+from compress.checkpoint.loading import versioned
 from compress.errors import ArtefactError, ModelError
 from compress.files import write_atomically
 from compress.graph import replace_module
@@ -257,7 +258,8 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
     for name, source in manifest.tied.items():
         if source in state:
             state[name] = state[source]
-    missing, unexpected = _differences(model.state_dict(), state)
+    own = model.state_dict()
+    missing, unexpected = _differences(own, state)
     if missing or unexpected:
         raise ArtefactError(
             f"{file} does not fit the architecture it was given: "
@@ -265,7 +267,7 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:20])}). Pass the architecture "
             "that was compressed, with the same arguments."
         )
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(versioned(state, own), strict=True)
     if manifest.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()

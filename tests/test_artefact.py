@@ -266,3 +266,20 @@ def test_saving_leaves_no_partial_file(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="cannot be written"):
         save(tiny(), manifest, tmp_path / "none" / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_ask_for_their_version_load(tmp_path: Path) -> None:
+    """torchvision's MNASNet reads the version that a state dict carries, and refuses without."""
+    from compress.checkpoint import load_into, read_checkpoint
+    from compress.models import build_model
+
+    model = build_model("torchvision:mnasnet0_5?num_classes=4").module
+    for name, write in (("w.pt", torch.save), ("w.safetensors", safetensors.torch.save_file)):
+        write(model.state_dict(), tmp_path / name)
+        load_into(model, read_checkpoint(tmp_path / name))
+    manifest = Manifest(
+        model="torchvision:mnasnet0_5?num_classes=4", source_sha256="", dtype="float32"
+    )
+    save(model, manifest, tmp_path / "model.safetensors")
+    loaded = load(tmp_path).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,18 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"The checkpoint {checkpoint.path} does not belong to this model: "
             f"{'; '.join(problems)}.{_hint(state, own, misshapen)}"
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(versioned(state, own), strict=False)
+
+
+def versioned(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return ``state`` with the module versions of a model's own state dict.
+
+    Modules read there how to understand their entries; torchvision's MNASNet refuses to load
+    without, and safetensors files carry none.
+    """
+    known: OrderedDict[str, Tensor] = OrderedDict(state)
+    known._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]  # torch's way
+    return known
 
 
 def _shape(entry: Any) -> tuple[int, ...]:

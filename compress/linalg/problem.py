@@ -70,7 +70,13 @@ class Problem:
         live = scale > 0
         whisper = torch.where(live, 1e-12 * scale, torch.ones_like(scale))[:, None, None]
         eye = torch.eye(geometry.in_features, dtype=torch.float64, device=covariance.device)
-        half = torch.linalg.cholesky(covariance + whisper * eye)
+        half, failed = torch.linalg.cholesky_ex(covariance + whisper * eye)
+        while bool(failed.any()):
+            # Rows multiplied in float32 leave a rank-deficient covariance slightly indefinite.
+            whisper = whisper * 10
+            if not bool((whisper < scale[:, None, None] + 1).all()):
+                raise ValueError("a covariance that is not finite cannot be factored")
+            half, failed = torch.linalg.cholesky_ex(covariance + whisper * eye)
         left, values, _ = torch.linalg.svd(root @ self.matrix @ half, full_matrices=False)
         return Spectrum(values**2 * live[:, None], left)
 
