@@ -15,7 +15,7 @@ from compress.assess import assess
 from compress.calibrate import Calibration, calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
 from compress.choose import Budgets, check_plan, make_plan
-from compress.config import RunConfig, make_config
+from compress.config import SCHEMES, RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
 from compress.errors import ConfigError, GateError, ModelError, PlanError
 from compress.files import check_output
@@ -62,7 +62,9 @@ def compress_network(
     with clock.stage("calibrate"):
         schemes = config.schemes_in_play
         if plan is not None:
-            schemes = tuple(sorted({c.scheme for c in plan.choices if c.rewritten}))
+            # With those that the rule had in play, so that the plan's calibration file serves.
+            used = {c.scheme for c in plan.choices}
+            schemes = tuple(s for s in SCHEMES if s in used or s in schemes)
         calibration = calibrated(network, inputs, config, schemes, batch_size, track)
     with clock.stage("plan"):
         if plan is not None:

@@ -71,10 +71,11 @@ def test_equal_runs_give_equal_bytes(bench: Workbench) -> None:
     assert again.exit_code == 0, again.stderr
     files = [bench.output(n) / "model.safetensors" for n in ("first", "third")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    # Other batches are other orders of addition: equal to rounding.
-    state = load_file(bench.output("second") / "model.safetensors")
-    for name, tensor in load_file(files[0]).items():
-        torch.testing.assert_close(state[name], tensor, atol=1e-3, rtol=1e-3)
+    # Other batches are other orders of addition: the same function to rounding.
+    inputs = torch.tensor(made_images(24, seed=2)[0]).unsqueeze(1).float() / 255
+    loaded = [compress.load(bench.output(n), trust_code=True) for n in ("first", "second")]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded[1](inputs), loaded[0](inputs), atol=1e-2, rtol=1e-2)
 
 
 def test_the_configuration_beside_the_result_repeats_it(bench: Workbench) -> None:
@@ -192,6 +193,29 @@ def test_a_plan_is_written_edited_and_applied(bench: Workbench) -> None:
     ]  # fmt: skip
     model = compress.load(bench.output(), trust_code=True)
     assert model.conv2[0].out_channels == 2
+
+
+@pytest.mark.parametrize("rule", [("--macs", "0.6"), ("--target-drop", "20")])
+def test_plan_and_apply_share_a_calibration(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rule: tuple[str, str]
+) -> None:
+    file, plan = str(bench.folder / "cal.safetensors"), str(bench.folder / "plan.json")
+    common = ("--model", SPEC, "--data", bench.train, "--calibration", file)
+    result = command("plan", bench.checkpoint, *common, *rule, "--output", plan)
+    assert result.exit_code == 0, result.stderr
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("compress.pipeline.calibrate", forbidden)
+    given = (*common, "--checkpoint", bench.checkpoint, "--test", bench.test)
+    result = command("apply", plan, *given, "--output", str(bench.output("applied")))
+    assert result.exit_code == 0, result.stderr
+    assert bench.run(*rule, "--calibration", file).exit_code == 0
+    files = [bench.output(name) / "model.safetensors" for name in ("applied", "out")]
+    first, second = (load_file(f) for f in files)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[k], v) for k, v in first.items())
 
 
 def test_a_plan_without_a_file_is_only_shown(bench: Workbench) -> None:
