@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from compress.report import read_report
 from compress.result import EndMetric, Interval, SweepPoint
 from compress.sweep import Grid, parse_grid, parse_pick, sweep, sweep_network
 from compress.sweep.evaluate import hold
+from compress.sweep.pick import QUANTITIES
 from compress.sweep.work import pareto
 
 THRESHOLDS = "0.01,0.03,0.1,0.3"
@@ -452,3 +454,13 @@ def test_a_grid_is_a_rule_of_its_own(config):
     grid = Grid("macs", (0.5,))
     assert str(grid) == "--macs 0.5"
     assert grid.at(config.replace(threshold=0.1), 0.5).rule == "macs"
+
+
+def test_the_example_on_the_page_runs(capsys):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(block, "sweep.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[0]) for line in lines] == [1e-3, 1e-1]
+    for quantity in QUANTITIES:
+        assert f"| `{quantity}` |" in page

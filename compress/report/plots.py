@@ -106,16 +106,24 @@ def _point(index: int, row: points.Point) -> Data:
         }
         for name in row["schemes"]
     ]
-    change = row["change"]
-    if change is None and None not in (row["before"], row["after"]):
-        change = row["after"] - row["before"]
     return {
         "index": index,
         **{k: row[k] for k in ("label", "macs", "macs_ratio", "params", "pareto", "chosen")},
-        "change": change,
-        "low": row["change_low"],
-        "high": row["change_high"],
-        "accuracy": points.shown(row, "after"),
+        **_judged(row),
+        "on_test": row["on_test"] and _judged(row["on_test"]),
         "unit": "points" if row["metric"] == "accuracy" else row["metric"],
         "layers": layers,
+    }
+
+
+def _judged(measured: points.Point) -> Data:
+    """What one set of images says of a point."""
+    change = measured["change"]
+    if change is None and None not in (measured["before"], measured["after"]):
+        change = measured["after"] - measured["before"]
+    return {
+        "change": change,
+        "low": measured["change_low"],
+        "high": measured["change_high"],
+        "accuracy": points.shown(measured, "after"),
     }

@@ -40,7 +40,8 @@ def build_sweep_report(sweep: SweepResult) -> Report:
 def points(report: Report) -> list[Point]:
     """Return the points of a sweep's or a comparison's report as rows, see `COLUMNS`.
 
-    Beside the columns a row holds ``ranks`` and ``schemes`` by layer. A change is in points, of
+    Beside the columns a row holds ``ranks`` and ``schemes`` by layer and, for a sweep's point that
+    met the test set, the same measures ``on_test``. A change is in points, of
     the validation set for a sweep and of the set that the headline speaks of for a run.
     """
     if report["kind"] == "sweep":
@@ -113,15 +114,16 @@ def _cell(value: Any) -> Any:
 
 
 def _of_sweep(point: dict[str, Any]) -> Point:
-    test = point["test"]
+    test, on_test = point["test"], _metric(point["test"])
     return {
         "label": rule_label(point["rule"], point["value"]),
         **{k: point[k] for k in ("rule", "value", "macs", "params", "bytes", "pareto", "chosen")},
         "macs_ratio": point["ratio"],
         **_metric(point["validation"]),
-        "test_before": test and _ends(test)[0],
-        "test_after": test and _ends(test)[1],
-        "test_change": None if not test or test["drop"] is None else -test["drop"],
+        "test_before": on_test["before"],
+        "test_after": on_test["after"],
+        "test_change": on_test["change"],
+        "on_test": on_test if test else None,
         "seconds": point["seconds"],
         "ranks": point["ranks"],
         # A layer with ranks was rewritten, whether or not the sweep recorded the scheme.
@@ -134,7 +136,7 @@ def _of_sweep(point: dict[str, Any]) -> Point:
 def _of_run(run: dict[str, Any]) -> Point:
     result, head = run["result"], run["headline"]
     cost = result["cost"]["compressed"] or {"macs": None, "params": None, "bytes": None}
-    test = result["test"]
+    on_test = _metric(result["test"])
     return {
         "label": run["name"],
         "rule": result["rule"],
@@ -142,9 +144,10 @@ def _of_run(run: dict[str, Any]) -> Point:
         **cost,
         "macs_ratio": head["macs_ratio"],
         **_metric(end_metric(run)[0]),
-        "test_before": test and _ends(test)[0],
-        "test_after": test and _ends(test)[1],
-        "test_change": None if not test or test["drop"] is None else -test["drop"],
+        "test_before": on_test["before"],
+        "test_after": on_test["after"],
+        "test_change": on_test["change"],
+        "on_test": None,
         "pareto": False,
         "chosen": False,
         "seconds": sum(result["seconds"].values()) or None,

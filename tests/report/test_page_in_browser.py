@@ -1,5 +1,6 @@
 """The page in a real browser: it opens cleanly, its plots answer, its numbers are the report's."""
 
+import dataclasses
 import json
 
 import pytest
@@ -218,6 +219,34 @@ def test_clicking_a_sweep_point_shows_its_ranks(browser, sweep):
     assert browser.evaluate(chosen).startswith(rows[0]["label"])
     browser.evaluate("document.querySelector('button[data-point=\"6\"]').click()")
     assert browser.evaluate(chosen).startswith(rows[6]["label"])
+
+
+def test_a_sweep_shows_the_test_images_instead_where_every_point_met_them(browser, tmp_path, sweep):
+    _, page = sweep
+    browser.open(page)
+    assert not browser.evaluate("!!document.getElementById('choose-set')")
+    made = examples.sweep()
+    tested = [
+        dataclasses.replace(p, test=examples.metric(300, noise=0.1 + 0.3 * i, seed=6))
+        for i, p in enumerate(made.points)
+    ]
+    report = build_sweep_report(dataclasses.replace(made, points=tuple(tested)))
+    page = tmp_path / "report.html"
+    page.write_text(render_html(report), encoding="utf-8")
+    browser.open(page)
+    rows = points(report)
+    _, _, shown = hover(browser, "plot-points", "g[aria-label=dot] circle", 2)
+    assert f"{100 * rows[2]['after']:.2f}%" in shown
+    browser.evaluate(
+        "(() => { const s = document.getElementById('choose-set');"
+        " s.value = 'on_test'; s.dispatchEvent(new Event('change')); })()"
+    )
+    _, _, shown = hover(browser, "plot-points", "g[aria-label=dot] circle", 2)
+    assert f"{100 * rows[2]['test_after']:.2f}%" in shown
+    panel = browser.evaluate("document.getElementById('chosen').innerText")
+    assert f"validation {100 * rows[3]['after']:.2f}%" in panel
+    assert f"test {100 * rows[3]['test_after']:.2f}%" in panel
+    assert browser.complaints == []
 
 
 @pytest.mark.parametrize("kind", ["unverified", "custom", "bare", "one-point", "empty", "several"])

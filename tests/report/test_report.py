@@ -492,7 +492,7 @@ class TestSweep:
     def test_markdown_lists_the_points_and_marks_the_chosen(self):
         markdown = render_markdown(build_sweep_report(examples.sweep()))
         (chosen,) = [line for line in markdown.splitlines() if "chosen" in line]
-        assert chosen.startswith("| threshold 0.00316 |")
+        assert chosen.startswith("| threshold 0.003162 |")
         assert "chosen, Pareto" in chosen
 
     def test_an_empty_sweep_says_so(self):

@@ -300,8 +300,11 @@
     const title = document.createElement("h3"), line = document.createElement("p");
     const list = document.createElement("ul");
     title.textContent = point.label;
-    line.textContent = `MACs \u00d7${point.macs_ratio?.toFixed(2) ?? "?"}, ${point.accuracy}`
-      + (point.change === null ? "" : `, ${gained(point)}`);
+    const d = data.points[point.index];
+    const said = (of, where) => `${where}${of.accuracy}`
+      + (of.change === null ? "" : `, ${gained({ ...d, ...of })}`);
+    line.textContent = `MACs \u00d7${d.macs_ratio?.toFixed(2) ?? "?"}; `
+      + said(d, d.on_test ? "validation " : "") + (d.on_test ? `; ${said(d.on_test, "test ")}` : "");
     for (const layer of point.layers) {
       const item = document.createElement("li"), name = document.createElement("code");
       const what = document.createElement("span");
@@ -315,30 +318,41 @@
   const gained = (d) => d.unit === "points" ? points(d.change) : `${number(d.change)} ${d.unit}`;
 
   function curve() {
-    const items = data.points.filter((d) => d.change !== null && d.macs_ratio !== null);
-    const front = items.filter((d) => d.pareto).sort((a, b) => a.macs_ratio - b.macs_ratio);
-    const ranged = items.filter((d) => d.low !== null);
+    const select = document.getElementById("choose-set");
+    // The same points as one set of images or the other sees them; the front stays validation's.
+    const seen = (set) => data.points.map((d) => set ? { ...d, ...d[set] } : d)
+      .filter((d) => d.change !== null && d.macs_ratio !== null);
+    const items = seen("");
+    const every = select ? [...items, ...seen("on_test")] : items;
     const [least, most] = d3.extent(items, (d) => d.macs_ratio);
     const domain = least === most ? { domain: [least - 0.05, most + 0.05] } : { nice: true };
-    draw("plot-points", items, (width) => ({
-      at: { x: "macs_ratio", y: "change" },
-      title: (d) => `${d.label}\nMACs \u00d7${d.macs_ratio.toFixed(3)}\n${d.accuracy}, ${gained(d)}`,
-      legend: [...(front.length ? [["Pareto front", css("accent")], ["other", css("before")]] : [["result", css("before")]]),
-        ...(items.some((d) => d.chosen) ? [["chosen", css("loss"), "hollow"]] : [])],
-      plot: {
-        height: 400, marginLeft: 52, marginRight: 24, marginTop: 26,
-        x: { ...domain, label: "MACs over the original's", grid: true, ticks: width / 90, tickFormat: (v) => v.toFixed(2) },
-        y: { label: items[0].unit === "points" ? "change of accuracy, points" : `change of ${items[0].unit}`, grid: true, nice: true },
-        marks: [
-          Plot.ruleY([0], { stroke: css("soft") }),
-          Plot.link(ranged, { x1: "macs_ratio", x2: "macs_ratio", y1: "low", y2: "high", stroke: css("before"), strokeOpacity: 0.6, strokeWidth: 1.5 }),
-          Plot.line(front, { x: "macs_ratio", y: "change", stroke: css("accent"), strokeWidth: 1.5 }),
-          Plot.dot(items, { x: "macs_ratio", y: "change", r: 5.5, fill: (d) => css(d.pareto ? "accent" : "before") }),
-          Plot.dot(items.filter((d) => d.chosen), { x: "macs_ratio", y: "change", r: 10, stroke: css("loss"), strokeWidth: 2 }),
-          ...(data.points.length <= 3 ? [Plot.text(items, { x: "macs_ratio", y: "change", text: "label", dy: -14, fill: "currentColor" })] : []),
-        ],
-      },
-    }), { choose: show });
+    const heights = d3.extent([0, ...every.flatMap((d) => [d.change, d.low ?? d.change, d.high ?? d.change])]);
+    const redraw = draw("plot-points", items, (width) => {
+      items.splice(0, items.length, ...seen(select?.value ?? ""));
+      const front = items.filter((d) => d.pareto).sort((a, b) => a.macs_ratio - b.macs_ratio);
+      const ranged = items.filter((d) => d.low !== null);
+      return {
+        at: { x: "macs_ratio", y: "change" },
+        title: (d) => `${d.label}\nMACs \u00d7${d.macs_ratio.toFixed(3)}\n${d.accuracy}, ${gained(d)}`,
+        legend: [...(front.length ? [["Pareto front", css("accent")], ["other", css("before")]] : [["result", css("before")]]),
+          ...(items.some((d) => d.chosen) ? [["chosen", css("loss"), "hollow"]] : [])],
+        plot: {
+          height: 400, marginLeft: 52, marginRight: 24, marginTop: 26,
+          x: { ...domain, label: "MACs over the original's", grid: true, ticks: width / 90, tickFormat: (v) => v.toFixed(2) },
+          y: { label: items[0].unit === "points" ? "change of accuracy, points" : `change of ${items[0].unit}`,
+            grid: true, nice: true, ...(heights[0] < heights[1] ? { domain: heights } : {}) },
+          marks: [
+            Plot.ruleY([0], { stroke: css("soft") }),
+            Plot.link(ranged, { x1: "macs_ratio", x2: "macs_ratio", y1: "low", y2: "high", stroke: css("before"), strokeOpacity: 0.6, strokeWidth: 1.5 }),
+            Plot.line(front, { x: "macs_ratio", y: "change", stroke: css("accent"), strokeWidth: 1.5 }),
+            Plot.dot(items, { x: "macs_ratio", y: "change", r: 5.5, fill: (d) => css(d.pareto ? "accent" : "before") }),
+            Plot.dot(items.filter((d) => d.chosen), { x: "macs_ratio", y: "change", r: 10, stroke: css("loss"), strokeWidth: 2 }),
+            ...(data.points.length <= 3 ? [Plot.text(items, { x: "macs_ratio", y: "change", text: "label", dy: -14, fill: "currentColor" })] : []),
+          ],
+        },
+      };
+    }, { choose: show });
+    if (redraw && select) select.addEventListener("change", redraw);
     for (const button of document.querySelectorAll("button[data-point]")) {
       button.addEventListener("click", () => {
         show(data.points[Number(button.dataset.point)]);
