@@ -4,12 +4,14 @@ import hashlib
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import report_examples as examples
 
 from compress import report
 from compress.report import LIMITS, build_report, write_report
 from compress.report.page import SCRIPTS
+from compress.report.schema import report_schema
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -44,3 +46,14 @@ def test_the_vendored_library_is_the_one_named():
     assert [f"vendor/{path.name}" for path in scripts] == sorted(SCRIPTS[:2])
     for path in scripts:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in readme
+
+
+def test_the_sample_is_a_report_that_this_version_reads():
+    sample = DOCS / "sample"
+    found = report.read_report(sample)
+    jsonschema.validate(found, report_schema())
+    assert found["verdict"] == "failed"
+    assert report.render_markdown(found) == (sample / "report.md").read_text(encoding="utf-8")
+    page = (sample / "report.html").read_text(encoding="utf-8")
+    flips = found["result"]["test"]["to_wrong"]
+    assert page.count("data:image/png;base64,") == len(flips) > 0

@@ -277,7 +277,10 @@
   }
 
   function loss() {
-    const items = data.layers.filter((d) => d.predicted_loss > 0 && d.measured_loss > 0);
+    // What lies below the rounding of the larger ones is no measurement, and would stretch the axes.
+    const least = (key) => 1e-6 * Math.max(...data.layers.map((d) => d[key] ?? 0));
+    const items = data.layers.filter((d) => d.predicted_loss > least("predicted_loss")
+      && d.measured_loss > least("measured_loss"));
     const axis = (key, room) => logarithmic(items.map((d) => d[key]), room);
     const ends = items.length ? [Math.min(...items.flatMap((d) => [d.predicted_loss, d.measured_loss])),
       Math.max(...items.flatMap((d) => [d.predicted_loss, d.measured_loss]))] : [];
