@@ -126,3 +126,13 @@ def test_nothing_to_rewrite_is_a_copy() -> None:
     new = rewrite(model, {}, {})
     assert new is not model
     assert torch.equal(new(x), model(x))
+
+
+def test_a_chain_shares_no_storage_with_its_record() -> None:
+    layer = nn.Conv2d(4, 4, 3).double()
+    chain = chain_of(layer)
+    kind = kind_of(layer)
+    assert kind is not None
+    built = build_chain(kind.geometry(layer), chain, layer)
+    taken = {tensor.data_ptr() for tensor in (*chain.weights, chain.bias)}
+    assert not taken & {parameter.data_ptr() for parameter in built.parameters()}
