@@ -267,3 +267,19 @@ def test_a_forward_that_fails_says_what_it_was_given() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError):
         find_sites(Network(), torch.zeros(1, 2, 8, 8))
+
+
+def test_a_layer_called_by_keyword_is_kept() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(input=x).mean((2, 3)))
+
+    conv, head = find_sites(ByKeyword(), torch.randn(1, 3, 8, 8))
+    assert conv.skip is not None
+    assert "keyword" in conv.skip
+    assert head.skip is None
