@@ -1,0 +1,104 @@
+"""What the main job costs beside its floor, on ResNet-50 at 224 x 224 with random weights.
+
+    python scripts/bench/main_job.py --threads 2
+
+Four figures, each against its limit: calibrating output statistics over plain forward passes of the
+same batches, in turns; growth of peak memory with the number of images; seconds to plan and rewrite
+by threshold; seconds that ``compress --help`` takes.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import click
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate import Calibration, calibrate
+from compress.choose import make_plan
+from compress.config import RunConfig
+from compress.data import as_images, split
+from compress.network import Network, prepare
+from compress.progress import silent
+from compress.replace import fit_plan
+from compress.sites import evaluation_mode
+from compress.vision import torchvision_model
+
+
+def batches(count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        yield torch.randn(size, 3, 224, 224, generator=generator), torch.zeros(size)
+
+
+def plain(model: nn.Module, count: int, size: int) -> float:
+    start = time.perf_counter()
+    with torch.no_grad(), evaluation_mode(model):
+        for images, _ in batches(count, size):
+            model(images)
+    return time.perf_counter() - start
+
+
+def calibrated(network: Network, count: int, size: int) -> tuple[float, Calibration]:
+    start = time.perf_counter()
+    found = calibrate(network.model, network.sites, batches(count, size), count * size, weigh=False)
+    return time.perf_counter() - start, found
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+@click.command()
+@click.option("--threads", default=2)
+@click.option("--count", default=2, help="Batches a turn.")
+@click.option("--size", default=16, help="Images a batch.")
+@click.option("--rounds", default=3)
+def main(threads: int, count: int, size: int, rounds: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = torchvision_model("resnet50").eval()
+    network = prepare(model, torch.randn(1, 3, 224, 224))
+    plain(network.model, 1, size)
+    _, calibration = calibrated(network, 1, size)
+    before = peak()
+    ratios = []
+    for _ in range(rounds):
+        floor = plain(network.model, count, size)
+        spent, calibration = calibrated(network, count, size)
+        ratios.append(spent / floor)
+    small = peak()
+    calibrated(network, 3 * count, size)
+    large = peak()
+    start = time.perf_counter()
+    config = RunConfig(threshold=1e-2, metric="mse", refit=False)
+    plan = make_plan(network.model, network.sites, calibration, config)
+    parts = split(as_images(torch.randn(4, 3, 224, 224)), 4, 0)
+    fit_plan(network, plan, calibration, config, parts, size, silent)
+    planning = time.perf_counter() - start
+    command = [sys.executable, "-m", "compress.commands", "--help"]
+    starts = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        starts.append(time.perf_counter() - begun)
+    print("| what | measured | limit |")
+    print("| --- | --- | --- |")
+    each = ", ".join(f"{r:.2f}" for r in ratios)
+    print(f"| calibration / forward passes | {statistics.median(ratios):.2f} ({each}) | 1.25 |")
+    print(
+        f"| peak memory, 1 / {count} / {3 * count} batches | {before:.2f} / {small:.2f} / "
+        f"{large:.2f} GiB | does not grow |"
+    )
+    print(f"| planning and rewriting | {planning:.1f} s | 10 s |")
+    print(f"| compress --help | {statistics.median(starts):.2f} s | 0.5 s |")
+
+
+if __name__ == "__main__":
+    main()
