@@ -127,7 +127,8 @@ def _of_sweep(point: dict[str, Any]) -> Point:
         "seconds": point["seconds"],
         "ranks": point["ranks"],
         # A layer with ranks was rewritten, whether or not the sweep recorded the scheme.
-        "schemes": dict.fromkeys(point["ranks"], "rank") | point["schemes"],
+        "schemes": point["schemes"]
+        | {name: "rank" for name in point["ranks"] if name not in point["schemes"]},
         "verdict": None,
         "latency_ratio": None,
     }

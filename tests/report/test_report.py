@@ -38,6 +38,7 @@ from compress.report import (
 )
 from compress.report.page import embed
 from compress.report.plots import SPECTRUM_POINTS, plot_data
+from compress.report.points import layer_names, points
 from compress.report.schema import SCHEMA_FILE, report_schema, schema_text
 from compress.result import (
     ClassResult,
@@ -488,6 +489,14 @@ class TestSweep:
         assert sorted(p.name for p in tmp_path.iterdir()) == [
             "report.html", "report.json", "report.md", "sweep.csv",
         ]  # fmt: skip
+
+    def test_layers_stand_in_the_networks_order(self):
+        made = examples.sweep(1)
+        point = dataclasses.replace(
+            made.points[0], schemes={"a": "dense", "b": "output"}, ranks={"b": (2,)}
+        )
+        report = build_sweep_report(dataclasses.replace(made, points=(point,)))
+        assert layer_names(points(report)) == ["a", "b"]
 
     def test_markdown_lists_the_points_and_marks_the_chosen(self):
         markdown = render_markdown(build_sweep_report(examples.sweep()))
