@@ -1,4 +1,4 @@
-"""Run the command line from a checkout: ``python cli.py run ...``, the same as ``compress run ...``."""
+"""Run the command line from a checkout: ``python cli.py run ...`` is ``compress run ...``."""
 
 from compress.commands import main
 
