@@ -42,6 +42,7 @@ class Problem:
         self.weighting = (
             eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
         )
+        self._plain = weighting is None
         self._splits: dict[str, Split] = {}
 
     @cached_property
@@ -52,6 +53,8 @@ class Problem:
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
         """``G^½`` and ``G^-½``."""
+        if self._plain:
+            return self.weighting, self.weighting
         return square_roots(self.weighting)
 
     @cached_property
