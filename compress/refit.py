@@ -257,8 +257,7 @@ def solve(
         padded = xx + ridge * scale * eye
         wanted = weight + torch.linalg.solve(padded, (tx - weight @ xx).mT).mT
         outputs = wanted @ padded @ wanted.mT
-        problem = Problem(site.geometry, wanted.reshape(shape), outputs, padded)
-        problem.weighting = old.weighting
+        problem = Problem(site.geometry, wanted.reshape(shape), outputs, padded, old.weighting)
         found = refine(problem, old.fit, rounds)
         bias = train.bias(found.matrix)
         error = held_out.error(old.weighting, found.matrix, bias)
