@@ -48,13 +48,22 @@ def test_what_is_read_is_what_was_written(calibration: Calibration, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+def test_statistics_for_more_schemes_serve_fewer(
+    calibration: Calibration, tmp_path: Path
+) -> None:
+    file = tmp_path / "cal.safetensors"
+    write_calibration(file, calibration, KEY)
+    fewer = CalibrationKey("model", "data", {**KEY.settings, "schemes": ["output"]})
+    assert read_calibration(file, fewer).statistics.keys() == calibration.statistics.keys()
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
         (CalibrationKey("other", "data", KEY.settings), "with other model"),
         (CalibrationKey("model", "other", KEY.settings), "with other data"),
         (CalibrationKey("model", "data", {**KEY.settings, "seed": 1}), "seed: 0 there, 1 here"),
-        (CalibrationKey("model", "data", {"seed": 0}), "schemes"),
+        (CalibrationKey("model", "data", {"seed": 0, "schemes": ["input"]}), "schemes"),
     ],
 )
 def test_other_inputs_are_refused(
