@@ -45,7 +45,9 @@ class _Sums:
         assert self.total is not None
         assert self.squares is not None
         mean = self.total / self.rows
-        return max(float((self.squares / self.rows - mean**2).mean()), 0.0)
+        found = float((self.squares / self.rows - mean**2).mean())
+        # What cancellation leaves of a constant output is no variance.
+        return found if found > 1e-12 * float((mean**2).mean()) else 0.0
 
     def errors(self) -> tuple[MeasuredError, MeasuredError]:
         """Measured error alone and in place."""
@@ -56,7 +58,6 @@ class _Sums:
 
 
 def _error(mse: float, variance: float) -> MeasuredError:
-    # Noise of the accumulation itself counts as no variance: a constant output has no scale.
     return MeasuredError(mse, mse / variance if variance > 1e-20 else None)
 
 

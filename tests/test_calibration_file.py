@@ -48,9 +48,7 @@ def test_what_is_read_is_what_was_written(calibration: Calibration, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
-def test_statistics_for_more_schemes_serve_fewer(
-    calibration: Calibration, tmp_path: Path
-) -> None:
+def test_statistics_for_more_schemes_serve_fewer(calibration: Calibration, tmp_path: Path) -> None:
     file = tmp_path / "cal.safetensors"
     write_calibration(file, calibration, KEY)
     fewer = CalibrationKey("model", "data", {**KEY.settings, "schemes": ["output"]})
@@ -73,6 +71,15 @@ def test_other_inputs_are_refused(
     write_calibration(file, calibration, KEY)
     with pytest.raises(CalibrationError, match=message):
         read_calibration(file, key)
+
+
+def test_fewer_schemes_find_all_they_need(calibration: Calibration, tmp_path: Path) -> None:
+    file = tmp_path / "cal.safetensors"
+    write_calibration(file, calibration, KEY)
+    found = read_calibration(
+        file, CalibrationKey("model", "data", {"seed": 0, "schemes": ["output"]})
+    )
+    assert found.images == 16
 
 
 def test_damaged_and_foreign_files_are_refused(calibration: Calibration, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +43,7 @@ def test_a_run_leaves_a_whole_result(bench: Workbench) -> None:
         "MACs",
         "parameters",
         "95% interval",
-        "limit is at most 50.00",
+        "Limit kept: drop",
         f"Result: {bench.output()}",
     ):
         assert words in result.stdout  # fmt: skip
@@ -386,3 +389,30 @@ def test_an_unreachable_budget_names_the_smallest(bench: Workbench) -> None:
     text = paragraph(bench.run("--macs", "0.001"), 2)
     assert "smallest reachable fraction is" in text
     assert bench.leftovers() == []
+
+
+def test_the_demo_runs_twice_from_an_empty_folder(
+    tmp_path: Path, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once as a process, as a new user meets it, and once more over its own result."""
+    del bench  # only its stopwatch is wanted
+    place = tmp_path / "empty"
+    place.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "compress.commands", "demo"],
+        cwd=place, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Result: demo-result" in done.stdout
+    assert [p.name for p in place.iterdir()] == ["demo-result"]
+    report = json.loads((place / "demo-result" / "report.json").read_text())
+    assert report["verdict"] == "passed"
+    assert report["headline"]["macs_ratio"] < 0.5
+    assert report["headline"]["params_ratio"] < 0.5
+    assert report["headline"]["before"] - report["headline"]["after"] < 0.01
+    model = compress.load(place / "demo-result")  # the embedded network needs no trust
+    assert sum(p.numel() for p in model.parameters()) < 0.5 * 205_802
+    monkeypatch.chdir(place)
+    assert command("demo", "--quiet").exit_code == 0
+    assert "already holds a result" in paragraph(command("demo", "--output", "demo-result"), 3)

@@ -100,6 +100,7 @@ def test_measuring_leaves_no_hook_and_no_flag(pair: tuple[nn.Module, nn.Module])
 def test_a_constant_output_has_no_relative_error() -> None:
     layer = nn.Conv2d(1, 4, 3)
     nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 0.7)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(144, 3))
     after = copy.deepcopy(model)
     after[0] = low_rank(layer, 1)

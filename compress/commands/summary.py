@@ -28,7 +28,8 @@ def run_summary(
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
     lines += [layers_sentence(report), accuracy_sentence(report)]
-    lines += [gate_sentence(**gate) for gate in report["gates"]]
+    for gate in report["gates"]:
+        lines.append(f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(**gate)}")
     lines += [f"Warning: {warning}" for warning in [*report["notes"], *result["warnings"]]]
     if where:
         lines += ["", f"Result: {where}"]
