@@ -73,6 +73,7 @@ class Problem:
         live = scale > 0
         whisper = torch.where(live, 1e-12 * scale, torch.ones_like(scale))[:, None, None]
         eye = torch.eye(geometry.in_features, dtype=torch.float64, device=covariance.device)
+        half: Tensor
         half, failed = torch.linalg.cholesky_ex(covariance + whisper * eye)
         while bool(failed.any()):
             # Rows multiplied in float32 leave a rank-deficient covariance slightly indefinite.
