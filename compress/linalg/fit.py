@@ -133,16 +133,17 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
     geometry = problem.geometry
     if rank >= geometry.full_rank:
         return _exact(problem, "output", (rank,))
-    root, inverse = problem.roots
     spectrum = problem.spectrum
     basis = spectrum.eigenvectors[:, :, :rank]
-    first = basis.mT @ root @ problem.matrix
-    up = inverse @ basis
+    rest = spectrum.eigenvectors[:, :, rank:]
+    first = problem.rooted(basis).mT @ problem.matrix
+    up, left_over = (
+        (basis, rest) if problem.plain else (problem.roots[1] @ b for b in (basis, rest))
+    )
     weights = stage_weights(geometry, "output", *balance(first, up.unsqueeze(-1)))
     tail = spectrum.eigenvalues[:, rank:]
-    spread = ((inverse @ spectrum.eigenvectors[:, :, rank:]) ** 2).sum(1)
-    mse = float((tail * spread).sum()) / geometry.out_channels
-    projection = up @ basis.mT @ root
+    mse = float((tail * (left_over**2).sum(1)).sum()) / geometry.out_channels
+    projection = up @ problem.rooted(basis).mT
     return Fit("output", (rank,), weights, float(tail.sum()), mse, up @ first, projection)
 
 

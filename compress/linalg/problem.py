@@ -42,7 +42,7 @@ class Problem:
         self.weighting = (
             eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
         )
-        self._plain = weighting is None
+        self.plain = weighting is None
         self._splits: dict[str, Split] = {}
 
     @cached_property
@@ -53,26 +53,40 @@ class Problem:
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
         """``G^½`` and ``G^-½``."""
-        if self._plain:
+        if self.plain:
             return self.weighting, self.weighting
         return square_roots(self.weighting)
 
     @cached_property
     def spectrum(self) -> Spectrum:
         """Eigenbasis of ``G^½ C_y G^½``, at most ``full_rank`` of it."""
-        root = self.roots[0]
         geometry = self.geometry
         if self.input_covariance is None or geometry.in_features >= geometry.out_features:
-            spectrum = eigenbasis(root @ self.output_covariance @ root)
+            spectrum = eigenbasis(self.rooted(self.rooted(self.output_covariance).mT))
             rank = geometry.full_rank
             return Spectrum(spectrum.eigenvalues[:, :rank], spectrum.eigenvectors[:, :, :rank])
-        # The smaller side: singular vectors of G^½ W C^½. A whisper of identity in C keeps the
-        # basis spanning W's whole range where the data do not.
+        # The smaller side: singular vectors of G^½ W C^½.
+        left, values, _ = torch.linalg.svd(
+            self.rooted(self.matrix @ self._input_half), full_matrices=False
+        )
+        live = self.input_covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) > 0
+        return Spectrum(values**2 * live, left)
+
+    def rooted(self, rows: Tensor) -> Tensor:
+        """``G^½ rows``; without a product where the metric is plain."""
+        return rows if self.plain else self.roots[0] @ rows
+
+    @cached_property
+    def _input_half(self) -> Tensor:
+        """``L`` with ``L Lᵀ`` the patches' covariance and a whisper of identity.
+
+        The whisper keeps a basis spanning W's whole range where the data do not.
+        """
         covariance = self.input_covariance
+        assert covariance is not None
         scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-        live = scale > 0
-        whisper = torch.where(live, 1e-12 * scale, torch.ones_like(scale))[:, None, None]
-        eye = torch.eye(geometry.in_features, dtype=torch.float64, device=covariance.device)
+        whisper = torch.where(scale > 0, 1e-12 * scale, torch.ones_like(scale))[:, None, None]
+        eye = torch.eye(covariance.shape[-1], dtype=torch.float64, device=covariance.device)
         half: Tensor
         half, failed = torch.linalg.cholesky_ex(covariance + whisper * eye)
         while bool(failed.any()):
@@ -81,14 +95,22 @@ class Problem:
             if not bool((whisper < scale[:, None, None] + 1).all()):
                 raise ValueError("a covariance that is not finite cannot be factored")
             half, failed = torch.linalg.cholesky_ex(covariance + whisper * eye)
-        left, values, _ = torch.linalg.svd(root @ self.matrix @ half, full_matrices=False)
-        return Spectrum(values**2 * live[:, None], left)
+        return half
 
     @cached_property
     def plain_spectrum(self) -> Tensor:
         """Eigenvalues ``[groups, full_rank]`` of the outputs' covariance, whatever the metric."""
-        values: Tensor = torch.linalg.eigvalsh(self.output_covariance)
-        return values.flip(-1).clamp_min(0.0)[:, : self.geometry.full_rank]
+        geometry = self.geometry
+        if self.plain and "spectrum" in self.__dict__:
+            return self.spectrum.eigenvalues
+        if self.input_covariance is None or geometry.in_features >= geometry.out_features:
+            values: Tensor = torch.linalg.eigvalsh(self.output_covariance)
+            return values.flip(-1).clamp_min(0.0)[:, : geometry.full_rank]
+        # The smaller side has the same eigenvalues: those of Lᵀ Wᵀ W L for C = L Lᵀ.
+        through = self.matrix @ self._input_half
+        live = self.input_covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) > 0
+        values = torch.linalg.eigvalsh(through.mT @ through)
+        return values.flip(-1).clamp_min(0.0) * live
 
     def variance(self) -> float:
         """Mean variance per output element, what relative errors are relative to."""
