@@ -163,7 +163,7 @@ def layers_sentence(report: Report) -> str:
     total = head["rewritten"] + head["kept"]
     rule = ""
     if result["rule"]:
-        value = "" if result["value"] is None else f" {text.number(result['value'])}"
+        value = "" if result["value"] is None else f" {text.number(result['value'], 6)}"
         rule = f" Rule: {result['rule'].replace('_', ' ')}{value}."
     return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten.{rule}"
 
