@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError
+from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem
 from compress.linalg.geometry import output_rows, patch_rows
@@ -27,8 +28,10 @@ from compress.sites import LayerSite, evaluation_mode, forward_hooks, frozen, ru
 
 # Below this many samples a dimension the covariance is shrunk and the user is warned.
 FEW_SAMPLES = 10
-# Layers this small take every position up to this many rows, whatever their dimension.
-FREE_SAMPLES = 1 << 16
+# Layers take every position up to this many rows, however short those are: of patches, and of
+# outputs and one-tap inputs, which have a tenth of the features.
+FREE_PATCHES = 1 << 16
+FREE_OUTPUTS = 1 << 13
 # Longer patches than this are not accumulated for schemes that want them: the matrix alone would
 # take more than half a gigabyte.
 LONGEST_PATCH = 8192
@@ -203,6 +206,7 @@ def calibrate(
     loss: LossFunction | None = None,
     samples_per_dimension: int = 64,
     seed: int = 0,
+    memory_format: str = "contiguous",
 ) -> Calibration:
     """Stream images through the model and accumulate every layer's statistics.
 
@@ -216,6 +220,7 @@ def calibrate(
         loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
         seed: Decides the sampled labels and positions.
+        memory_format: What the model runs in meanwhile, as `Network.memory_format`.
 
     Raises:
         CalibrationError: An activation is NaN or infinite; the layer is named.
@@ -227,18 +232,25 @@ def calibrate(
     for index, site in enumerate(s for s in sites if s.skip is None):
         patches = wants_patches(site, schemes)
         length = site.geometry.in_features if patches else site.geometry.out_features
-        budget = max(FREE_SAMPLES, samples_per_dimension * length) // max(len(site.calls), 1)
+        wide = patches and math.prod(site.geometry.kernel_size) > 1
+        free = FREE_PATCHES if wide else FREE_OUTPUTS
+        budget = max(free, samples_per_dimension * length) // max(len(site.calls), 1)
         positions = _Positions(images, budget, seed * 1_000_003 + index)
         module = modules[site.name]
         collectors[module] = _Collector(site, module, patches, positions, weigh)
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(images, generator=generator, dtype=torch.float64)
     start = 0
-    with evaluation_mode(model), frozen(model), forward_hooks(dict(collectors)):
+    with (
+        evaluation_mode(model),
+        frozen(model),
+        forward_hooks(dict(collectors)),
+        in_memory_format(model, memory_format),
+    ):
         for inputs, labels in batches:
             for collector in collectors.values():
                 collector.begin(start, len(inputs))
-            inputs = inputs.to(device)
+            inputs = in_format(inputs.to(device), memory_format)
             if weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
                 output = run_model(model, inputs.detach().requires_grad_())

@@ -172,6 +172,7 @@ def calibrated(
         loss=loss_function(config),
         samples_per_dimension=config.samples_per_dimension,
         seed=config.seed,
+        memory_format=network.memory_format,
     )
     calibration.data_fingerprint = fit.fingerprint
     calibration.model_fingerprint = inputs.sha256

@@ -120,7 +120,8 @@ def test_any_batches_give_the_same_statistics(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled labels and subsets of positions included."""
-    monkeypatch.setattr(calibrate_module, "FREE_SAMPLES", 100)
+    monkeypatch.setattr(calibrate_module, "FREE_PATCHES", 100)
+    monkeypatch.setattr(calibrate_module, "FREE_OUTPUTS", 100)
     model, x = network(), images(12)
     settings: dict[str, Any] = {"schemes": ("output", "spatial"), "samples_per_dimension": 2}
     whole = run(model, x, **settings).statistics
@@ -134,7 +135,7 @@ def test_chosen_positions_are_spread_evenly_and_differ_between_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A layer whose outputs are the numbers of its positions."""
-    monkeypatch.setattr(calibrate_module, "FREE_SAMPLES", 400)
+    monkeypatch.setattr(calibrate_module, "FREE_OUTPUTS", 400)
     layer = nn.Conv2d(2, 2, 1, bias=False).double()
     with torch.no_grad():
         layer.weight.copy_(torch.eye(2)[:, :, None, None])
@@ -156,6 +157,16 @@ def test_chosen_positions_are_spread_evenly_and_differ_between_images(
     assert other.outputs is not None
     assert torch.equal(again.outputs.scatter, found.outputs.scatter)
     assert not torch.equal(other.outputs.scatter, found.outputs.scatter)
+
+
+def test_the_memory_format_changes_nothing_but_rounding() -> None:
+    model, x = network(), images(10)
+    before = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    contiguous = run(model, x).statistics
+    last = run(model, x, memory_format="channels_last").statistics
+    for name, statistics in contiguous.items():
+        assert_same(last[name], statistics)
+    assert {n: (p.data_ptr(), p.stride()) for n, p in model.named_parameters()} == before
 
 
 def test_statistics_of_parts_add_up() -> None:

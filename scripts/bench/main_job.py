@@ -47,7 +47,10 @@ def plain(model: nn.Module, count: int, size: int) -> float:
 
 def calibrated(network: Network, count: int, size: int) -> tuple[float, Calibration]:
     start = time.perf_counter()
-    found = calibrate(network.model, network.sites, batches(count, size), count * size, weigh=False)
+    found = calibrate(
+        network.model, network.sites, batches(count, size), count * size, weigh=False,
+        memory_format=network.memory_format,
+    )  # fmt: skip
     return time.perf_counter() - start, found
 
 
