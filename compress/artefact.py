@@ -24,6 +24,7 @@ from compress.checkpoint.loading import versioned
 from compress.errors import ArtefactError, ModelError
 from compress.files import write_atomically
 from compress.graph import replace_module
+from compress.latency import put_in_format
 from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES, full_ranks
 from compress.models import build_model, needs_trust
@@ -269,7 +270,7 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
         )
     model.load_state_dict(versioned(state, own), strict=True)
     if manifest.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        put_in_format(model, "channels_last")
     return model.eval()
 
 

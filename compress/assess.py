@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.config import RunConfig
-from compress.cost import model_cost
 from compress.data import ImageSet, batches
 from compress.inputs import Inputs
-from compress.latency import time_network
 from compress.network import Network
 from compress.plan import Choice, Plan
 from compress.progress import Track
@@ -22,7 +19,6 @@ from compress.result import (
     CostSummary,
     EndMetric,
     GateResult,
-    Latency,
     LayerErrors,
     LayerResult,
     MeasuredError,
@@ -46,7 +42,6 @@ class Assessment:
     layers: tuple[LayerResult, ...]
     validation: EndMetric | None
     test: EndMetric | None
-    cost: CostSummary
     gates: tuple[GateResult, ...]
     rank_correlation: float | None
     warnings: tuple[str, ...]
@@ -57,18 +52,20 @@ def assess(
     plan: Plan,
     replaced: Replaced,
     final: nn.Module,
+    cost: CostSummary,
     inputs: Inputs,
     config: RunConfig,
     batch_size: int,
     track: Track,
 ) -> Assessment:
-    """Measure per-layer errors, end metrics, costs and latency, and hold them to the gates.
+    """Measure per-layer errors and end metrics, and hold everything measured to the gates.
 
     Args:
         network: The dense baseline.
         plan: What was done.
         replaced: The rewritten model in float32 and its predictions.
-        final: The same in the dtype it is saved in.
+        final: The same in the dtype and memory format it is saved in.
+        cost: What it costs.
         inputs: Images.
         config: Gates and batches.
         batch_size: Images a batch.
@@ -105,13 +102,12 @@ def assess(
         if metric is None:
             require_labels(inputs.test)
         on_test = end_metric(inputs.test, "test")
-    cost = costs(network, final, inputs.dtype, config)
     gates = check_gates(config, on_test, layers)
     warnings = _warnings(plan, layers, cost, on_test, inputs)
     correlation = rank_correlation(
         [(x.predicted_loss, x.measured_loss) for x in layers if x.rewritten]
     )
-    return Assessment(layers, on_validation, on_test, cost, gates, correlation, warnings)
+    return Assessment(layers, on_validation, on_test, gates, correlation, warnings)
 
 
 def _joined(plan: Plan, fit: Errors, validation: Errors) -> list[tuple[Choice, LayerErrors]]:
@@ -198,32 +194,6 @@ def metric_function(config: RunConfig) -> Callable[..., float] | None:
     from compress.models import import_function
 
     return import_function(config.metric_fn, ModelError)
-
-
-def costs(network: Network, final: nn.Module, dtype: torch.dtype, config: RunConfig) -> CostSummary:
-    """Costs of original, baseline and result, and their measured times."""
-    example = network.example
-    size = torch.empty((), dtype=dtype).element_size()
-    reference = next(final.parameters())
-    dense = copy.deepcopy(network.model).to(dtype)
-    return CostSummary(
-        original=model_cost(network.original, example, size),
-        folded=model_cost(network.model, example, size),
-        compressed=model_cost(final, example.to(reference), size),
-        latency=tuple(
-            _latency(dense, final, example.to(reference), n)
-            for n in sorted({1, config.latency_batch})
-        ),
-        device=str(example.device),
-        threads=torch.get_num_threads(),
-    )
-
-
-def _latency(dense: nn.Module, compressed: nn.Module, example: Tensor, batch: int) -> Latency:
-    images = example.expand(batch, *example.shape[1:]).contiguous()
-    times = time_network({"dense": dense, "compressed": compressed}, images)
-    ratio = times["compressed"] / times["dense"]
-    return Latency(batch, times["dense"], times["compressed"], ratio)
 
 
 def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> float | None:

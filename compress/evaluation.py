@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress import __version__
 from compress.artefact import MODEL_FILE, Manifest, load, read_manifest
-from compress.assess import costs, metric_function
+from compress.assess import metric_function
 from compress.checkpoint import ARTEFACT_KEY
 from compress.choose import scheme_cost
 from compress.comparison import compare_logits
@@ -35,6 +35,7 @@ from compress.result import (
     Result,
     Versions,
 )
+from compress.speed import costs
 from compress.verify import all_logits, check_gates, compare, measure_layers, require_labels
 
 
@@ -149,7 +150,8 @@ def evaluate_model(
         module, _, dtype, preprocessing = load_model(config)
         module, name = module.to(dtype), config.model
     images = open_images(spec, config, module, preprocessing)
-    return measured(module.to(config.device), name, compressed, images, config, track)
+    form = memory_format(read_manifest(config.checkpoint)) if compressed else "contiguous"
+    return measured(module.to(config.device), name, compressed, images, config, track, form)
 
 
 def _preprocessing(config: RunConfig, spec: str) -> Preprocessing:
@@ -164,8 +166,12 @@ def measured(
     images: ImageSet,
     config: RunConfig,
     track: Track = silent,
+    form: str = "contiguous",
 ) -> Evaluation:
-    """Measure a model on all of some images; arguments as the fields of `Evaluation`."""
+    """Measure a model on all of some images; arguments as the fields of `Evaluation`.
+
+    ``form`` is the memory format that it is timed in.
+    """
     reference = next(model.parameters())
     example = images[0][0].unsqueeze(0).to(reference)
     loaded = batches(images, batch_size_for(config, example), config.workers)
@@ -198,16 +204,21 @@ def measured(
         ece=ece,
         custom=custom,
         cost=model_cost(model, example),
-        latency=tuple(_timed(model, example, n) for n in sorted({1, config.latency_batch})),
+        latency=tuple(_timed(model, example, n, form) for n in sorted({1, config.latency_batch})),
         device=str(reference.device),
         threads=torch.get_num_threads(),
         warnings=tuple(warnings),
     )
 
 
-def _timed(model: nn.Module, example: Tensor, batch: int) -> Timed:
+def memory_format(manifest: Manifest) -> str:
+    """The memory format that a result was saved with."""
+    return "channels_last" if manifest.channels_last else "contiguous"
+
+
+def _timed(model: nn.Module, example: Tensor, batch: int, form: str) -> Timed:
     images = example.expand(batch, *example.shape[1:]).contiguous()
-    return Timed(batch, time_network({"model": model}, images)["model"])
+    return Timed(batch, time_network({"model": model}, images, memory_format=form)["model"])
 
 
 def verify_result(
@@ -267,7 +278,7 @@ def verify_result(
         dtype=manifest.dtype,
         layers=layers,
         test=metric,
-        cost=costs(network, compressed, dtype, config),
+        cost=costs(network, compressed, dtype, config, (memory_format(manifest),)),
         gates=check_gates(config, metric, layers),
         warnings=_test_warnings(manifest, test, metric.near_chance),
         folded=tuple(pair.norm for pair in network.folded),

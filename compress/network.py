@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
 from compress.graph import FoldedPair, fold_batch_norms, same_outputs, trace
-from compress.latency.formats import in_format, in_memory_format
+from compress.latency.formats import MEMORY_FORMATS, in_format, in_memory_format
 from compress.modules.attention import reads_child_weights, unpack_attention
 from compress.sites import LayerSite, evaluation_mode, find_sites, run_model
 
@@ -27,8 +27,8 @@ class Network:
         folded: Which norms went into which layers.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
         example: One input ``[1, ...]``.
-        memory_format: What the baseline runs in while it is calibrated: ``"channels_last"`` on a
-            CPU wherever its forward takes that (a third faster there, and rows are read whole).
+        memory_formats: Those that its forward takes: ``"contiguous"`` always, and
+            ``"channels_last"`` unless a ``view`` or the like stands in the way.
         warnings: What the user should know.
     """
 
@@ -39,8 +39,14 @@ class Network:
     folded: tuple[FoldedPair, ...]
     unpacked: tuple[str, ...]
     example: Tensor
-    memory_format: str
+    memory_formats: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def memory_format(self) -> str:
+        """What the baseline is calibrated in: on a CPU channels_last is a third faster."""
+        last = self.example.device.type == "cpu" and "channels_last" in self.memory_formats
+        return "channels_last" if last else "contiguous"
 
     def site(self, name: str) -> LayerSite:
         """The site of a name."""
@@ -83,21 +89,23 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     if pairs:
         graph = trace(baseline)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
-    memory_format = "channels_last" if _takes_channels_last(baseline, example) else "contiguous"
+    formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
     return Network(
-        original, baseline, graph, sites, pairs, unpacked, example, memory_format, tuple(warnings)
+        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings)
     )
 
 
-def _takes_channels_last(model: nn.Module, example: Tensor) -> bool:
-    """Whether a model on a CPU computes the same in that format; ``view`` may stand in the way."""
-    if example.device.type != "cpu" or example.dim() != 4:
+def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
+    """Whether a model computes the same in a memory format."""
+    if memory_format == "contiguous":
+        return True
+    if example.dim() != 4:
         return False
     with torch.no_grad(), evaluation_mode(model):
         expected = run_model(model, example)
-        with in_memory_format(model, "channels_last"):
+        with in_memory_format(model, memory_format):
             try:
-                found = run_model(model, in_format(example, "channels_last"))
+                found = run_model(model, in_format(example, memory_format))
             except ModelError:
                 return False
     return found.shape == expected.shape and same_outputs(expected, found)

@@ -26,7 +26,7 @@ from compress.inputs import Inputs
 from compress.network import Network
 from compress.plan import Plan
 from compress.report import build_report, gate_sentence, write_report
-from compress.result import Result, Versions
+from compress.result import CostSummary, Result, Versions
 from compress.sites import evaluation_mode, run_model
 
 
@@ -163,6 +163,7 @@ def make_manifest(
             "seed": config.seed,
         },
         verified=verified,
+        channels_last=result.cost.memory_format == "channels_last",
         versions=versions(),
     )
 
@@ -173,6 +174,7 @@ def make_result(
     network: Network,
     plan: Plan,
     calibration: Calibration,
+    cost: CostSummary,
     assessed: Assessment,
     clock: Clock,
 ) -> Result:
@@ -196,7 +198,7 @@ def make_result(
         layers=assessed.layers,
         validation=assessed.validation,
         test=assessed.test,
-        cost=assessed.cost,
+        cost=cost,
         gates=assessed.gates,
         warnings=tuple(warnings),
         folded=tuple(pair.norm for pair in network.folded),

@@ -20,6 +20,7 @@ from compress.data import ImageSet, as_images, batches, split
 from compress.errors import ConfigError, GateError, ModelError, PlanError
 from compress.files import check_output
 from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
+from compress.latency import put_in_format
 from compress.network import Network, prepare
 from compress.outcome import (
     Clock,
@@ -32,6 +33,7 @@ from compress.plan import Choice, Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
 from compress.search import cheapest_within_drop
+from compress.speed import costs
 from compress.verify import all_logits, compare, require_labels
 
 
@@ -75,9 +77,12 @@ def compress_network(
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
     final = copy.deepcopy(replaced.model).to(inputs.dtype)
+    with clock.stage("latency"):
+        cost = costs(network, final, inputs.dtype, config)
+    put_in_format(final, cost.memory_format)
     with clock.stage("verify"):
-        assessed = assess(network, plan, replaced, final, inputs, config, batch_size, track)
-    result = make_result(inputs, config, network, plan, calibration, assessed, clock)
+        assessed = assess(network, plan, replaced, final, cost, inputs, config, batch_size, track)
+    result = make_result(inputs, config, network, plan, calibration, cost, assessed, clock)
     manifest = make_manifest(inputs, config, network, plan, calibration, result)
     return Compressed(final, plan, result, manifest, network)
 

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from networks.tiny import tiny
 from safetensors import safe_open
+from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import SPEC, made_images
 
@@ -39,7 +40,7 @@ def compressed(model: nn.Module, folder: Path, **given: Any) -> tuple[Path, nn.M
 
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.assess.time_network", lambda m, *_: dict.fromkeys(m, 1e-3))
+    stop_the_clock(monkeypatch)
 
 
 @pytest.fixture
@@ -68,6 +69,32 @@ def test_saved_and_loaded_models_are_equal_and_plain(result: tuple[Path, nn.Modu
         assert all(
             type(m).__module__.startswith("torch.nn") for n, m in loaded.named_modules() if n
         )
+
+
+@pytest.mark.parametrize(
+    ("last", "wins"), [(0.004, True), (0.0058, False), (0.009, False)], ids=str
+)
+def test_the_faster_memory_format_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: float, wins: bool
+) -> None:
+    """By a clear margin alone; the saved bytes are contiguous either way."""
+    stop_the_clock(
+        monkeypatch, dense=0.01, dense_channels_last=0.008, compressed=0.006,
+        compressed_channels_last=last,
+    )  # fmt: skip
+    settings = {"spec": SPEC, "rank": {"*": "2"}, "force_rank": True, "metric": "mse"}
+    made = compress.compress_model(tiny(), images(), **settings)
+    cost = made.result.cost
+    assert made.manifest.channels_last == wins == (cost.memory_format == "channels_last")
+    assert {x.dense_memory_format for x in cost.latency} == {"channels_last"}
+    assert [x.ratio for x in cost.latency] == [pytest.approx((last if wins else 0.006) / 0.008)] * 2
+    save(made.model, made.manifest, tmp_path / "model.safetensors")
+    loaded = load(tmp_path, model=tiny())
+    equal(made.model, loaded)
+    strides = {
+        tuple(p.stride()) for p in loaded.parameters() if p.dim() == 4 and p[0, 0].numel() > 1
+    }
+    assert {s[1] == 1 for s in strides} == {wins}
 
 
 def test_a_users_code_runs_only_when_trusted(result: tuple[Path, nn.Module]) -> None:

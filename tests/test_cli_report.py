@@ -12,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from stopwatch import stop_the_clock
 from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
 from compress.commands import cli
@@ -26,12 +27,8 @@ from compress.result.runs import Result
 def bench(tmp_path_factory):
     """A workbench with one finished run, which no test changes."""
 
-    def timed(models, *_, **__):
-        return dict.fromkeys(models, 1e-3)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.assess.time_network", timed)
-        patch.setattr("compress.evaluation.time_network", timed)
+        stop_the_clock(patch)
         made = Workbench.make(tmp_path_factory.mktemp("bench"), trained())
         done = made.run("--macs", "0.6", "--no-refit")
         assert done.exit_code == 0, done.stderr

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stopwatch import stop_the_clock
 from workbench import bench, command
 
 import compress
@@ -39,10 +39,7 @@ FAMILIES = [
 
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(models: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
-        return dict.fromkeys(models, 1e-3)
-
-    monkeypatch.setattr("compress.assess.time_network", timed)
+    stop_the_clock(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import SPEC, Workbench, bench, made_images, trained
 
@@ -30,7 +31,7 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.assess.time_network", lambda m, *_: dict.fromkeys(m, 1e-3))
+    stop_the_clock(monkeypatch)
 
 
 def test_one_call_does_what_the_command_does(bench: Workbench) -> None:

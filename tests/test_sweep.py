@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_network import write_network
+from stopwatch import stop_the_clock
 
 import compress
 from compress.config import make_config
@@ -44,9 +45,7 @@ def config(network, tmp_path):
 @pytest.fixture(autouse=True)
 def no_stopwatch(monkeypatch):
     """Times of whole networks take seconds to measure, and no test here is about them."""
-    monkeypatch.setattr(
-        "compress.assess.time_network", lambda models, _: dict.fromkeys(models, 1e-3)
-    )
+    stop_the_clock(monkeypatch)
 
 
 class Journal:

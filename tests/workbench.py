@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from networks.tiny import tiny
 from safetensors.torch import save_file
+from stopwatch import stop_the_clock
 
 from compress.commands import cli
 
@@ -62,11 +63,7 @@ def _trained() -> torch.nn.Module:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
     """A workbench with the trained network, and networks timed without spending seconds on it."""
 
-    def timed(models: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
-        return dict.fromkeys(models, 1e-3)
-
-    monkeypatch.setattr("compress.assess.time_network", timed)
-    monkeypatch.setattr("compress.evaluation.time_network", timed)
+    stop_the_clock(monkeypatch)
     return Workbench.make(tmp_path, _trained())
 
 

@@ -6,7 +6,7 @@ of its turns. `LatencyTable` remembers what a layer took, so that a shape which 
 layers is measured once; the times of one call to `LatencyTable.time` are the ones to compare.
 """
 
-from compress.latency.formats import MEMORY_FORMATS, in_memory_format
+from compress.latency.formats import MEMORY_FORMATS, in_memory_format, put_in_format
 from compress.latency.network import Timing, time_network, time_network_formats
 from compress.latency.table import LatencyKey, LatencyTable, Setting, describe_layer
 from compress.latency.turns import measure
@@ -20,6 +20,7 @@ __all__ = [
     "describe_layer",
     "in_memory_format",
     "measure",
+    "put_in_format",
     "time_network",
     "time_network_formats",
 ]

@@ -74,6 +74,17 @@ def in_format(tensor: Tensor, name: str) -> Tensor:
     return tensor.contiguous(memory_format=MEMORY_FORMATS[name]) if tensor.dim() == 4 else tensor
 
 
+def put_in_format(model: nn.Module, name: str) -> None:
+    """Put a model's four-dimensional tensors in a memory format, in place and for good.
+
+    Raises:
+        ValueError: An unknown memory format.
+    """
+    _check(name)
+    # torch's annotation of Module.to leaves this overload out.
+    model.to(memory_format=MEMORY_FORMATS[name])  # type: ignore[call-overload]
+
+
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Switch to evaluation under inference mode, and restore each module's own flag."""

@@ -22,18 +22,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds per batch, folded dense original against compressed, runs alternating."""
+    """Median seconds per batch, folded dense original against compressed, runs alternating.
+
+    The dense network runs in whichever memory format suits it at this batch, the result in the one
+    that it is saved with.
+    """
 
     batch_size: int
     dense_seconds: float
     seconds: float
     ratio: float
     runs: int | None = None
+    dense_memory_format: str = "contiguous"
 
 
 @dataclass(frozen=True)
 class CostSummary:
-    """The original as it came, with its norms folded (the baseline), and compressed."""
+    """The original as it came, with its norms folded (the baseline), and compressed.
+
+    ``memory_format`` is the result's, ``"contiguous"`` or ``"channels_last"``.
+    """
 
     original: Cost | None = None
     folded: Cost | None = None
