@@ -155,6 +155,8 @@ def _layer(
         eigenvalue_count=len(spectrum) or None,
         samples=predicted.samples if predicted else None,
         samples_per_dimension=predicted.samples_per_dimension if predicted else None,
+        dense_seconds=choice.dense_seconds,
+        seconds=choice.seconds,
     )
 
 
@@ -249,6 +251,14 @@ def _warnings(
                 f"At batch {latency.batch_size} the result is not faster than the dense network "
                 f"with its norms folded ({latency.ratio:.2f} of its time on this device)."
             )
+    timed = cost.latency[-1] if cost.latency else None
+    if plan.rule == "latency" and timed is not None and timed.ratio > (plan.value or 1.0):
+        found.append(
+            f"Measured again after the fit, a batch of {timed.batch_size} takes "
+            f"{timed.ratio:.3f} of the dense network's time, over the budget of {plan.value:g}: "
+            "the machine does other work, or its speed drifts. Run again on a quiet machine, or "
+            "with a smaller budget."
+        )
     if test is not None and test.near_chance:
         found.append(
             "The original is hardly better than chance on the test images; check the order of the "

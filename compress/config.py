@@ -17,7 +17,7 @@ from compress.errors import ConfigError, near_matches
 
 SCHEMES = ("output", "input", "two_sided", "spatial")
 METRICS = ("loss", "mse")
-RULES = ("threshold", "energy", "macs", "params", "target_drop")
+RULES = ("threshold", "energy", "macs", "params", "latency", "target_drop")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class RunConfig:
     energy: float | None = None
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
     target_drop: float | None = None
 
     # What the rule may choose from.
@@ -69,6 +70,7 @@ class RunConfig:
     round_to: int | None = None
     refit: bool = True
     latency_batch: int = 8
+    latency_table: str = ""
 
     # What the result must satisfy on the test set before it is saved.
     max_drop: float | None = None
@@ -126,7 +128,7 @@ def _check(config: RunConfig) -> None:
     given = [r for r in RULES if getattr(config, r) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(given)} contradict each other: give one rank rule")
-    for name in ("energy", "macs", "params"):
+    for name in ("energy", "macs", "params", "latency"):
         value = getattr(config, name)
         if value is not None and not 0 < value <= 1:
             problems.append(f"{name} = {value} is outside (0, 1]")

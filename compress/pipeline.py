@@ -31,6 +31,7 @@ from compress.outcome import (
 )
 from compress.plan import Choice, Plan
 from compress.progress import Track, silent
+from compress.real_time import timed_plan
 from compress.replace import fit_plan
 from compress.search import cheapest_within_drop
 from compress.speed import costs
@@ -98,6 +99,8 @@ def planned(
     """Choose a plan by the configuration's rule."""
     if config.rule == "target_drop":
         return searched_plan(network, inputs, calibration, config, batch_size, track)
+    if config.rule == "latency":
+        return timed_plan(network, calibration, config, inputs.dtype, track)
     return make_plan(network.model, network.sites, calibration, config, track)
 
 

@@ -49,6 +49,8 @@ class Choice:
         params: Parameters as chosen; ``dense_params`` as it was.
         break_even: Largest rank that still saves.
         full_rank: First rank at which the scheme loses nothing; of the weight matrix for dense.
+        seconds: Measured time of a batch as chosen, where time was the cost; ``dense_seconds`` as
+            it was.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Choice:
     dense_params: int
     break_even: int
     full_rank: int
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
     @property
     def rewritten(self) -> bool:

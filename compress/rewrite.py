@@ -62,6 +62,32 @@ def empty_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) 
     return build_chain(geometry, Chain(scheme, ranks, weights, bias.to(reference)), like)
 
 
+def random_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Sequential:
+    """Build the layers with random weights that keep activations in scale, to be timed."""
+    chain = empty_chain(geometry, scheme, ranks, like)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in chain:
+            for tensor in layer.parameters():
+                fan_in = max(tensor[0].numel(), 1)
+                values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+                tensor.copy_(values)
+    return chain
+
+
+def replaced(
+    model: nn.Module, sites: Mapping[str, LayerSite], chains: Mapping[str, nn.Module]
+) -> nn.Module:
+    """Return a copy of the model with built chains in the place of the named layers."""
+    new = copy.deepcopy(model)
+    for name, chain in chains.items():
+        if name == "":
+            return chain
+        for alias in sites[name].aliases:
+            replace_module(new, alias, chain)
+    return new
+
+
 def rewrite(
     model: nn.Module, sites: Mapping[str, LayerSite], chains: Mapping[str, Chain]
 ) -> nn.Module:
@@ -72,13 +98,6 @@ def rewrite(
         sites: Its sites by name.
         chains: What becomes of which site.
     """
-    new = copy.deepcopy(model)
-    modules = dict(new.named_modules(remove_duplicate=False))
-    for name, chain in chains.items():
-        site, old = sites[name], modules[name]
-        built = build_chain(site.geometry, chain, old)
-        if name == "":
-            return built
-        for alias in site.aliases:
-            replace_module(new, alias, built)
-    return new
+    modules = dict(model.named_modules(remove_duplicate=False))
+    built = {n: build_chain(sites[n].geometry, chain, modules[n]) for n, chain in chains.items()}
+    return replaced(model, sites, built)

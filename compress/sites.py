@@ -72,6 +72,15 @@ class LayerSite:
         """Output positions per image, over all calls."""
         return self.count_macs(lambda call: math.prod(self.geometry.output_size(call.size)))
 
+    def input_shape(self, call: Call, batch: int) -> tuple[int, ...]:
+        """The shape of the layer's input at one of its calls, for a batch of images."""
+        images, channels = int(batch * call.repeats), self.geometry.in_channels
+        if self.geometry.kind == "linear":
+            positions = call.size[0]
+            return (images, positions, channels) if positions > 1 else (images, channels)
+        one = self.geometry.kind.endswith("1d")
+        return (images, channels, *(call.size[1:] if one else call.size))
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """The schemes that can stand for it."""

@@ -34,8 +34,10 @@ GRID_POINTS_PAIRS = 12
 _MEASURES: dict[str, tuple[Callable[[SchemeCost], int], Callable[[Candidate], float]]] = {
     "macs": (lambda c: c.macs, lambda c: c.macs),
     "params": (lambda c: c.params, lambda c: c.params),
+    # A rewrite that saves no MACs is not worth timing.
+    "latency": (lambda c: c.macs, lambda c: c.seconds or 0.0),
 }
-BUDGET_RULES = tuple(_MEASURES)
+BUDGET_RULES = ("macs", "params")
 
 
 class Budgets:
@@ -59,7 +61,7 @@ class Budgets:
     ) -> None:
         overrides, problem = Overrides(config, sites), problems(model, calibration)
         self.sites, self.overrides = sites, overrides
-        self.rule = config.rule if config.rule in _MEASURES else "macs"
+        self.rule = config.rule if config.rule in BUDGET_RULES else "macs"
         self.found = options(sites, overrides, config, problem, self.rule, track)
         dense = {site.name: float(getattr(site, self.rule)) for site in sites}
         self.total = sum(dense.values())
@@ -110,6 +112,7 @@ def plan_within(
     fraction: float,
     dense_total: float,
     fixed_total: float = 0.0,
+    why: str | None = None,
 ) -> list[Choice]:
     """Spend a budget: one choice per layer, the least summed loss within it.
 
@@ -117,10 +120,11 @@ def plan_within(
         sites: All layers.
         overrides: What the user fixed.
         found: The candidates by layer name.
-        rule: ``"macs"`` or ``"params"``.
+        rule: ``"macs"``, ``"params"`` or ``"latency"``.
         fraction: The budget, of ``dense_total``.
         dense_total: Cost of the whole dense network.
         fixed_total: What the layers without candidates cost, and all else.
+        why: The reason to record; by default the budget.
     """
     cost = _MEASURES[rule][1]
     names = list(found)
@@ -143,10 +147,11 @@ def plan_within(
             continue
         by_scheme = candidate.scheme if candidate.scheme != DENSE else "output"
         limit = break_even(site, by_scheme, measure) if site.geometry.full_rank > 1 else 0
-        why = f"best within {rule} {fraction:g}"
+        reason = why or f"best within {rule} {fraction:g}"
         if candidate.scheme == DENSE:
-            why = f"{why}: every rewrite costs more accuracy than it saves {rule}"
-        choices.append(make_choice(site, candidate.scheme, candidate.ranks, why, limit))
+            saved = {"latency": "time"}.get(rule, rule)
+            reason = f"{reason}: every rewrite costs more accuracy than it saves {saved}"
+        choices.append(make_choice(site, candidate.scheme, candidate.ranks, reason, limit))
     return choices
 
 

@@ -101,6 +101,8 @@ _RULES = (
     _o("--macs", type=float, metavar="F", text="Spend this fraction of the multiply-accumulates "
        "over all layers and schemes."),
     _o("--params", type=float, metavar="F", text="Spend this fraction of the parameters."),
+    _o("--latency", type=float, metavar="F", text="Spend this fraction of the dense network's "
+       "time, as measured on this device at --latency-batch."),
     _o("--target-drop", type=float, metavar="P", text="Search for the cheapest model whose "
        "validation accuracy falls by at most P points."),
     _o("--rank", metavar="NAME=R", multiple=True, callback=_pairs, text="Rank of a layer, by name "
@@ -109,7 +111,10 @@ _RULES = (
        "they are. Repeatable."),
     _o("--scheme", metavar="GLOB=NAME", multiple=True, callback=_pairs, text="Scheme of these "
        f"layers: {', '.join(SCHEMES)} or dense. Repeatable."),
-    _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N."),
+    _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N (with "
+       "--latency by default what this device is fast at)."),
+    _o("--latency-table", metavar="FILE", text="Measured times of layers: written once, and "
+       "reused on the same device by later runs with --latency."),
     _o("--force-rank", is_flag=True, text="Rewrite at --rank even beyond break-even."),
 )  # fmt: skip
 _SCHEMES = (
@@ -121,7 +126,8 @@ _FIT = (
 _EVALUATION = (
     _o("--metric-fn", metavar="SPEC", text="package.module:function (model, batches) -> number, "
        "for networks that are no classifiers."),
-    _o("--latency-batch", type=int, metavar="N", text="Also time batches of N (default 8)."),
+    _o("--latency-batch", type=int, metavar="N", text="Time batches of N, besides batches of one "
+       "(default 8)."),
 )  # fmt: skip
 _GATES = (
     _o("--max-drop", type=float, metavar="P", text="Fail where test accuracy falls by more than "
