@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate import FEW_SAMPLES
 from compress.config import RunConfig
 from compress.data import ImageSet, batches
 from compress.inputs import Inputs
@@ -30,7 +31,6 @@ from compress.verify import check_gates, compare, measure_layers, measured_losse
 LONGEST_SPECTRUM = 256
 # Images that each layer's own loss is measured on: one forward pass a layer.
 LOSS_PIXELS = 64 * 32 * 32
-FEW_SAMPLES = 10
 
 Errors = Mapping[str, tuple[MeasuredError, MeasuredError]]
 
@@ -148,6 +148,7 @@ def _layer(
         dense_bytes=None,
         predicted_mse=known.mse if known else None,
         predicted_relative_mse=known.relative_mse if known else None,
+        predicted_held_out_mse=known.held_out_mse if known else None,
         predicted_loss=known.loss if known else None,
         measured_loss=measured_loss,
         errors=errors,

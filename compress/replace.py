@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from compress.calibrate import Calibration, LayerStatistics, absorbed_bias, layer_problem
-from compress.config import RunConfig
-from compress.data import Split, batches
+from compress.calibrate import (
+    FEW_SAMPLES,
+    Calibration,
+    LayerStatistics,
+    absorbed_bias,
+    calibrate,
+    layer_problem,
+)
+from compress.config import SCHEMES, RunConfig
+from compress.data import ImageSet, Split, batches
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem, fit
 from compress.network import Network
@@ -30,6 +38,7 @@ class PredictedError:
         eigenvalues: The spectrum of the outputs' covariance, group by group, descending.
         samples: Rows the statistics were taken from.
         samples_per_dimension: The same over the length of a row.
+        held_out_mse: The same for rows of the validation images, where samples were few.
     """
 
     loss: float
@@ -38,6 +47,7 @@ class PredictedError:
     eigenvalues: tuple[float, ...]
     samples: int
     samples_per_dimension: float
+    held_out_mse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,14 @@ def fit_plan(
             samples=statistics.samples,
             samples_per_dimension=statistics.samples / moments.mean.shape[1],
         )
+    few = [n for n in factors if predicted[n].samples_per_dimension < FEW_SAMPLES]
+    if few and len(split.validation):
+        held_out = _held_out(network, few, calibration, config, split.validation, batch_size)
+        for name in few:
+            mse = unseen_mse(
+                modules[name], factors[name].fit, calibration.statistics[name], held_out[name]
+            )
+            predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
     fitted = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
     if not (config.refit and factors and network.graph is not None and len(split.validation)):
         return Replaced(fitted, fitted, predicted)
@@ -120,6 +138,56 @@ def fit_plan(
     changed = tuple(name for name in factors if new[name] is not factors[name])
     model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
     return Replaced(model, fitted, predicted, changed)
+
+
+def _held_out(
+    network: Network,
+    names: list[str],
+    calibration: Calibration,
+    config: RunConfig,
+    images: ImageSet,
+    batch_size: int,
+) -> dict[str, LayerStatistics]:
+    """Statistics of some layers on held-out images, of the same side as on the fit images."""
+    patches = [n for n in names if calibration.statistics[n].inputs is not None]
+    found: dict[str, LayerStatistics] = {}
+    for group, schemes in ((patches, SCHEMES), ([n for n in names if n not in patches], ())):
+        sites = [site for site in network.sites if site.name in group]
+        if sites:
+            loaded = batches(images, batch_size, config.workers)
+            seen = calibrate(
+                network.model, sites, loaded, len(images), schemes=schemes, weigh=False,
+                samples_per_dimension=config.samples_per_dimension, seed=config.seed,
+                memory_format=network.memory_format,
+            )  # fmt: skip
+            found |= seen.statistics
+    return found
+
+
+def unseen_mse(
+    module: nn.Module, found: Fit, seen: LayerStatistics, unseen: LayerStatistics
+) -> float:
+    """Mean squared error of a fit on rows that it was not made of.
+
+    ``tr(Δ C Δᵀ)`` over their covariance, and what the bias, which absorbed the mean of the rows
+    seen, lacks on theirs: ``|Δ (m - m_seen)|²``.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    if seen.inputs is not None and unseen.inputs is not None:
+        delta = kind.weight(module).double().flatten(2) - found.matrix
+        before, after = seen.inputs, unseen.inputs
+    else:
+        assert found.projection is not None
+        assert seen.outputs is not None
+        assert unseen.outputs is not None
+        before, after = seen.outputs, unseen.outputs
+        size = found.projection.shape[-1]
+        eye = torch.eye(size, dtype=torch.float64, device=found.matrix.device)
+        delta = eye - found.projection
+    spread = (delta @ after.covariance @ delta.mT).diagonal(dim1=-2, dim2=-1).sum()
+    shift = (delta @ (after.mean - before.mean).unsqueeze(2)).square().sum()
+    return float(spread + shift) / (delta.shape[0] * delta.shape[1])
 
 
 def seen_errors(
