@@ -300,7 +300,8 @@ def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistic
         inputs, outputs = None, _robust(statistics.outputs)
     weighting = statistics.weighting
     metric = weighting.second_moment if weighting is not None and weighting.count else None
-    return Problem(site.geometry, weight, outputs, inputs, metric)
+    mean = None if statistics.inputs is None else statistics.inputs.mean
+    return Problem(site.geometry, weight, outputs, inputs, metric, mean)
 
 
 def _robust(moments: Moments) -> Tensor:

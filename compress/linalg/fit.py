@@ -111,10 +111,15 @@ def refine(problem: Problem, warm: Fit, iterations: int) -> Fit:
 
 
 def _starts(problem: Problem, split: Split, rank: int) -> list[Tensor]:
-    """First factors to begin from: the whitened SVD and, for pointwise ones, input PCA."""
+    """First factors to begin from: the whitened SVD and, for pointwise ones, input PCA.
+
+    The latter with and without the mean's own direction among its rows.
+    """
     starts = [split.start[:, :rank]]
     if split.outer > 1 and split.inner == problem.geometry.in_channels // problem.geometry.groups:
         starts.append(split.components[:, :rank])
+        with_mean = split.components_and_mean(rank)
+        starts += [] if with_mean is None else [with_mean]
     return starts
 
 

@@ -24,6 +24,7 @@ class Problem:
         output_covariance: ``[groups, out, out]``.
         input_covariance: ``[groups, d, d]`` over patches; None where only ``output`` is wanted.
         weighting: ``G [groups, out, out]``; None for the plain mean squared error.
+        input_mean: Mean patch ``[groups, d]``; None where it is not known.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Problem:
         output_covariance: Tensor,
         input_covariance: Tensor | None = None,
         weighting: Tensor | None = None,
+        input_mean: Tensor | None = None,
     ) -> None:
         self.geometry = geometry
         self.weight = weight.double()
         self.output_covariance = output_covariance
         self.input_covariance = input_covariance
+        self.input_mean = input_mean
         eye = torch.eye(geometry.out_features, dtype=torch.float64, device=weight.device)
         self.weighting = (
             eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
@@ -214,6 +217,23 @@ class Split:
     def components(self) -> Tensor:
         """Principal components of the inner part in rows ``[groups, inner, inner]``."""
         return eigenbasis(self.inner_covariance).eigenvectors.mT.to(self.dtype)
+
+    def components_and_mean(self, rank: int) -> Tensor | None:
+        """Leading components, and of the mean what they lack: ``[groups, rank, inner]``.
+
+        With the mean's direction in the basis what zero padding does to the mean is kept at the
+        borders too, where a bias cannot. None where that direction is missing already.
+        """
+        mean = self.problem.input_mean
+        if mean is None or rank < 2 or rank >= self.inner:
+            return None
+        channels = mean.reshape(self.groups, self.inner, -1).mean(-1).to(self.dtype)
+        basis = self.components[:, : rank - 1]
+        lacking = channels.unsqueeze(1) - (channels.unsqueeze(1) @ basis.mT) @ basis
+        length = lacking.norm(dim=2, keepdim=True)
+        if bool((length <= 1e-8 * channels.norm(dim=1)[:, None, None]).any()):
+            return None
+        return torch.cat([basis, lacking / length], dim=1)
 
     @cached_property
     def pulled_weight(self) -> Tensor:

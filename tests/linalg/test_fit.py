@@ -175,6 +175,35 @@ def test_every_step_of_the_alternation_lowers_the_error(data: Data, scheme: str)
     assert errors[-1] < 0.999 * errors[0]
 
 
+@pytest.mark.parametrize("scheme", ["input", "two_sided"])
+def test_pointwise_fits_begin_with_the_mean_in_the_basis_where_that_is_best(
+    data: Data, scheme: str
+) -> None:
+    """The basis of r - 1 principal components and what the mean has beside them."""
+    problem, geometry = data.problem, data.problem.geometry
+    groups, channels = geometry.groups, geometry.in_channels // geometry.groups
+    mean = random(groups, geometry.in_features, seed=8)
+    problem.input_mean = mean
+    split = problem.split(scheme)
+    for rank in range(2, channels):
+        found = split.components_and_mean(rank)
+        assert found is not None
+        towards = mean.reshape(groups, channels, -1).mean(2)
+        for group in range(groups):
+            basis = torch.cat([split.components[group, : rank - 1], towards[None, group]])
+            q = torch.linalg.qr(basis.T).Q
+            torch.testing.assert_close(found[group].T @ found[group], q @ q.T)
+        ranks = (rank, geometry.out_features) if scheme == "two_sided" else (rank,)
+        begun = fit(problem, scheme, ranks, iterations=0)
+        assert begun.loss <= data.best_last(scheme, found) * (1 + 1e-6)
+    assert split.components_and_mean(1) is None
+    assert split.components_and_mean(channels) is None
+    # A mean that the components hold already adds nothing.
+    inside = split.components[:, 0].unsqueeze(2).expand(-1, -1, len(mean[0]) // channels)
+    problem.input_mean = inside.flatten(1)
+    assert split.components_and_mean(2) is None
+
+
 @pytest.mark.parametrize("scheme", ALTERNATED)
 @pytest.mark.parametrize("geometry", [GEOMETRY, GROUPED], ids=["plain", "grouped"])
 def test_fits_reach_what_a_general_optimiser_reaches(geometry: Geometry, scheme: str) -> None:
