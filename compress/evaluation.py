@@ -35,7 +35,14 @@ from compress.result import (
     Result,
     Versions,
 )
-from compress.verify import all_logits, check_gates, compare, measure_layers, require_labels
+from compress.verify import (
+    all_logits,
+    check_gates,
+    compare,
+    custom_value,
+    measure_layers,
+    require_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def measured(
     custom: CustomMetric | None = None
     warnings: list[str] = []
     if own is not None:
-        value = float(own(model, loaded))
+        value = custom_value(own, model, loaded)
         custom = CustomMetric(config.metric_fn, value, value)
     else:
         require_labels(images)

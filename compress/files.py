@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -106,6 +106,20 @@ def check_output(target: str | Path, force: bool) -> None:
             f"The output folder {target} already holds a result; pass --force to replace it, "
             "or another folder."
         )
+
+
+def check_apart(target: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that is an input, or a folder with an input in it.
+
+    Raises:
+        ArtefactError: It is; writing there would cost the user that input.
+    """
+    real = Path(target).resolve()
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(real):
+            raise ArtefactError(
+                f"The output {target} would replace the input {path}; pass an output elsewhere."
+            )
 
 
 @contextmanager

@@ -17,10 +17,17 @@ from compress.calibration_file import CalibrationKey, read_calibration, write_ca
 from compress.choose import Budgets, check_plan, make_plan
 from compress.config import SCHEMES, RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ConfigError, GateError, ModelError, PlanError
-from compress.files import check_output
-from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
-from compress.network import Network, prepare
+from compress.errors import (
+    ArtefactError,
+    ConfigError,
+    DataError,
+    GateError,
+    ModelError,
+    PlanError,
+)
+from compress.files import check_apart, check_output
+from compress.inputs import Inputs, batch_size_for, input_paths, load_network, weights_hash
+from compress.network import Network, check_runs_in, prepare, without_unseen
 from compress.outcome import (
     Clock,
     Compressed,
@@ -32,6 +39,7 @@ from compress.plan import Choice, Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
 from compress.search import cheapest_within_drop
+from compress.sites import evaluation_mode
 from compress.verify import all_logits, compare, require_labels
 
 
@@ -58,6 +66,7 @@ def compress_network(
     clock = clock or Clock()
     with clock.stage("prepare"):
         network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+        check_runs_in(network.original, network.example, inputs.dtype)
     batch_size = batch_size_for(config, inputs.example)
     with clock.stage("calibrate"):
         schemes = config.schemes_in_play
@@ -66,6 +75,7 @@ def compress_network(
             used = {c.scheme for c in plan.choices}
             schemes = tuple(s for s in SCHEMES if s in used or s in schemes)
         calibration = calibrated(network, inputs, config, schemes, batch_size, track)
+        network = without_unseen(network, calibration)
     with clock.stage("plan"):
         if plan is not None:
             plan = check_plan(plan, network.sites)
@@ -75,7 +85,8 @@ def compress_network(
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
     final = copy.deepcopy(replaced.model).to(inputs.dtype)
-    with clock.stage("verify"):
+    # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
+    with clock.stage("verify"), evaluation_mode(final):
         assessed = assess(network, plan, replaced, final, inputs, config, batch_size, track)
     result = make_result(inputs, config, network, plan, calibration, assessed, clock)
     manifest = make_manifest(inputs, config, network, plan, calibration, result)
@@ -110,6 +121,11 @@ def searched_plan(
         DataError: There are no labelled validation images to measure it on.
     """
     images = inputs.split.validation
+    if not len(images):
+        raise DataError(
+            "There are no validation images to measure the accuracy on, which --target-drop looks "
+            "at: calibrate on two images at least (--data, --calibration-images)."
+        )
     require_labels(images)
     target = config.rule_value or 0.0
     loaded = batches(images, batch_size, config.workers)
@@ -161,6 +177,11 @@ def calibrated(
     path = Path(config.calibration) if config.calibration else None
     if path is not None and path.exists():
         return read_calibration(path, key)
+    if path is not None and not path.parent.is_dir():
+        raise ArtefactError(
+            f"The calibration {path} cannot be written: there is no folder {path.parent}; make it, "
+            "or pass another file."
+        )
     loaded = batches(fit, batch_size, config.workers)
     calibration = calibrate(
         network.model,
@@ -202,6 +223,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
     batch_size = batch_size_for(config, inputs.example)
     calibration = calibrated(network, inputs, config, config.schemes_in_play, batch_size, track)
+    network = without_unseen(network, calibration)
     plan = planned(network, inputs, calibration, config, batch_size, track)
     warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
     return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings
@@ -227,6 +249,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the result folder.")
     check_output(config.output, config.force)
+    check_apart(config.output, input_paths(config))
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)
