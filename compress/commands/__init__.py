@@ -5,6 +5,9 @@ Nothing here imports torch before a command needs it, so that ``compress --help`
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 from compress.commands.apply import apply
 from compress.commands.demo import demo
 from compress.commands.evaluate import evaluate
@@ -24,4 +27,7 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if "--debug" not in sys.argv and not sys.warnoptions:
+        # What torch and a user's forward warn of would stand before an error's one paragraph.
+        warnings.simplefilter("ignore")
     cli.main(prog_name="compress")
