@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from compress.outcome import (
 from compress.plan import Choice, Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
+from compress.rewrite import as_saved
 from compress.search import cheapest_within_drop
 from compress.sites import evaluation_mode
 from compress.verify import all_logits, compare, require_labels
@@ -84,7 +84,7 @@ def compress_network(
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
-    final = copy.deepcopy(replaced.model).to(inputs.dtype)
+    final = as_saved(replaced.model, inputs.dtype)
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("verify"), evaluation_mode(final):
         assessed = assess(network, plan, replaced, final, inputs, config, batch_size, track)
