@@ -153,8 +153,11 @@ def atomic_folder(target: str | Path, force: bool) -> Iterator[Path]:
         for parent in parents:
             with suppress(OSError):
                 parent.rmdir()
-        if _is_about(error, partial):
-            raise _cannot_write(final, error) from error
+        # A file in the folder has said it already, of a path that is gone now.
+        inner = error.__cause__ if isinstance(error, ArtefactError) else None
+        cause = inner if isinstance(inner, OSError) else error
+        if _is_about(cause, partial):
+            raise _cannot_write(final, cause) from error
         raise
 
 
