@@ -320,8 +320,9 @@ def test_a_full_disk_spares_the_result_that_stood_there(
     assert bench.leftovers() == ["out"]
 
 
-def test_control_c_in_the_middle_of_a_process(bench: Workbench) -> None:
-    """A real process gets SIGINT while it calibrates, said by a marker that its data writes."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_process_stopped_in_the_middle(bench: Workbench, sent: signal.Signals) -> None:
+    """A real process gets a signal while it calibrates, said by a marker that its data writes."""
     slow = bench.folder / "slow.py"
     slow.write_text(
         "import time, pathlib, torch\n"
@@ -347,7 +348,7 @@ def test_control_c_in_the_middle_of_a_process(bench: Workbench) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

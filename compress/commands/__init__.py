@@ -5,6 +5,7 @@ Nothing here imports torch before a command needs it, so that ``compress --help`
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 
@@ -27,6 +28,8 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    # A job that CI ends cleans up as on Ctrl-C: the refit may have gigabytes in a temporary folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if "--debug" not in sys.argv and not sys.warnoptions:
         # What torch and a user's forward warn of would stand before an error's one paragraph.
         warnings.simplefilter("ignore")
