@@ -21,11 +21,11 @@ from compress.errors import (
     ConfigError,
     DataError,
     GateError,
-    ModelError,
     PlanError,
 )
 from compress.files import check_apart, check_output
 from compress.inputs import Inputs, batch_size_for, input_paths, load_network, weights_hash
+from compress.loss import loss_function
 from compress.network import Network, check_runs_in, prepare, without_unseen
 from compress.outcome import (
     Clock,
@@ -199,15 +199,6 @@ def calibrated(
     if path is not None:
         write_calibration(path, calibration, key)
     return calibration
-
-
-def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(outputs, labels) -> summed loss``, or None for sampled labels."""
-    if not config.loss_fn:
-        return None
-    from compress.models import import_function  # only where it is asked for
-
-    return import_function(config.loss_fn, ModelError)
 
 
 def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tuple[str, ...]]:

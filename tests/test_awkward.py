@@ -169,6 +169,21 @@ def test_a_metric_that_fails_says_so(bench: Workbench, metric: str, words: str) 
     assert paragraph(command("evaluate", bench.checkpoint, *given), 3) == text
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("failing", "--loss-fn raised KeyError"),
+        ("undefined", "--loss-fn must return one number"),
+        ("per_image", "it gave Tensor of shape (36,)"),
+        ("detached", "gradients can be taken of"),
+    ],
+)
+def test_a_loss_that_fails_says_so(bench: Workbench, loss: str, words: str) -> None:
+    flags = (*RANKS, "--loss-fn", f"{SOURCE}:{loss}")
+    assert words in paragraph(bench.run(*flags, model=spec_of(bench, "Plain")), 3)
+    assert bench.leftovers() == []
+
+
 def test_a_search_without_validation_images(bench: Workbench) -> None:
     text = paragraph(bench.run("--target-drop", "5", "--calibration-images", "1"), 3)
     assert "no validation images" in text

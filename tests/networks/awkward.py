@@ -211,10 +211,20 @@ def compiled() -> nn.Module:
 
 
 def failing(*_: object) -> float:
-    """A metric that raises."""
+    """A metric, or a loss, that raises."""
     raise KeyError("accuracy")
 
 
 def undefined(*_: object) -> float:
-    """A metric that is no number."""
+    """A metric that is no number, or a loss that is no tensor."""
     return float("nan")
+
+
+def per_image(outputs: Tensor, labels: Tensor) -> Tensor:
+    """A loss that is not summed."""
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+def detached(outputs: Tensor, labels: Tensor) -> Tensor:
+    """A loss without gradients."""
+    return F.cross_entropy(outputs.detach(), labels, reduction="sum")
