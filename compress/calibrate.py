@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError
+from compress.finite import check_finite
 from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem
@@ -35,6 +36,9 @@ FREE_OUTPUTS = 1 << 13
 # Longer patches than this are not accumulated for schemes that want them: the matrix alone would
 # take more than half a gigabyte.
 LONGEST_PATCH = 8192
+
+WHEN = "on the calibration images"
+REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -254,9 +258,10 @@ def calibrate(
             if weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
                 output = run_model(model, inputs.detach().requires_grad_())
+                check_finite(model, inputs, output.detach(), WHEN, REMEDY)
                 numbers = uniforms[start : start + len(inputs)]
                 value = loss(output, labels) if loss else sampled_loss(_logits(output), numbers)
-                torch.autograd.backward(value, inputs=None)
+                _backward(value)
             else:
                 with torch.no_grad():
                     run_model(model, inputs)
@@ -271,6 +276,16 @@ def calibrate(
                     "checkpoint and the normalisation (--mean, --std), or use --metric mse."
                 )
     return Calibration(statistics, start, "loss" if weigh else "mse")
+
+
+def _backward(value: Tensor) -> None:
+    if not value.requires_grad:
+        raise CalibrationError(
+            "No gradient comes back from the model's output: its forward runs under torch.no_grad "
+            "or torch.inference_mode, or detaches what it computes. Take that out of the forward, "
+            "or use --metric mse."
+        )
+    torch.autograd.backward(value, inputs=None)
 
 
 def _logits(output: Tensor) -> Tensor:

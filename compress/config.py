@@ -6,6 +6,7 @@ Precedence is default < config file < flag. An unknown key is an error that list
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,13 @@ def _check(config: RunConfig) -> None:
             problems.append(
                 f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
             )
+    if not 0 <= config.seed < 1 << 32:
+        problems.append(f"seed = {config.seed} is outside 0 to {(1 << 32) - 1}")
+    relative = config.max_layer_relative_mse
+    if relative is not None and not relative >= 0:
+        problems.append(f"max_layer_relative_mse = {relative} is not a number from 0")
+    if not all(math.isfinite(number) for number in (*config.mean, *config.std)):
+        problems.append("mean or std holds a number that is not finite")
     if len(config.mean) != len(config.std):
         problems.append(f"mean has {len(config.mean)} numbers and std has {len(config.std)}")
     if any(s <= 0 for s in config.std):
@@ -242,4 +250,7 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     fits = type(value) in _EXPECTED[base]  # exactly: True is an int to isinstance
     if not fits:
         raise ConfigError(f"{name} = {value!r} should be of type {annotation}.")
+    if isinstance(value, tuple):
+        inner = annotation.split("[")[1].split(",")[0]
+        return tuple(_typed(f"each of {name}", inner, part) for part in value)
     return float(value) if base == "float" else value

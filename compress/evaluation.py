@@ -36,7 +36,14 @@ from compress.result import (
     Versions,
 )
 from compress.speed import costs
-from compress.verify import all_logits, check_gates, compare, measure_layers, require_labels
+from compress.verify import (
+    all_logits,
+    check_gates,
+    compare,
+    custom_value,
+    measure_layers,
+    require_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def measured(
     custom: CustomMetric | None = None
     warnings: list[str] = []
     if own is not None:
-        value = float(own(model, loaded))
+        value = custom_value(own, model, loaded)
         custom = CustomMetric(config.metric_fn, value, value)
     else:
         require_labels(images)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -108,6 +108,20 @@ def check_output(target: str | Path, force: bool) -> None:
         )
 
 
+def check_apart(target: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that is an input, or a folder with an input in it.
+
+    Raises:
+        ArtefactError: It is; writing there would cost the user that input.
+    """
+    real = Path(target).resolve()
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(real):
+            raise ArtefactError(
+                f"The output {target} would replace the input {path}; pass an output elsewhere."
+            )
+
+
 @contextmanager
 def atomic_folder(target: str | Path, force: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``target`` when the block ends well.
@@ -139,8 +153,11 @@ def atomic_folder(target: str | Path, force: bool) -> Iterator[Path]:
         for parent in parents:
             with suppress(OSError):
                 parent.rmdir()
-        if _is_about(error, partial):
-            raise _cannot_write(final, error) from error
+        # A file in the folder has said it already, of a path that is gone now.
+        inner = error.__cause__ if isinstance(error, ArtefactError) else None
+        cause = inner if isinstance(inner, OSError) else error
+        if _is_about(cause, partial):
+            raise _cannot_write(final, cause) from error
         raise
 
 

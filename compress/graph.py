@@ -9,9 +9,11 @@ from torch import Tensor, fx, nn
 
 from compress.layers import kind_of
 from compress.linalg.convolution import fold_batch_norm
-from compress.sites import module_names
+from compress.sites import evaluation_mode, module_names
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# Where torch.fx puts tensors that a forward makes without looking at its input.
+_CONSTANT = "_tensor_constant"
 
 
 class _Tracer(fx.Tracer):
@@ -31,7 +33,10 @@ def trace(model: nn.Module) -> fx.Graph | None:
     reach of what needs a graph (folding, refitting).
     """
     try:
-        graph = _Tracer().trace(model)
+        with evaluation_mode(model):  # or what the forward keeps of its proxies would stay
+            graph = _Tracer().trace(model)
+            constants = {n: v for n, v in vars(model).items() if n.startswith(_CONSTANT)}
+        vars(model).update(constants)
         graph.lint()
     except Exception:  # tracing runs the user's forward on proxies, which may raise anything
         return None

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from compress.checkpoint import load_into, read_checkpoint
 from compress.config import RunConfig
 from compress.data import ImageSet, Preprocessing, Split, check_channels, open_dataset, split
-from compress.errors import ConfigError, DataError
+from compress.errors import ConfigError, DataError, ModelError
 from compress.layers import kind_of
-from compress.models import build_model
+from compress.models import build_model, split_spec
 from compress.result import SplitRecord
+from compress.sites import evaluation_mode, require_parameters, run_model
 
 # Pixels a default batch holds: 16 images of 224 x 224, and at most 64 smaller ones.
 BATCH_PIXELS = 16 * 224 * 224
@@ -91,6 +92,22 @@ def load_network(config: RunConfig) -> Inputs:
     )
 
 
+def input_paths(config: RunConfig) -> list[str]:
+    """The files and folders that a configuration reads, which no output may replace."""
+    paths = [config.checkpoint, config.class_map, config.calibration]
+    for spec, error in (
+        (config.model, ModelError),
+        (config.data, DataError),
+        (config.test, DataError),
+    ):
+        kind, _, place = split_spec(spec, error)[0].partition(":")
+        if kind in ("imagefolder", "tensors", "idx"):
+            paths += place.split(",") if kind == "idx" else [place]
+        elif kind.endswith(".py"):
+            paths.append(kind)
+    return [path for path in paths if path]
+
+
 def open_images(
     spec: str, config: RunConfig, model: nn.Module, preprocessing: Preprocessing
 ) -> ImageSet:
@@ -99,15 +116,32 @@ def open_images(
     if preprocessing.channels is None and not preprocessing.mean and channels in (1, 3):
         preprocessing = dataclasses.replace(preprocessing, channels=channels)
     images = open_dataset(spec, preprocessing, config.class_map)
-    if channels is not None:
-        check_channels(images, channels)
+    try:
+        if channels is not None:
+            check_channels(images, channels)
+    except DataError:
+        # The first convolution is not always the one that sees the image: a head may be registered
+        # first, or pixels folded into channels.
+        if not _runs(model, images):
+            raise
     return images
+
+
+def _runs(model: nn.Module, images: ImageSet) -> bool:
+    example = images[0][0].unsqueeze(0).to(next(model.parameters()))
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            run_model(model, example)
+    except ModelError:
+        return False
+    return True
 
 
 def load_model(config: RunConfig) -> tuple[nn.Module, str, torch.dtype, Preprocessing]:
     """Build the model and load the checkpoint; also its hash, dtype and preprocessing."""
     checkpoint = read_checkpoint(config.checkpoint)
     built = build_model(config.model)
+    require_parameters(built.module)
     load_into(built.module, checkpoint)
     return built.module, checkpoint.sha256, checkpoint.dtype, preprocessing_of(config, built.preset)
 

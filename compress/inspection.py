@@ -18,7 +18,7 @@ from compress.data import batches
 from compress.errors import ConfigError
 from compress.inputs import batch_size_for, load_network
 from compress.models import build_model
-from compress.network import Network, prepare
+from compress.network import Network, prepare, without_unseen
 from compress.progress import Track, silent
 from compress.result import Cost
 from compress.sites import LayerSite
@@ -114,9 +114,8 @@ def inspect_checkpoint(
     if config.data:
         inputs = load_network(config)
         network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
-        found = _layers(network)
         loaded = batches(inputs.split.fit, batch_size_for(config, inputs.example), config.workers)
-        with_spectra = _with_spectra(network, found, config, loaded, track)
+        with_spectra = _with_spectra(network, config, loaded, track)
         return _inspection(
             config, inputs.sha256, inputs.dtype, network, with_spectra, len(loaded.images),
             inputs.warnings,
@@ -199,7 +198,6 @@ def _layer(site: LayerSite) -> InspectedLayer:
 
 def _with_spectra(
     network: Network,
-    layers: tuple[InspectedLayer, ...],
     config: RunConfig,
     loaded: Any,
     track: Track,
@@ -216,9 +214,9 @@ def _with_spectra(
     )
     modules: dict[str, nn.Module] = dict(network.model.named_modules(remove_duplicate=False))
     inspected = []
-    for layer, site in zip(layers, network.sites, strict=True):
-        statistics = calibration.statistics.get(site.name)
-        if statistics is None:
+    for site in without_unseen(network, calibration).sites:
+        layer, statistics = _layer(site), calibration.statistics.get(site.name)
+        if statistics is None or site.skip is not None:
             inspected.append(layer)
             continue
         spectra = layer_problem(site, modules[site.name], statistics).plain_spectrum

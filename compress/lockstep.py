@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from compress.errors import ArtefactError
+
 # In-place functions: their first argument must not be shared between the two networks.
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -49,7 +51,11 @@ class Frontier:
         self.sizes: dict[int, int] = {}
 
     def put(self, batch: int, environment: Environment) -> None:
-        """Keep a batch's values."""
+        """Keep a batch's values.
+
+        Raises:
+            ArtefactError: They cannot be written.
+        """
         size = sum(
             _bytes(p.dense) + (0 if p.same else _bytes(p.compressed)) for p in environment.values()
         )
@@ -57,7 +63,14 @@ class Frontier:
             flat = {
                 name: (p.dense, None if p.same else p.compressed) for name, p in environment.items()
             }
-            torch.save(flat, self.folder / f"{batch}.pt")
+            try:
+                torch.save(flat, self.folder / f"{batch}.pt")
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                raise ArtefactError(
+                    f"The refit puts what memory does not hold into {self.folder}, and that cannot "
+                    f"be written: {' '.join(str(error).split())}; set TMPDIR to a folder with more "
+                    "space, take fewer --calibration-images, or pass --no-refit."
+                ) from error
             self.spilled.add(batch)
             return
         self.kept[batch] = environment

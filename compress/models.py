@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from compress import vision
 from compress.errors import InputError, ModelError, near_matches
@@ -69,11 +70,15 @@ def build_model(spec: str) -> BuiltModel:
         if head.startswith("torchvision:"):
             return _build_torchvision(spec, head.removeprefix("torchvision:"), arguments)
         module = call_factory(head, arguments, ModelError, MODEL_FORMS)
+    if isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule):
+        # torch.compile runs a program it made of the layers, past the layers themselves.
+        module = module._modules.get("_orig_mod", module)
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"The factory {head} returned {type(module).__name__}, not an nn.Module; "
             "let it return the network itself."
         )
+    _check_plain(module, head)
     hint = getattr(module, "input_shape", None)
     return BuiltModel(
         module=module.float().eval(),
@@ -82,6 +87,25 @@ def build_model(spec: str) -> BuiltModel:
         preset=None,
         input_shape=tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None,
     )
+
+
+def _check_plain(module: nn.Module, head: str) -> None:
+    """Refuse networks that have no layers to look at.
+
+    Raises:
+        ModelError: It is compiled to TorchScript, or has lazy layers.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"The factory {head} returned a TorchScript module, whose layers cannot be replaced; "
+            "let it return the network before torch.jit.script or torch.jit.trace."
+        )
+    lazy = [n for n, m in module.named_modules() if isinstance(m, LazyModuleMixin)]
+    if lazy:
+        raise ModelError(
+            f"The factory {head} returned a network with layers that wait for their first input "
+            f"({', '.join(lazy[:5])}); let it run one forward before it returns."
+        )
 
 
 def _build_torchvision(spec: str, name: str, arguments: dict[str, Any]) -> BuiltModel:

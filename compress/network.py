@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
+from compress.calibrate import Calibration
 from compress.errors import ModelError
+from compress.finite import check_finite
 from compress.graph import FoldedPair, fold_batch_norms, same_outputs, trace
 from compress.latency.formats import MEMORY_FORMATS, in_format, in_memory_format
 from compress.modules.attention import reads_child_weights, unpack_attention
-from compress.sites import LayerSite, evaluation_mode, find_sites, run_model
+from compress.sites import (
+    LayerSite,
+    evaluation_mode,
+    find_sites,
+    require_parameters,
+    run_model,
+)
+from compress.standin import without_read_layers
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,10 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         example: One input with the batch axis.
 
     Raises:
-        ModelError: The model does not run on the example, or gives NaN.
+        ModelError: The model cannot be copied, does not run on the example, or gives NaN.
     """
-    original = copy.deepcopy(model).float().eval()
+    require_parameters(model)
+    original = _copied(model).float().eval()
     baseline = copy.deepcopy(original)
     warnings = []
     unpacked = unpack_attention(baseline)
@@ -73,22 +83,22 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
             "an nn.Sequential were folded, and factors are not refitted."
         )
-    with torch.no_grad(), evaluation_mode(original), evaluation_mode(baseline):
-        before = run_model(original, example)
-        if not bool(torch.isfinite(before).all()):
-            raise ModelError(
-                "The model gives NaN or infinite outputs on the first image, before anything was "
-                "changed; check the checkpoint and the normalisation (--mean, --std)."
-            )
+    before = _output(original, example)
+    check_finite(
+        original, example, before, "on the first image, before anything was changed",
+        "check the checkpoint and the normalisation (--mean, --std)",
+    )  # fmt: skip
+    with torch.no_grad():
         pairs = fold_batch_norms(baseline, graph)
-        if not same_outputs(before, run_model(baseline, example)):
-            # Folding is exact where the graph is right; a forward that bypasses its modules is not.
-            baseline = copy.deepcopy(original)
-            unpacked, pairs, graph = (), (), None
-            warnings.append("Folding the norms changed the outputs, so they were left in place.")
+    if not _gives(baseline, example, before):
+        # Folding is exact where the graph is right; a forward that bypasses its modules is not.
+        baseline = copy.deepcopy(original)
+        unpacked, pairs, graph = (), (), None
+        warnings.append("Folding the norms changed the outputs, so they were left in place.")
     if pairs:
         graph = trace(baseline)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
+    sites = without_read_layers(baseline, sites, example)
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
     return Network(
         original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings)
@@ -109,6 +119,59 @@ def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
             except ModelError:
                 return False
     return found.shape == expected.shape and same_outputs(expected, found)
+
+
+def without_unseen(network: Network, calibration: Calibration) -> Network:
+    """Keep the layers that no calibration image reached: nothing is known of what they do."""
+    unseen = {name for name, found in calibration.statistics.items() if not found.samples}
+    reason = "no calibration image reached it (the model chooses its layers by its input)"
+    sites = tuple(replace(s, skip=reason) if s.name in unseen else s for s in network.sites)
+    return replace(network, sites=sites)
+
+
+def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+    """Check that a model runs in the type that its checkpoint has and its result will have.
+
+    Raises:
+        ModelError: Its forward fails in that type, or overflows.
+    """
+    if dtype == torch.float32:
+        return
+    name = str(dtype).removeprefix("torch.")
+    remedy = "convert the checkpoint to float32"
+    converted, given = copy.deepcopy(model).to(dtype), example.to(dtype)
+    try:
+        output = _output(converted, given)
+    except ModelError as error:
+        raise ModelError(
+            f"The checkpoint is {name} and its result would be too, but the model does not run in "
+            f"that type ({error.__cause__}); {remedy}, or let the forward make its own tensors in "
+            "the type of its input."
+        ) from error
+    check_finite(converted, given, output, f"in {name}, the checkpoint's type", remedy)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # what a module holds may refuse to be copied in any way
+        raise ModelError(
+            f"The model cannot be copied ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "let it hold no open files, locks, or activations of an earlier forward."
+        ) from error
+
+
+def _output(model: nn.Module, example: Tensor) -> Tensor:
+    # Entered anew each time: a forward that draws random numbers draws the same ones.
+    with torch.no_grad(), evaluation_mode(model):
+        return run_model(model, example)
+
+
+def _gives(model: nn.Module, example: Tensor, expected: Tensor) -> bool:
+    try:
+        return same_outputs(expected, _output(model, example))
+    except ModelError:  # it reads what a folded norm no longer has
+        return False
 
 
 class _DirectReaders:

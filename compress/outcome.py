@@ -100,9 +100,12 @@ def check_reload(compressed: Compressed, path: Path) -> None:
     example = compressed.network.example
     reference = next(compressed.model.parameters())
     images = example.to(reference)
+    reloaded = reloaded.to(reference.device)
+    # Each in its own block: both draw the same random numbers, and count no calls in buffers.
     with torch.no_grad(), evaluation_mode(compressed.model):
         expected = run_model(compressed.model, images)
-        found = run_model(reloaded.to(reference.device), images)
+    with torch.no_grad(), evaluation_mode(reloaded):
+        found = run_model(reloaded, images)
     own, loaded = compressed.model.state_dict(), reloaded.state_dict()
     same = own.keys() == loaded.keys() and all(torch.equal(own[k], loaded[k]) for k in own)
     if not same or not torch.equal(expected, found):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,20 @@ from torch.utils.data import Dataset
 from compress.assess import assess
 from compress.calibrate import Calibration, calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
-from compress.choose import Budgets, check_plan, make_plan
+from compress.choose import check_plan, make_plan
 from compress.config import SCHEMES, RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ConfigError, GateError, ModelError, PlanError
-from compress.files import check_output
-from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
+from compress.errors import (
+    ArtefactError,
+    ConfigError,
+    GateError,
+    PlanError,
+)
+from compress.files import check_apart, check_output
+from compress.inputs import Inputs, batch_size_for, input_paths, load_network, weights_hash
 from compress.latency import put_in_format
-from compress.network import Network, prepare
+from compress.loss import loss_function
+from compress.network import Network, check_runs_in, prepare, without_unseen
 from compress.outcome import (
     Clock,
     Compressed,
@@ -29,13 +34,14 @@ from compress.outcome import (
     make_result,
     save_result,
 )
-from compress.plan import Choice, Plan
+from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.real_time import timed_plan
 from compress.replace import fit_plan
-from compress.search import cheapest_within_drop
+from compress.rewrite import as_saved
+from compress.sites import evaluation_mode
 from compress.speed import costs
-from compress.verify import all_logits, compare, require_labels
+from compress.target_drop import searched_plan
 
 
 def compress_network(
@@ -61,6 +67,7 @@ def compress_network(
     clock = clock or Clock()
     with clock.stage("prepare"):
         network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+        check_runs_in(network.original, network.example, inputs.dtype)
     batch_size = batch_size_for(config, inputs.example)
     with clock.stage("calibrate"):
         schemes = config.schemes_in_play
@@ -69,6 +76,7 @@ def compress_network(
             used = {c.scheme for c in plan.choices}
             schemes = tuple(s for s in SCHEMES if s in used or s in schemes)
         calibration = calibrated(network, inputs, config, schemes, batch_size, track)
+        network = without_unseen(network, calibration)
     with clock.stage("plan"):
         if plan is not None:
             plan = check_plan(plan, network.sites)
@@ -77,11 +85,12 @@ def compress_network(
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
         replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
-    final = copy.deepcopy(replaced.model).to(inputs.dtype)
-    with clock.stage("latency"):
+    final = as_saved(replaced.model, inputs.dtype)
+    # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
+    with clock.stage("latency"), evaluation_mode(final):
         cost = costs(network, final, inputs.dtype, config)
     put_in_format(final, cost.memory_format)
-    with clock.stage("verify"):
+    with clock.stage("verify"), evaluation_mode(final):
         assessed = assess(network, plan, replaced, final, cost, inputs, config, batch_size, track)
     result = make_result(inputs, config, network, plan, calibration, cost, assessed, clock)
     manifest = make_manifest(inputs, config, network, plan, calibration, result)
@@ -102,47 +111,6 @@ def planned(
     if config.rule == "latency":
         return timed_plan(network, calibration, config, inputs.dtype, track)
     return make_plan(network.model, network.sites, calibration, config, track)
-
-
-def searched_plan(
-    network: Network,
-    inputs: Inputs,
-    calibration: Calibration,
-    config: RunConfig,
-    batch_size: int,
-    track: Track,
-) -> Plan:
-    """The cheapest plan whose validation accuracy falls by at most ``target_drop`` points.
-
-    Raises:
-        DataError: There are no labelled validation images to measure it on.
-    """
-    images = inputs.split.validation
-    require_labels(images)
-    target = config.rule_value or 0.0
-    loaded = batches(images, batch_size, config.workers)
-    before = all_logits(network.original, loaded, "search: original", track)
-
-    def plan_of(choices: list[Choice]) -> Plan:
-        return Plan("target_drop", target, config.metric, tuple(choices))
-
-    def drop(choices: list[Choice]) -> float:
-        replaced = fit_plan(
-            network, plan_of(choices), calibration, config, inputs.split, batch_size, track
-        )
-        metric = compare(
-            network.original, replaced.model, images, config,
-            batch_size=batch_size, describe="search", before_logits=before, track=track,
-        )  # fmt: skip
-        return metric.drop or 0.0
-
-    budgets = Budgets(network.model, network.sites, calibration, config, track)
-    found = cheapest_within_drop(budgets, drop, target)
-    why = f"cheapest found that loses at most {target:g} points on the validation images"
-    choices = [
-        dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices
-    ]
-    return plan_of(choices)
 
 
 def calibrated(
@@ -169,6 +137,11 @@ def calibrated(
     path = Path(config.calibration) if config.calibration else None
     if path is not None and path.exists():
         return read_calibration(path, key)
+    if path is not None and not path.parent.is_dir():
+        raise ArtefactError(
+            f"The calibration {path} cannot be written: there is no folder {path.parent}; make it, "
+            "or pass another file."
+        )
     loaded = batches(fit, batch_size, config.workers)
     calibration = calibrate(
         network.model,
@@ -189,15 +162,6 @@ def calibrated(
     return calibration
 
 
-def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(outputs, labels) -> summed loss``, or None for sampled labels."""
-    if not config.loss_fn:
-        return None
-    from compress.models import import_function  # only where it is asked for
-
-    return import_function(config.loss_fn, ModelError)
-
-
 def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tuple[str, ...]]:
     """Calibrate and choose, and rewrite nothing.
 
@@ -211,6 +175,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
     batch_size = batch_size_for(config, inputs.example)
     calibration = calibrated(network, inputs, config, config.schemes_in_play, batch_size, track)
+    network = without_unseen(network, calibration)
     plan = planned(network, inputs, calibration, config, batch_size, track)
     warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
     return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings
@@ -236,6 +201,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the result folder.")
     check_output(config.output, config.force)
+    check_apart(config.output, input_paths(config))
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)

@@ -88,6 +88,18 @@ def replaced(
     return new
 
 
+def as_saved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy as it will be read back: in its dtype, and row by row in memory.
+
+    Kernels are chosen by strides, and those of an axis of length 1 (rank 1) outlive
+    ``contiguous()`` but not a file: the same numbers would then give outputs that round otherwise.
+    """
+    copied = copy.deepcopy(model).to(dtype)
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return copied
+
+
 def rewrite(
     model: nn.Module, sites: Mapping[str, LayerSite], chains: Mapping[str, Chain]
 ) -> nn.Module:

@@ -12,7 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ModelError
+from compress.attributes import kept_attributes
+from compress.errors import CompressError, ModelError
 from compress.layers import kind_of, registered
 from compress.linalg.geometry import Geometry, Pair
 from compress.linalg.schemes import SCHEME_NAMES, unavailable
@@ -117,7 +118,7 @@ def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; restore every module's training flag, the buffers and the random state."""
+    """Run in eval mode; restore training flags, buffers, plain attributes and the random state."""
     flags = {module: module.training for module in model.modules()}
     # Norms leave their buffers alone in eval mode, but a forward may do as it likes with its own.
     buffers = [
@@ -129,7 +130,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     state = torch.get_rng_state()
     model.eval()
     try:
-        yield
+        with kept_attributes(model):
+            yield
     finally:
         torch.set_rng_state(state)
         for module, name, buffer, value in buffers:
@@ -182,19 +184,16 @@ def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
     """
     try:
         result = model(inputs.clone())  # a model may change its input in place
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        IndexError,
-        AttributeError,
-    ) as error:
+    except CompressError:
+        raise  # of a hook of ours, which says what is wrong
+    except Exception as error:  # the user's forward may raise anything
+        text = str(error).splitlines()[0] if str(error) else ""
+        if not text or isinstance(error, KeyError | ZeroDivisionError):
+            text = f"{type(error).__name__}{f': {text}' if text else ''}"
         raise ModelError(
-            f"The model's forward failed on an input of shape {tuple(inputs.shape)}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Check the "
-            "number of channels and the image size (--resize, --crop) against what it was "
-            "trained on."
+            f"The model's forward failed on an input of shape {tuple(inputs.shape)}: {text}. "
+            "Check the number of channels and the image size (--resize, --crop) against what it "
+            "was trained on."
         ) from error
     return main_output(result)
 
@@ -219,6 +218,15 @@ def main_output(result: object) -> Tensor:
         f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it in "
         "a module that returns its logits."
     )
+
+
+def require_parameters(model: nn.Module) -> None:
+    """Raise `ModelError` for a model in which there is nothing to compress."""
+    if next(model.parameters(), None) is None:
+        raise ModelError(
+            f"The model, a {type(model).__name__}, has no parameters, so that there is nothing to "
+            "compress; is it the right one?"
+        )
 
 
 def find_sites(

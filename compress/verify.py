@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from compress.comparison import compare_logits
 from compress.config import RunConfig
 from compress.data import Batches, ImageSet, batches, check_labels
-from compress.errors import DataError, ModelError
+from compress.errors import CompressError, DataError, ModelError
+from compress.finite import check_finite
 from compress.layers.registry import kind_of
 from compress.progress import Track, silent
 from compress.result import CustomMetric, EndMetric, GateResult, LayerResult, MeasuredError
@@ -28,6 +30,7 @@ class _Sums:
     alone: float = 0.0
     in_place: float = 0.0
     elements: int = 0
+    placed: int = 0  # of the elements, how many the compressed model gave as well
     rows: int = 0
     total: Tensor | None = None
     squares: Tensor | None = None
@@ -50,11 +53,10 @@ class _Sums:
         return found if found > 1e-12 * float((mean**2).mean()) else 0.0
 
     def errors(self) -> tuple[MeasuredError, MeasuredError]:
-        """Measured error alone and in place."""
+        """Measured error alone and in place; alone for both where it was never called in place."""
         variance = self.variance()
-        return _error(self.alone / self.elements, variance), _error(
-            self.in_place / self.elements, variance
-        )
+        alone = _error(self.alone / self.elements, variance)
+        return alone, _error(self.in_place / self.placed, variance) if self.placed else alone
 
 
 def _error(mse: float, variance: float) -> MeasuredError:
@@ -99,7 +101,11 @@ def measure_layers(
     def replaced(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             del module, given
-            sums[name].in_place += _squared(output, expected[name].pop(0))
+            # A forward that decides by values may call a layer more or less often than before.
+            reference = expected[name].pop(0) if expected[name] else None
+            if reference is not None and reference.shape == output.shape:
+                sums[name].in_place += _squared(output, reference)
+                sums[name].placed += output.numel()
 
         return hook
 
@@ -125,13 +131,14 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
     """Outputs of a model on all images, float32 on the CPU ``[images, classes]``.
 
     Raises:
-        ModelError: The outputs are no logits.
+        ModelError: The outputs are no logits, or not finite.
     """
     reference = next(model.parameters())
-    found = []
+    found, seen = [], 0
     with torch.inference_mode(), evaluation_mode(model):
         for images, _ in track(inputs, describe, len(inputs)):
-            output = run_model(model, images.to(reference))
+            images = images.to(reference)
+            output = run_model(model, images)
             if output.dim() != 2:
                 raise ModelError(
                     f"The model's output has shape {tuple(output.shape)} and is no batch of "
@@ -139,6 +146,11 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
                     "package.module:function, which takes the model and the batches and returns "
                     "a number (higher is better)."
                 )
+            check_finite(
+                model, images, output, f"on the images from number {seen} ({describe})",
+                "check these images, the checkpoint and the normalisation (--mean, --std)",
+            )  # fmt: skip
+            seen += len(images)
             found.append(output.float().cpu())
     return torch.cat(found)
 
@@ -174,7 +186,7 @@ def compare(
     loaded = batches(images, batch_size, config.workers)
     if metric is not None:
         name = config.metric_fn or getattr(metric, "__name__", "metric")
-        values = [float(metric(model, loaded)) for model in (before, after)]
+        values = [custom_value(metric, model, loaded) for model in (before, after)]
         custom = CustomMetric(name, values[0], values[1])
         return EndMetric(images=len(images), custom=custom, drop=values[0] - values[1])
     if before_logits is None:
@@ -192,6 +204,27 @@ def compare(
         names,
         [images.name(i) for i in range(len(images))],
     )
+
+
+def custom_value(metric: MetricFunction, model: nn.Module, loaded: Batches) -> float:
+    """What a user's own measure gives; the model is left as it was.
+
+    Raises:
+        ModelError: The measure fails, or gives no finite number.
+    """
+    try:
+        with evaluation_mode(model):
+            value = float(metric(model, loaded))
+    except CompressError:
+        raise  # images that cannot be read, which it says
+    except Exception as error:  # the user's function may raise anything
+        raise ModelError(
+            f"--metric-fn raised {type(error).__name__}: {' '.join(str(error).split())}; it is "
+            "called with the model and its batches, and returns a number (higher is better)."
+        ) from error
+    if not math.isfinite(value):
+        raise ModelError(f"--metric-fn gave {value}; it must return a finite number.")
+    return value
 
 
 def check_gates(
@@ -230,7 +263,7 @@ def _worst_layer(layers: Iterable[LayerResult]) -> tuple[float, str]:
 
 def require_labels(images: ImageSet) -> None:
     """Raise `DataError` where a test set has no labels to be right about."""
-    if min(images.labels) < 0:
+    if min(images.labels, default=-1) < 0:
         raise DataError(
             f"{images.source.described} has no labels, so nothing can be verified on it; pass a "
             "folder with one folder per class, or arrays with 'labels'."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -267,9 +269,18 @@ def torchvision_model(name: str, **arguments: Any) -> nn.Module:
     except Exception as error:
         raise ModelError(
             f"torchvision's {name} cannot be built with {arguments or 'its defaults'}: "
-            f"{type(error).__name__}: {_one_line(error)}."
+            f"{type(error).__name__}: {_one_line(error)}.{_near_arguments(name, arguments)}"
         ) from error
     return model
+
+
+def _near_arguments(name: str, arguments: Mapping[str, Any]) -> str:
+    """Near matches of the arguments that a model does not take, read off the class it is of."""
+    torchvision, _ = _torchvision()
+    builder = inspect.unwrap(torchvision.models.get_model_builder(name))
+    made = get_type_hints(builder).get("return", builder)
+    known = list(inspect.signature(made).parameters)
+    return "".join(near_matches(a, known) for a in arguments if a not in known)
 
 
 def torchvision_preset(name: str, image_size: int | None = None) -> Preprocessing:

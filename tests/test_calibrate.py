@@ -22,7 +22,7 @@ from compress.calibrate import (
     sampled_loss,
     wants_patches,
 )
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, ModelError
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
 from compress.rewrite import Chain, rewrite
@@ -412,3 +412,29 @@ def test_the_bias_needs_means() -> None:
     outputs = LayerStatistics(outputs=Moments(1, 4))
     with pytest.raises(ValueError, match="patches' mean"):
         absorbed_bias(layer, outputs, found)
+
+
+class Detaching(nn.Module):
+    """Computes without gradients, or breaks after its last layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.how == "broken":
+            return y / (y[:1] - y[:1])
+        return y.detach()
+
+
+def test_outputs_without_gradients_are_said() -> None:
+    model, x = Detaching("detached"), torch.randn(6, 4)
+    with pytest.raises(CalibrationError, match="No gradient comes back"):
+        run(model, x)
+    assert run(model, x, weigh=False).statistics["layer"].samples == 6
+
+
+def test_what_breaks_after_the_last_layer_is_not_blamed_on_a_layer() -> None:
+    with pytest.raises(ModelError, match="which no module of it gave"):
+        run(Detaching("broken"), torch.randn(6, 4))

@@ -279,3 +279,20 @@ def test_published_checkpoints_are_read():
     tuned = read_checkpoint(shared_path("checkpoints", "resnet20-cifar10.safetensors"))
     learned = {n for n in tuned.state if "num_batches" not in n}
     assert published.state.keys() == learned
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_whole_and_complex_numbers_are_no_weights(tmp_path, dtype):
+    path = tmp_path / "weights.pt"
+    torch.save({**STATE, "fc.weight": STATE["fc.weight"].to(dtype)}, path)
+    model = network()
+    with pytest.raises(CheckpointError, match=r"no real number's: fc\.weight \("):
+        load_into(model, read_checkpoint(path))
+    assert torch.equal(model.fc.weight, STATE["fc.weight"])
+
+
+def test_entries_without_values_are_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({**STATE, "fc.weight": STATE["fc.weight"].to("meta")}, path)
+    with pytest.raises(CheckpointError, match=r"without values .*: fc\.weight"):
+        read_checkpoint(path)

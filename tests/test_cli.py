@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from workbench import command, paragraph
 
 from compress import __version__
@@ -107,9 +108,24 @@ def test_the_launcher_runs_the_same_commands() -> None:
 )
 def test_wrong_usage_is_code_two(words: list[str], message: str) -> None:
     result = command(*words)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stdout == ""
+    text = paragraph(result, 2)
+    assert message in text
+    assert words == ["rnu"] or f"See 'cli {words[0]} --help'." in text
+
+
+def test_warnings_are_shown_with_debug_alone(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import warnings\nwarnings.warn('mind the gap')\n")
+    weights = tmp_path / "w.pt"
+    torch.save({"w": torch.ones(1)}, weights)
+    for flags, shown in (([], False), (["--debug"], True)):
+        done = subprocess.run(
+            [sys.executable, "-m", "compress.commands", "inspect", str(weights), "--model",
+             f"{tmp_path / 'net.py'}:missing", *flags],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 3
+        assert ("mind the gap" in done.stderr) is shown
+        assert shown or len(done.stderr.strip().splitlines()) == 1
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_base() -> None:

@@ -237,6 +237,48 @@ def test_existing_outputs_are_refused(bench: Workbench) -> None:
     assert bench.leftovers() == ["mine", "out"]
 
 
+def test_an_output_never_replaces_an_input(bench: Workbench) -> None:
+    """Names that a result may hold as well, so that --force alone would not save them."""
+    folder = bench.output()
+    folder.mkdir()
+    inputs = {
+        "checkpoint": folder / "model.safetensors",
+        "data": folder / "report.npz",
+        "calibration": folder / "calibration.safetensors",
+    }
+    inputs["checkpoint"].write_bytes(Path(bench.checkpoint).read_bytes())
+    images, labels = made_images(24)
+    np.savez(inputs["data"], images=images, labels=labels)
+    for given in (
+        {"checkpoint": str(inputs["checkpoint"])},
+        {"data": f"tensors:{inputs['data']}?stop=20"},
+        {"calibration": str(inputs["calibration"])},
+    ):
+        text = paragraph(bench.run("--rank", "conv2=4", "--force", **given), 3)
+        assert f"would replace the input {inputs[next(iter(given))]}" in text
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "report.npz"]
+    plan = ("plan", bench.checkpoint, "--model", SPEC, "--data", bench.train, "--force")
+    before = Path(bench.checkpoint).read_bytes()
+    assert "would replace" in paragraph(command(*plan, "--output", bench.checkpoint), 3)
+    assert Path(bench.checkpoint).read_bytes() == before
+    sweep = ("sweep", bench.checkpoint, "--model", SPEC, "--data", bench.train)
+    text = paragraph(command(*sweep, "--macs", "0.5", "--output", str(bench.folder)), 3)
+    assert "holds" in text
+
+
+def test_a_calibration_in_no_folder_is_refused_before_the_work(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr("compress.pipeline.calibrate", forbidden)
+    file = str(bench.folder / "missing" / "cal.safetensors")
+    text = paragraph(bench.run("--energy", "0.9", calibration=file), 3)
+    assert f"no folder {bench.folder / 'missing'}" in text
+    assert bench.leftovers() == []
+
+
 def test_unwritable_outputs(bench: Workbench) -> None:
     # Root may write anywhere, but nobody below a file or in /proc.
     for place in (f"{bench.checkpoint}/out", "/proc/out"):
@@ -256,8 +298,10 @@ def test_a_full_disk(bench: Workbench, monkeypatch: pytest.MonkeyPatch, what: st
 
     monkeypatch.setattr("os.replace", full)
     text = paragraph(bench.run("--rank", "conv2=4"), 3)
-    assert "No space left on device" in text
-    assert "free some space" in text
+    assert text.count("No space left on device") == 1
+    assert text.count("free some space") == 1
+    assert f"{bench.output()} cannot be written" in text
+    assert ".partial" not in text
     assert bench.leftovers() == []
 
 
@@ -276,8 +320,9 @@ def test_a_full_disk_spares_the_result_that_stood_there(
     assert bench.leftovers() == ["out"]
 
 
-def test_control_c_in_the_middle_of_a_process(bench: Workbench) -> None:
-    """A real process gets SIGINT while it calibrates, said by a marker that its data writes."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_process_stopped_in_the_middle(bench: Workbench, sent: signal.Signals) -> None:
+    """A real process gets a signal while it calibrates, said by a marker that its data writes."""
     slow = bench.folder / "slow.py"
     slow.write_text(
         "import time, pathlib, torch\n"
@@ -303,7 +348,7 @@ def test_control_c_in_the_middle_of_a_process(bench: Workbench) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

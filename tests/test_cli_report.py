@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -297,3 +299,28 @@ def test_a_sweep_is_shown_and_its_chosen_point_can_be_held_to_limits(bench, tmp_
     for flags in (("--max-drop", "1"), ("--baseline", str(folder)), ("--junit", "j.xml")):
         assert "chosen" in paragraph(command("report", str(folder), *flags), 2)
     assert command("report", str(folder / "chosen"), "--max-macs-ratio", "0.5").exit_code == 0
+
+
+def test_a_report_is_written_whole_or_not_at_all(result, tmp_path, monkeypatch):
+    real = os.replace
+
+    def full(source, target):
+        if Path(target).name == "report.html":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    new = tmp_path / "deep" / "new"
+    text = paragraph(command("report", str(result), "--output", str(new)), 3)
+    assert "No space left on device" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_junit_replaces_nothing_but_junit(result, tmp_path):
+    model = shutil.copy(result / "model.safetensors", tmp_path / "model.safetensors")
+    given = ("report", str(result), "--max-macs-ratio", "1", "--junit")
+    text = paragraph(command(*given, str(model)), 3)
+    assert "is no JUnit file" in text
+    assert Path(model).read_bytes() == (result / "model.safetensors").read_bytes()
+    for _ in range(2):
+        assert command(*given, str(tmp_path / "junit.xml")).exit_code == 0

@@ -43,6 +43,13 @@ def test_the_rule_is_threshold_unless_another_is_given() -> None:
         ({"rank": {"conv1": "0"}}, "rank conv1=0"),
         ({"rank": {"conv1": "four"}}, "rank conv1=four"),
         ({"mean": (0.5,)}, "mean has 1 numbers and std has 0"),
+        ({"seed": -1}, "seed = -1 is outside"),
+        ({"seed": 1 << 64}, "is outside 0 to 4294967295"),
+        ({"max_layer_relative_mse": -1.0}, "max_layer_relative_mse = -1.0"),
+        ({"max_layer_relative_mse": float("nan")}, "max_layer_relative_mse = nan"),
+        ({"max_drop": float("nan")}, "max_drop = nan"),
+        ({"mean": (float("nan"),), "std": (1.0,)}, "not finite"),
+        ({"mean": (0.5,), "std": (float("inf"),)}, "not finite"),
         ({"mean": (0.5,), "std": (0.0,)}, "std holds a number that is not positive"),
     ],
 )
@@ -99,7 +106,7 @@ def test_unreadable_files_are_errors(tmp_path: Path, content: str | None, messag
 @pytest.mark.parametrize(
     "values",
     [{"energy": "0.9"}, {"seed": True}, {"refit": 1}, {"keep": "head"}, {"seed": 1.5},
-     {"checkpoint": 3}, {"seed": None}],
+     {"checkpoint": 3}, {"seed": None}, {"keep": [3]}, {"mean": ["half"]}],
 )  # fmt: skip
 def test_values_of_the_wrong_type_are_errors(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(values))} = "):

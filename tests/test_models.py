@@ -152,6 +152,8 @@ def test_an_edited_file_is_read_again(user_file):
         ("torchvision:resnet81", "no classification model 'resnet81'. Did you mean 'resnet"),
         ("torchvision:fcn_resnet50", "no classification model"),
         ("torchvision:resnet18?clases=3", "cannot be built with .*unexpected keyword"),
+        ("torchvision:resnet18?num_clases=3", "Did you mean 'num_classes'"),
+        ("torchvision:vit_b_16?image_siz=32", "Did you mean 'image_size'"),
     ],
 )
 def test_specs_that_build_nothing(user_file, spec, message):

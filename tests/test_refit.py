@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate import absorbed_bias, calibrate, layer_problem
+from compress.errors import ArtefactError
 from compress.linalg.fit import fit
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.schemes import SCHEME_NAMES
@@ -220,3 +221,10 @@ def test_a_frontier_keeps_to_its_cap(tmp_path: Path) -> None:
         assert environment["y"].compressed == i + 1
     assert frontier.used == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_spilling_is_an_error_that_says_where(tmp_path: Path) -> None:
+    pair = Pair(torch.zeros(4), torch.ones(4))
+    with pytest.raises(ArtefactError, match="set TMPDIR") as caught:
+        Frontier(cap=0, folder=tmp_path / "gone").put(0, {"x": pair})
+    assert str(tmp_path / "gone") in str(caught.value)

@@ -12,7 +12,7 @@ from compress.layers import kind_of
 from compress.linalg.fit import fit
 from compress.linalg.problem import Problem
 from compress.linalg.schemes import Ranks, full_ranks
-from compress.rewrite import Chain, build_chain, empty_chain, rewrite
+from compress.rewrite import Chain, as_saved, build_chain, empty_chain, rewrite
 from compress.sites import LayerSite, find_sites
 
 
@@ -136,3 +136,16 @@ def test_a_chain_shares_no_storage_with_its_record() -> None:
     built = build_chain(kind.geometry(layer), chain, layer)
     taken = {tensor.data_ptr() for tensor in (*chain.weights, chain.bias)}
     assert not taken & {parameter.data_ptr() for parameter in built.parameters()}
+
+
+def test_a_model_lies_in_memory_as_it_will_be_read_back() -> None:
+    """Strides of an axis of length 1 outlive `contiguous`; kernels are chosen by them."""
+    model = nn.Sequential(nn.Linear(1, 9), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].weight = nn.Parameter(torch.empty_strided((9, 1), (1, 9)).fill_(0.5))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(memory_format=torch.channels_last))
+    saved = as_saved(model, torch.float16)
+    for name, tensor in saved.state_dict().items():
+        assert tensor.stride() == torch.empty(tensor.shape).stride(), name
+        torch.testing.assert_close(tensor, model.state_dict()[name].to(tensor.dtype))
+    assert {p.dtype for p in saved.parameters()} == {torch.float16}
+    assert model[0].weight.stride() == (1, 9)

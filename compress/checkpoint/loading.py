@@ -24,8 +24,9 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     it is put back.
 
     Raises:
-        CheckpointError: Entries are missing, unexpected or of another shape: the first 20 of each
-            and their number, with a hint where the cause is known. The model is unchanged.
+        CheckpointError: Entries are missing, unexpected, of another shape, or whole or complex
+            numbers where the model has real ones: the first 20 of each and their number, with a
+            hint where the cause is known. The model is unchanged.
     """
     own = model.state_dict(keep_vars=True)
     state = _fitting_names(checkpoint, own)
@@ -33,7 +34,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in own]
     misshapen = [n for n in own if n in state and _shape(state[n]) != _shape(own[n])]
-    if missing or unexpected or misshapen:
+    mistyped = [n for n in own if n in state and _loses_values(state[n], own[n])]
+    if missing or unexpected or misshapen or mistyped:
         problems = []
         if missing:
             problems.append(f"missing from the checkpoint: {listed(missing)}")
@@ -46,6 +48,9 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
                 for n in misshapen
             ]
             problems.append(f"of another shape: {listed(shapes)}")
+        if mistyped:
+            types = [f"{n} ({str(state[n].dtype).removeprefix('torch.')})" for n in mistyped]
+            problems.append(f"of a type that is no real number's: {listed(types)}")
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} does not belong to this model: "
             f"{'; '.join(problems)}.{_hint(state, own, misshapen)}"
@@ -66,6 +71,12 @@ def versioned(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, 
 
 def _shape(entry: Any) -> tuple[int, ...]:
     return tuple(entry.shape) if isinstance(entry, Tensor) else ()
+
+
+def _loses_values(given: Tensor, wanted: Any) -> bool:
+    """Whether torch would load whole (quantised) or complex numbers as real ones, scale or not."""
+    real = isinstance(wanted, Tensor) and wanted.is_floating_point()
+    return real and not given.is_floating_point()
 
 
 def _fitting_names(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, Tensor]:

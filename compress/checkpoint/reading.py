@@ -246,6 +246,12 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"The checkpoint {path} holds quantised or sparse entries: {listed(packed)}; pass "
             "the checkpoint from before quantisation."
         )
+    empty = [n for n, t in tensors.items() if t.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"The checkpoint {path} holds names and shapes without values (saved on the meta "
+            f"device): {listed(empty)}; save the weights after they are loaded."
+        )
     broken = [
         n
         for n, t in tensors.items()

@@ -5,6 +5,10 @@ Nothing here imports torch before a command needs it, so that ``compress --help`
 
 from __future__ import annotations
 
+import signal
+import sys
+import warnings
+
 from compress.commands.apply import apply
 from compress.commands.demo import demo
 from compress.commands.evaluate import evaluate
@@ -24,4 +28,9 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    # A job that CI ends cleans up as on Ctrl-C: the refit may have gigabytes in a temporary folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "--debug" not in sys.argv and not sys.warnoptions:
+        # What torch and a user's forward warn of would stand before an error's one paragraph.
+        warnings.simplefilter("ignore")
     cli.main(prog_name="compress")

@@ -34,7 +34,10 @@ class Commands(click.Group):
         try:
             code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
-            error.show()
+            text = " ".join(error.format_message().split()).rstrip(".")
+            context = getattr(error, "ctx", None)
+            hint = f" See '{context.command_path} --help'." if context else ""
+            _explain(arguments, f"Error: {text}.{hint}")
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("Interrupted; nothing was left behind.", err=True)

@@ -31,12 +31,15 @@ def plan(settings: Settings, terminal: Terminal) -> None:
 
     Edit "scheme" and "ranks" in the file as you like, then hand it to `compress apply`.
     """
-    from compress.files import write_atomically
+    from compress.files import check_apart, write_atomically
+    from compress.inputs import input_paths
     from compress.pipeline import choose_plan
 
     config = settings.config()
     if config.output and Path(config.output).exists() and not config.force:
         raise ArtefactError(f"The plan {config.output} exists; pass --force to replace it.")
+    if config.output:
+        check_apart(config.output, input_paths(config))
     chosen, warnings = choose_plan(config, track=terminal.track)
     if config.output:
         write_atomically(config.output, chosen.to_json())

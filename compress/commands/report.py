@@ -193,12 +193,13 @@ def _without(made: Report, limits: Mapping[str, float]) -> Report:
 def _write(
     made: Report, settings: Settings, junit: str | None, thumbnails: Mapping[int, bytes]
 ) -> None:
-    from compress.files import write_atomically
+    from compress.files import atomic_folder, write_atomically
     from compress.report import render_junit, write_report
 
     if junit:
         if made["kind"] == "sweep":
             raise UsageError("--junit writes limits, and a sweep has none; pass its chosen result.")
+        _check_junit(Path(junit))
         write_atomically(junit, render_junit(made))
     output = settings.given("output")
     if not output:
@@ -208,13 +209,22 @@ def _write(
         raise ArtefactError(
             f"{folder} already holds a report; pass --force to replace it, or another folder."
         )
+    if folder.is_dir():  # perhaps the result's own: what else is in it stays
+        write_report(made, folder, thumbnails)
+        return
+    with atomic_folder(folder, force=False) as new:
+        write_report(made, new, thumbnails)
+
+
+def _check_junit(path: Path) -> None:
+    """Refuse to write over what is no XML: CI writes the same file each time, but only that."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtefactError(
-            f"The folder {folder} cannot be made: {error.strerror}; pass another --output."
-        ) from error
-    write_report(made, folder, thumbnails)
+        with open(path, "rb") as file:
+            other = not file.read(5).lstrip().startswith(b"<")
+    except OSError:
+        return  # not there, or writing says what is wrong with it
+    if other:
+        raise ArtefactError(f"{path} exists and is no JUnit file; pass another file to --junit.")
 
 
 def _lines(made: Report, where: str) -> list[str]:

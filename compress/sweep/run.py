@@ -10,8 +10,8 @@ from typing import Any
 
 from compress.config import RULES, RunConfig
 from compress.errors import ConfigError, DataError, GateError
-from compress.files import write_atomically
-from compress.inputs import Inputs, load_network
+from compress.files import check_apart, write_atomically
+from compress.inputs import Inputs, input_paths, load_network
 from compress.outcome import Compressed, save_result
 from compress.pipeline import compress_network
 from compress.progress import Track, silent
@@ -77,6 +77,7 @@ def sweep(
         raise ConfigError("No output given; pass --output DIR for the sweep's folder.")
     config = _without_rule(config)
     check_folder(config.output, resume, config.force)
+    check_apart(config.output, input_paths(config))
     inputs = load_network(config)
     store = PointStore(Path(config.output), content_key(inputs, config, test_points))
     work = SweepWork(inputs, config, grid, test_points=test_points, store=store, track=track)

@@ -20,7 +20,7 @@ from compress.cost import model_cost
 from compress.data import Split
 from compress.errors import DataError
 from compress.inputs import Inputs, batch_size_for
-from compress.network import Network, prepare
+from compress.network import Network, prepare, without_unseen
 from compress.pipeline import calibrated
 from compress.plan import Plan
 from compress.progress import Track, silent
@@ -102,7 +102,7 @@ class SweepWork:
     @cached_property
     def planner(self) -> Callable[[float], Plan]:
         """From a value of the rule to the plan that ``compress run`` would make."""
-        network, calibration = self.network, self.calibration
+        network, calibration = without_unseen(self.network, self.calibration), self.calibration
         config, rule = self.config, self.grid.rule
         if rule not in ("macs", "params"):
             return lambda value: make_plan(
