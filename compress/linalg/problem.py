@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
 
 import torch
@@ -163,7 +164,15 @@ class Split:
         ordered = split_covariance(problem.input_covariance.to(self.dtype), geometry, scheme)
         self.covariance = ordered.reshape(self.groups, self.outer, self.inner, -1)
         self.weighting = problem.weighting.to(self.dtype)
-        self.problem = problem
+        # A strong reference would be a cycle, and covariances would wait for the collector.
+        self._problem = weakref.ref(problem)
+
+    @property
+    def problem(self) -> Problem:
+        """The problem that this is a reordering of."""
+        problem = self._problem()
+        assert problem is not None  # whoever has the split from a problem holds that too
+        return problem
 
     @cached_property
     def inner_covariance(self) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -128,6 +130,20 @@ def test_full_rank_is_exact(data: Data, scheme: str) -> None:
     assert found.ranks == full_ranks(data.problem.geometry, scheme)
     product = chain_matrix(data.problem.geometry, scheme, found.weights)
     torch.testing.assert_close(product, data.matrix, rtol=1e-13, atol=1e-13)
+
+
+def test_a_problem_and_its_reorderings_go_with_their_last_use() -> None:
+    """Reference counting alone frees them: they are as large as the covariance."""
+    gc.disable()
+    try:
+        problem = Data(GEOMETRY).problem
+        fit(problem, "two_sided", (2, 2))
+        grid_losses(problem, "spatial", [1, 2])
+        alive = weakref.ref(problem), weakref.ref(problem.split("input"))
+        del problem
+        assert [a() for a in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("scheme", ALTERNATED)
