@@ -23,6 +23,7 @@ from compress.linalg.fit import Fit, Problem
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import shrink, shrinkage
+from compress.pooled import channel_sketch, pooled_covariance, pooled_rows
 from compress.sites import LayerSite, evaluation_mode, forward_hooks, frozen, run_model
 
 # Below this many samples a dimension the covariance is shrunk and the user is warned.
@@ -44,11 +45,13 @@ class LayerStatistics:
         inputs: Moments of its patches, or None where outputs were the cheaper side.
         outputs: Moments of its outputs, or None where `inputs` give them.
         weighting: Moments of the gradients at its outputs, or None for the plain metric.
+        pooled: Moments of rows pooled by gradient, see `compress.pooled`, or None.
     """
 
     inputs: Moments | None = None
     outputs: Moments | None = None
     weighting: Moments | None = None
+    pooled: Moments | None = None
 
     @property
     def samples(self) -> int:
@@ -58,7 +61,12 @@ class LayerStatistics:
 
     def moments(self) -> dict[str, Moments]:
         """The moments there are, by role."""
-        roles = {"inputs": self.inputs, "outputs": self.outputs, "weighting": self.weighting}
+        roles = {
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "weighting": self.weighting,
+            "pooled": self.pooled,
+        }
         return {role: m for role, m in roles.items() if m is not None}
 
     def merge(self, other: LayerStatistics) -> None:
@@ -119,7 +127,13 @@ class _Collector:
     """The hook of one site."""
 
     def __init__(
-        self, site: LayerSite, module: nn.Module, patches: bool, positions: _Positions, weigh: bool
+        self,
+        site: LayerSite,
+        module: nn.Module,
+        patches: bool,
+        positions: _Positions,
+        weigh: bool,
+        sketch: Tensor | None,
     ) -> None:
         kind = kind_of(module)
         assert kind is not None
@@ -131,6 +145,10 @@ class _Collector:
             outputs=None if patches else Moments(g.groups, g.out_features, device),
             weighting=Moments(g.groups, g.out_features, device) if weigh else None,
         )
+        self.sketch = sketch
+        if sketch is not None:
+            length = g.in_features if patches else g.out_features
+            self.statistics.pooled = Moments(g.groups, length + 1, device)
         self.start = self.batch = self.call = 0
 
     def begin(self, start: int, batch: int) -> None:
@@ -155,12 +173,20 @@ class _Collector:
             elif moments.outputs is not None:
                 moments.outputs.update(output_rows(y, geometry, taken))
         if moments.weighting is not None and output.requires_grad:
-            self._watch(output, taken)
+            rows = None
+            if moments.pooled is not None and y.shape[0] % self.batch == 0:
+                # A copy: what is changed in place later must not reach the gradient's hook.
+                rows = (inputs[0] if moments.inputs is not None else output).detach().clone()
+            self._watch(output, taken, rows)
         self.call += 1
 
-    def _watch(self, output: Tensor, taken: Tensor | None) -> None:
+    def _watch(self, output: Tensor, taken: Tensor | None, rows: Tensor | None) -> None:
+        images = self.batch
+
         def hook(gradient: Tensor) -> None:
             self._weigh(gradient, taken)
+            if rows is not None:
+                self._pool(rows, gradient, images)
 
         output.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -175,6 +201,15 @@ class _Collector:
         moments = self.statistics.weighting
         assert moments is not None
         moments.update(output_rows(self.kind.images(gradient), self.site.geometry, taken))
+
+    def _pool(self, activation: Tensor, gradient: Tensor, images: int) -> None:
+        pooled, sketch = self.statistics.pooled, self.sketch
+        assert pooled is not None
+        assert sketch is not None
+        x, g = self.kind.images(activation), self.kind.images(gradient)
+        patches = self.statistics.inputs is not None
+        for rows in pooled_rows(x, g, self.site.geometry, patches, images, sketch):
+            pooled.update(rows)
 
 
 def sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -200,6 +235,7 @@ def calibrate(
     *,
     schemes: Iterable[str] = ("output",),
     weigh: bool = True,
+    pool: bool = False,
     loss: LossFunction | None = None,
     samples_per_dimension: int = 64,
     seed: int = 0,
@@ -213,6 +249,7 @@ def calibrate(
         images: How many images the batches hold.
         schemes: The schemes in play; they decide which layers' patches are accumulated.
         weigh: Whether to accumulate the weighting ``G``.
+        pool: Whether to accumulate rows pooled by gradient too, which `fit_problem` then uses.
         loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
         seed: Decides the sampled labels and positions.
@@ -230,7 +267,8 @@ def calibrate(
         budget = max(FREE_SAMPLES, samples_per_dimension * length) // max(len(site.calls), 1)
         positions = _Positions(images, budget, seed * 1_000_003 + index)
         module = modules[site.name]
-        collectors[module] = _Collector(site, module, patches, positions, weigh)
+        sketch = channel_sketch(site.geometry, images, seed).to(device) if weigh and pool else None
+        collectors[module] = _Collector(site, module, patches, positions, weigh, sketch)
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(images, generator=generator, dtype=torch.float64)
     start = 0
@@ -289,6 +327,28 @@ def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistic
     weighting = statistics.weighting
     metric = weighting.second_moment if weighting is not None and weighting.count else None
     return Problem(site.geometry, weight, outputs, inputs, metric)
+
+
+def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
+    """Return a layer's weight in the metric that budgets and fits use.
+
+    Where rows were pooled by gradient, the covariance is theirs (see `compress.pooled`), scaled so
+    that ``½ N tr(G Δ C Δᵀ)`` is still the increase of the loss per image; else `layer_problem`.
+    """
+    plain = layer_problem(site, module, statistics)
+    if statistics.pooled is None or not statistics.pooled.count:
+        return plain
+    moments = statistics.inputs or statistics.outputs
+    assert moments is not None
+    seen = plain.output_covariance if plain.input_covariance is None else plain.input_covariance
+    found, share = pooled_covariance(statistics.pooled, moments.mean, seen)
+    channels = site.geometry.out_features
+    trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.
+    metric = plain.weighting / trace * share * (channels * len(site.calls) / site.positions)
+    outputs = found if plain.input_covariance is None else plain.matrix @ found @ plain.matrix.mT
+    inputs = None if plain.input_covariance is None else found
+    return Problem(site.geometry, plain.weight, outputs, inputs, metric)
 
 
 def _robust(moments: Moments) -> Tensor:

@@ -18,7 +18,7 @@ from compress.files import write_atomically
 from compress.linalg.moments import Moments
 
 _KEY = "compress_calibration"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def calibrated(
         len(fit),
         schemes=schemes,
         weigh=config.metric == "loss",
+        pool=config.metric == "loss",
         loss=loss_function(config),
         samples_per_dimension=config.samples_per_dimension,
         seed=config.seed,

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compress.calibrate import Calibration, LayerStatistics, absorbed_bias, layer_problem
+from compress.calibrate import (
+    Calibration,
+    LayerStatistics,
+    absorbed_bias,
+    fit_problem,
+    layer_problem,
+)
 from compress.config import RunConfig
 from compress.data import Split, batches
 from compress.layers import kind_of
@@ -88,8 +94,11 @@ def fit_plan(
         problem = layer_problem(site, module, statistics)
         loss = mse = 0.0
         if choice.rewritten:
-            found = fit(problem, choice.scheme, choice.ranks)
+            metric = fit_problem(site, module, statistics)
+            found = fit(metric, choice.scheme, choice.ranks)
             loss, mse = seen_errors(module, statistics, problem, found)
+            if statistics.pooled is not None:
+                loss = found.loss
             bias = absorbed_bias(module, statistics, found)
             factors[choice.name] = Factors(found, bias, problem.weighting)
         variance = problem.variance()

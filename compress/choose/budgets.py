@@ -57,7 +57,7 @@ class Budgets:
         config: RunConfig,
         track: Track = silent,
     ) -> None:
-        overrides, problem = Overrides(config, sites), problems(model, calibration)
+        overrides, problem = Overrides(config, sites), problems(model, calibration, fitted=True)
         self.sites, self.overrides = sites, overrides
         self.rule = config.rule if config.rule in _MEASURES else "macs"
         self.found = options(sites, overrides, config, problem, self.rule, track)
