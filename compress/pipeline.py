@@ -17,7 +17,7 @@ from compress.calibration_file import CalibrationKey, read_calibration, write_ca
 from compress.choose import Budgets, check_plan, make_plan
 from compress.config import SCHEMES, RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ConfigError, GateError, ModelError, PlanError
+from compress.errors import ConfigError, GateError, PlanError
 from compress.files import check_output
 from compress.inputs import Inputs, batch_size_for, load_network, weights_hash
 from compress.network import Network, prepare
@@ -30,7 +30,7 @@ from compress.outcome import (
 )
 from compress.plan import Choice, Plan
 from compress.progress import Track, silent
-from compress.replace import fit_plan
+from compress.replace import fit_plan, loss_function
 from compress.search import cheapest_within_drop
 from compress.verify import all_logits, compare, require_labels
 
@@ -179,15 +179,6 @@ def calibrated(
     if path is not None:
         write_calibration(path, calibration, key)
     return calibration
-
-
-def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(outputs, labels) -> summed loss``, or None for sampled labels."""
-    if not config.loss_fn:
-        return None
-    from compress.models import import_function  # only where it is asked for
-
-    return import_function(config.loss_fn, ModelError)
 
 
 def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from compress.calibrate import (
 )
 from compress.config import RunConfig
 from compress.data import Split, batches
+from compress.errors import ModelError
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem, fit
 from compress.network import Network
@@ -23,6 +25,8 @@ from compress.plan import Plan
 from compress.progress import Track
 from compress.refit import Factors, refit
 from compress.rewrite import rewrite
+from compress.segments import refit_segments
+from compress.sites import LayerSite
 
 
 @dataclass(frozen=True)
@@ -115,20 +119,58 @@ def fit_plan(
     fitted = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
     if not (config.refit and factors and network.graph is not None and len(split.validation)):
         return Replaced(fitted, fitted, predicted)
+    new = _refitted(network, sites, factors, config, split, batch_size, track)
+    changed = tuple(name for name in factors if new[name] is not factors[name])
+    model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
+    return Replaced(model, fitted, predicted, changed)
+
+
+def loss_function(config: RunConfig) -> Any:
+    """The user's own loss ``(outputs, labels) -> summed loss``, or None for sampled labels."""
+    if not config.loss_fn:
+        return None
+    from compress.models import import_function  # only where it is asked for
+
+    return import_function(config.loss_fn, ModelError)
+
+
+def _refitted(
+    network: Network,
+    sites: dict[str, LayerSite],
+    factors: dict[str, Factors],
+    config: RunConfig,
+    split: Split,
+    batch_size: int,
+    track: Track,
+) -> dict[str, Factors]:
+    """Refit layer by layer in execution order, then jointly between cuts of the graph."""
+    assert network.graph is not None
     device = network.example.device
-    new, _ = refit(
+    fit_batches, validation = (
+        batches(images, batch_size, config.workers) for images in (split.fit, split.validation)
+    )
+    found, _ = refit(
         network.model,
         network.graph,
         sites,
         factors,
-        (images.to(device) for images, _ in batches(split.fit, batch_size, config.workers)),
-        (images.to(device) for images, _ in batches(split.validation, batch_size, config.workers)),
+        (images.to(device) for images, _ in fit_batches),
+        (images.to(device) for images, _ in validation),
         seed=config.seed,
         track=track,
     )
-    changed = tuple(name for name in factors if new[name] is not factors[name])
-    model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
-    return Replaced(model, fitted, predicted, changed)
+    return refit_segments(
+        network.model,
+        network.graph,
+        sites,
+        found,
+        fit_batches,
+        validation,
+        weigh=config.metric == "loss",
+        loss=loss_function(config),
+        seed=config.seed,
+        track=track,
+    )
 
 
 def seen_errors(
