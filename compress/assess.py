@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate import FEW_SAMPLES
 from compress.config import RunConfig
 from compress.data import ImageSet, batches
 from compress.inputs import Inputs
@@ -25,6 +24,7 @@ from compress.result import (
     MeasuredError,
 )
 from compress.sites import run_model
+from compress.statistics import FEW_SAMPLES
 from compress.verify import check_gates, compare, measure_layers, measured_losses, require_labels
 
 # Spectra longer than this are cut in the report.

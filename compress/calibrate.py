@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +20,12 @@ from compress.errors import CalibrationError
 from compress.finite import check_finite
 from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
-from compress.linalg.fit import Fit, Problem
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
-from compress.linalg.spectrum import shrink, shrinkage
+from compress.pooled import channel_sketch, pooled_rows
 from compress.sites import LayerSite, evaluation_mode, forward_hooks, frozen, run_model
+from compress.statistics import Calibration, LayerStatistics
 
-# Below this many samples a dimension the covariance is shrunk and the user is warned.
-FEW_SAMPLES = 10
 # Layers take every position up to this many rows, however short those are: of patches, and of
 # outputs and one-tap inputs, which have a tenth of the features.
 FREE_PATCHES = 1 << 16
@@ -41,50 +38,6 @@ WHEN = "on the calibration images"
 REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class LayerStatistics:
-    """What calibration learned about one layer.
-
-    Attributes:
-        inputs: Moments of its patches, or None where outputs were the cheaper side.
-        outputs: Moments of its outputs, or None where `inputs` give them.
-        weighting: Moments of the gradients at its outputs, or None for the plain metric.
-    """
-
-    inputs: Moments | None = None
-    outputs: Moments | None = None
-    weighting: Moments | None = None
-
-    @property
-    def samples(self) -> int:
-        """Rows seen."""
-        moments = self.inputs or self.outputs
-        return 0 if moments is None else moments.count
-
-    def moments(self) -> dict[str, Moments]:
-        """The moments there are, by role."""
-        roles = {"inputs": self.inputs, "outputs": self.outputs, "weighting": self.weighting}
-        return {role: m for role, m in roles.items() if m is not None}
-
-    def merge(self, other: LayerStatistics) -> None:
-        """Add the statistics of another process or an earlier run."""
-        theirs = other.moments()
-        for role, moments in self.moments().items():
-            moments.merge(theirs[role])
-
-
-@dataclass
-class Calibration:
-    """Statistics by site name, with what they were taken from."""
-
-    statistics: dict[str, LayerStatistics]
-    images: int
-    metric: str
-    data_fingerprint: str = ""
-    model_fingerprint: str = ""
-    warnings: list[str] = field(default_factory=list)
 
 
 def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
@@ -126,7 +79,13 @@ class _Collector:
     """The hook of one site."""
 
     def __init__(
-        self, site: LayerSite, module: nn.Module, patches: bool, positions: _Positions, weigh: bool
+        self,
+        site: LayerSite,
+        module: nn.Module,
+        patches: bool,
+        positions: _Positions,
+        weigh: bool,
+        sketch: Tensor | None,
     ) -> None:
         kind = kind_of(module)
         assert kind is not None
@@ -138,6 +97,10 @@ class _Collector:
             outputs=None if patches else Moments(g.groups, g.out_features, device),
             weighting=Moments(g.groups, g.out_features, device) if weigh else None,
         )
+        self.sketch = sketch
+        if sketch is not None:
+            length = g.in_features if patches else g.out_features
+            self.statistics.pooled = Moments(g.groups, length + 1, device)
         self.start = self.batch = self.call = 0
 
     def begin(self, start: int, batch: int) -> None:
@@ -162,12 +125,20 @@ class _Collector:
             elif moments.outputs is not None:
                 moments.outputs.update(output_rows(y, geometry, taken))
         if moments.weighting is not None and output.requires_grad:
-            self._watch(output, taken)
+            rows = None
+            if moments.pooled is not None and y.shape[0] % self.batch == 0:
+                # A copy: what is changed in place later must not reach the gradient's hook.
+                rows = (inputs[0] if moments.inputs is not None else output).detach().clone()
+            self._watch(output, taken, rows)
         self.call += 1
 
-    def _watch(self, output: Tensor, taken: Tensor | None) -> None:
+    def _watch(self, output: Tensor, taken: Tensor | None, rows: Tensor | None) -> None:
+        images = self.batch
+
         def hook(gradient: Tensor) -> None:
             self._weigh(gradient, taken)
+            if rows is not None:
+                self._pool(rows, gradient, images)
 
         output.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -182,6 +153,15 @@ class _Collector:
         moments = self.statistics.weighting
         assert moments is not None
         moments.update(output_rows(self.kind.images(gradient), self.site.geometry, taken))
+
+    def _pool(self, activation: Tensor, gradient: Tensor, images: int) -> None:
+        pooled, sketch = self.statistics.pooled, self.sketch
+        assert pooled is not None
+        assert sketch is not None
+        x, g = self.kind.images(activation), self.kind.images(gradient)
+        patches = self.statistics.inputs is not None
+        for rows in pooled_rows(x, g, self.site.geometry, patches, images, sketch):
+            pooled.update(rows)
 
 
 def sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -207,6 +187,7 @@ def calibrate(
     *,
     schemes: Iterable[str] = ("output",),
     weigh: bool = True,
+    pool: bool = False,
     loss: LossFunction | None = None,
     samples_per_dimension: int = 64,
     seed: int = 0,
@@ -221,6 +202,7 @@ def calibrate(
         images: How many images the batches hold.
         schemes: The schemes in play; they decide which layers' patches are accumulated.
         weigh: Whether to accumulate the weighting ``G``.
+        pool: Whether to accumulate rows pooled by gradient too, which `fit_problem` then uses.
         loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
         seed: Decides the sampled labels and positions.
@@ -241,7 +223,8 @@ def calibrate(
         budget = max(free, samples_per_dimension * length) // max(len(site.calls), 1)
         positions = _Positions(images, budget, seed * 1_000_003 + index)
         module = modules[site.name]
-        collectors[module] = _Collector(site, module, patches, positions, weigh)
+        sketch = channel_sketch(site.geometry, images, seed).to(device) if weigh and pool else None
+        collectors[module] = _Collector(site, module, patches, positions, weigh, sketch)
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(images, generator=generator, dtype=torch.float64)
     start = 0
@@ -296,53 +279,3 @@ def _logits(output: Tensor) -> Tensor:
             "package.module:function), or use --metric mse."
         )
     return output
-
-
-def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
-    """Return a layer's weight in the metric of its statistics.
-
-    Covariances from fewer than `FEW_SAMPLES` rows a dimension are shrunk first.
-    """
-    kind = kind_of(module)
-    assert kind is not None
-    weight = kind.weight(module).double()
-    matrix = weight.flatten(2)
-    if statistics.inputs is not None:
-        inputs = _robust(statistics.inputs)
-        outputs = matrix @ inputs @ matrix.mT
-    else:
-        assert statistics.outputs is not None
-        inputs, outputs = None, _robust(statistics.outputs)
-    weighting = statistics.weighting
-    metric = weighting.second_moment if weighting is not None and weighting.count else None
-    mean = None if statistics.inputs is None else statistics.inputs.mean
-    return Problem(site.geometry, weight, outputs, inputs, metric, mean)
-
-
-def _robust(moments: Moments) -> Tensor:
-    covariance = moments.covariance
-    if moments.count >= FEW_SAMPLES * covariance.shape[-1]:
-        return covariance
-    return shrink(covariance, shrinkage(covariance, moments.count))
-
-
-def absorbed_bias(module: nn.Module, statistics: LayerStatistics, fit: Fit) -> Tensor:
-    """Bias ``[c_out]`` that keeps the mean output exact: ``b + (W - Ŵ) m``.
-
-    Where only the outputs' mean ``μ`` was taken it is the same ``μ + P (b - μ)``.
-    """
-    kind = kind_of(module)
-    assert kind is not None
-    matrix = kind.weight(module).double().flatten(2)
-    bias = module._parameters.get("bias")
-    groups, out = matrix.shape[:2]
-    old = (
-        matrix.new_zeros(groups, out) if bias is None else bias.detach().double().view(groups, out)
-    )
-    if statistics.inputs is not None:
-        mean = statistics.inputs.mean.unsqueeze(2)
-        return (old + ((matrix - fit.matrix) @ mean).squeeze(2)).flatten()
-    if fit.projection is None or statistics.outputs is None:
-        raise ValueError("the bias of a general approximation needs the patches' mean")
-    mean = statistics.outputs.mean
-    return (mean + (fit.projection @ (old - mean).unsqueeze(2)).squeeze(2)).flatten()

@@ -12,13 +12,13 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.calibrate import Calibration, LayerStatistics
 from compress.errors import CalibrationError
 from compress.files import write_atomically
 from compress.linalg.moments import Moments
+from compress.statistics import Calibration, LayerStatistics
 
 _KEY = "compress_calibration"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
         )
     wanted = {"model": key.model, "data": key.data, "settings": dict(key.settings)}
     found = header.get("settings")
-    if isinstance(found, dict) and set(key.settings.get("schemes", ())) <= set(
-        found.get("schemes", ())
+    if isinstance(found, dict) and set(key.settings.get("statistics", ())) <= set(
+        found.get("statistics", ())
     ):
         # Statistics for more schemes than are wanted hold all that is needed.
-        wanted["settings"] = {**key.settings, "schemes": found["schemes"]}
+        wanted["settings"] = {**key.settings, "statistics": found["statistics"]}
     for what, value in wanted.items():
         if header.get(what) != value:
             raise CalibrationError(

@@ -109,6 +109,15 @@ class RunConfig:
         free = {"output"} if self.rule in ("threshold", "energy", "rank") else set(self.schemes)
         return tuple(s for s in SCHEMES if s in asked | free)
 
+    @property
+    def pools(self) -> bool:
+        """Whether errors are measured in the metric of whole weight gradients (`compress.pooled`).
+
+        By the rules that weigh layers against each other; a spectrum's rank is a matter of the
+        outputs alone.
+        """
+        return self.metric == "loss" and self.rule not in ("threshold", "energy", "rank")
+
     def replace(self, **changes: Any) -> RunConfig:
         """Return a copy with ``changes`` applied and checked."""
         return dataclasses.replace(self, **changes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.allocate import rank_by_energy, rank_by_threshold
-from compress.calibrate import calibrate, layer_problem
+from compress.calibrate import calibrate
 from compress.checkpoint import load_into, read_checkpoint
 from compress.choose import break_even
 from compress.config import RunConfig
@@ -17,6 +17,7 @@ from compress.cost import model_cost
 from compress.data import batches
 from compress.errors import ConfigError
 from compress.inputs import batch_size_for, load_network
+from compress.metric import layer_problem
 from compress.models import build_model
 from compress.network import Network, prepare, without_unseen
 from compress.progress import Track, silent

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from compress.calibrate import Calibration
 from compress.errors import ModelError
 from compress.finite import check_finite
 from compress.graph import FoldedPair, fold_batch_norms, same_outputs, trace
@@ -22,6 +21,7 @@ from compress.sites import (
     run_model,
 )
 from compress.standin import without_read_layers
+from compress.statistics import Calibration
 
 
 @dataclass(frozen=True)

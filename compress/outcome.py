@@ -17,7 +17,6 @@ from torch import nn
 from compress import __version__
 from compress.artefact import MODEL_FILE, Manifest, Replacement, load, save, versions
 from compress.assess import Assessment
-from compress.calibrate import Calibration
 from compress.config import RunConfig
 from compress.data import ImageSet
 from compress.errors import ArtefactError
@@ -28,6 +27,7 @@ from compress.plan import Plan
 from compress.report import build_report, gate_sentence, write_report
 from compress.result import CostSummary, Result, Versions
 from compress.sites import evaluation_mode, run_model
+from compress.statistics import Calibration
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from compress.assess import assess
-from compress.calibrate import Calibration, calibrate
+from compress.calibrate import calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
 from compress.choose import check_plan, make_plan
 from compress.config import SCHEMES, RunConfig, make_config
@@ -41,6 +41,7 @@ from compress.replace import fit_plan
 from compress.rewrite import as_saved
 from compress.sites import evaluation_mode
 from compress.speed import costs
+from compress.statistics import Calibration
 from compress.target_drop import searched_plan
 
 
@@ -130,7 +131,7 @@ def calibrated(
             "metric": config.metric,
             "seed": config.seed,
             "samples_per_dimension": config.samples_per_dimension,
-            "schemes": sorted(schemes),
+            "statistics": sorted((*schemes, "pooled") if config.pools else schemes),
             "loss_fn": config.loss_fn,
         },
     )
@@ -150,6 +151,7 @@ def calibrated(
         len(fit),
         schemes=schemes,
         weigh=config.metric == "loss",
+        pool=config.pools,
         loss=loss_function(config),
         samples_per_dimension=config.samples_per_dimension,
         seed=config.seed,

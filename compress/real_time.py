@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from compress.calibrate import Calibration
 from compress.choose import (
     Overrides,
     TimedBudgets,
@@ -25,6 +24,7 @@ from compress.plan import Choice, Plan
 from compress.progress import Track
 from compress.rewrite import random_chain, replaced
 from compress.search import slowest_within
+from compress.statistics import Calibration
 
 # Turns of each network in a trial, and how long each is timed in all at least.
 ROUNDS = 5

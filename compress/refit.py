@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,8 @@ from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem, refine
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
+from compress.linalg.problem import solve_psd
+from compress.linalg.spectrum import regularise, square_roots
 from compress.lockstep import Frontier, Lockstep, Pair, residual_partner, spill_folder
 from compress.progress import Track, silent
 from compress.rewrite import Chain, build_chain
@@ -71,14 +74,15 @@ class _Regression:
     def add(self, patches: Tensor, targets: Tensor) -> None:
         self.moments.update(torch.cat([patches, targets], dim=2))
 
+    @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariances of patches, of targets with patches, of targets."""
+        """Covariances of patches, of targets with patches, of targets, once all rows are added."""
         covariance, d = self.moments.covariance, self.d
         return covariance[:, :d, :d], covariance[:, d:, :d], covariance[:, d:, d:]
 
     def error(self, weighting: Tensor, matrix: Tensor, bias: Tensor) -> float:
         """``E[(t - Ŵx - b)ᵀ G (t - Ŵx - b)]`` with bias ``[groups, out]``."""
-        xx, tx, tt = self.parts()
+        xx, tx, tt = self.parts
         gram = tt - matrix @ tx.mT - tx @ matrix.mT + matrix @ xx @ matrix.mT
         rest = self.bias(matrix) - bias
         gram = gram + rest.unsqueeze(2) * rest.unsqueeze(1)
@@ -249,15 +253,19 @@ def solve(
     best, least = old, before * (1 - LEAST_GAIN)
     shape = kind.weight(module).shape
     weight = kind.weight(module).double().flatten(2)
-    xx, tx, _ = train.parts()
-    scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-300)
-    eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
+    xx, tx, _ = train.parts
+    scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
+    missing = tx - weight @ xx
+    roots = square_roots(regularise(old.weighting))
 
     def attempt(ridge: float, rounds: int) -> tuple[float, Factors]:
-        padded = xx + ridge * scale * eye
-        wanted = weight + torch.linalg.solve(padded, (tx - weight @ xx).mT).mT
+        padded = xx.clone()
+        padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
+        wanted = weight + solve_psd(padded, missing)
         outputs = wanted @ padded @ wanted.mT
-        problem = Problem(site.geometry, wanted.reshape(shape), outputs, padded, old.weighting)
+        problem = Problem(
+            site.geometry, wanted.reshape(shape), outputs, padded, old.weighting, roots=roots
+        )
         found = refine(problem, old.fit, rounds)
         bias = train.bias(found.matrix)
         error = held_out.error(old.weighting, found.matrix, bias)
@@ -265,9 +273,10 @@ def solve(
 
     trials = {ridge: attempt(ridge, 0) for ridge in RIDGES}
     ridge = min(trials, key=lambda r: trials[r][0])
+    alternates = iterations and old.fit.scheme != "output"
     for error, found in (
         trials[ridge],
-        attempt(ridge, iterations) if iterations else trials[ridge],
+        attempt(ridge, iterations) if alternates else trials[ridge],
     ):
         if error < least:
             best, least = found, error

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from compress.calibrate import (
-    FEW_SAMPLES,
-    Calibration,
-    LayerStatistics,
-    absorbed_bias,
-    calibrate,
-    layer_problem,
-)
+from compress.calibrate import calibrate
 from compress.config import SCHEMES, RunConfig
 from compress.data import ImageSet, Split, batches
+from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem, fit
+from compress.loss import loss_function
+from compress.metric import absorbed_bias, fit_problem, layer_problem
 from compress.network import Network
 from compress.plan import Plan
 from compress.progress import Track
 from compress.refit import Factors, refit
 from compress.rewrite import rewrite
+from compress.segments import refit_segments
+from compress.sites import LayerSite
+from compress.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,11 @@ def fit_plan(
         problem = layer_problem(site, module, statistics)
         loss = mse = 0.0
         if choice.rewritten:
-            found = fit(problem, choice.scheme, choice.ranks)
+            metric = fit_problem(site, module, statistics) if config.pools else problem
+            found = fit(metric, choice.scheme, choice.ranks)
             loss, mse = seen_errors(module, statistics, problem, found)
+            if metric is not problem:
+                loss = found.loss
             bias = absorbed_bias(module, statistics, found)
             factors[choice.name] = Factors(found, bias, problem.weighting)
         variance = problem.variance()
@@ -124,20 +127,52 @@ def fit_plan(
     fitted = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
     if not (config.refit and factors and network.graph is not None and len(split.validation)):
         return Replaced(fitted, fitted, predicted)
-    device = network.example.device
-    new, _ = refit(
-        network.model,
-        network.graph,
-        sites,
-        factors,
-        (images.to(device) for images, _ in batches(split.fit, batch_size, config.workers)),
-        (images.to(device) for images, _ in batches(split.validation, batch_size, config.workers)),
-        seed=config.seed,
-        track=track,
-    )
+    new = _refitted(network, sites, factors, config, split, batch_size, track)
     changed = tuple(name for name in factors if new[name] is not factors[name])
     model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
     return Replaced(model, fitted, predicted, changed)
+
+
+def _refitted(
+    network: Network,
+    sites: dict[str, LayerSite],
+    factors: dict[str, Factors],
+    config: RunConfig,
+    split: Split,
+    batch_size: int,
+    track: Track,
+) -> dict[str, Factors]:
+    """Refit layer by layer in execution order, then jointly between cuts of the graph."""
+    assert network.graph is not None
+    device, form = network.example.device, network.memory_format
+
+    def loaded(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in batches(images, batch_size, config.workers):
+            yield in_format(inputs.to(device), form), labels
+
+    with in_memory_format(network.model, form):
+        found, _ = refit(
+            network.model,
+            network.graph,
+            sites,
+            factors,
+            (images for images, _ in loaded(split.fit)),
+            (images for images, _ in loaded(split.validation)),
+            seed=config.seed,
+            track=track,
+        )
+        return refit_segments(
+            network.model,
+            network.graph,
+            sites,
+            found,
+            loaded(split.fit),
+            loaded(split.validation),
+            weigh=config.metric == "loss",
+            loss=loss_function(config),
+            seed=config.seed,
+            track=track,
+        )
 
 
 def _held_out(

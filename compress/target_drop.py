@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from compress.calibrate import Calibration
 from compress.choose import Budgets
 from compress.config import RunConfig
 from compress.data import batches
@@ -15,6 +14,7 @@ from compress.plan import Choice, Plan
 from compress.progress import Track
 from compress.replace import fit_plan
 from compress.search import cheapest_within_drop
+from compress.statistics import Calibration
 from compress.verify import all_logits, compare, require_labels
 
 

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import compress.calibrate as calibrate_module
-from compress.calibrate import (
-    Calibration,
-    LayerStatistics,
-    absorbed_bias,
-    calibrate,
-    layer_problem,
-    sampled_loss,
-    wants_patches,
-)
+from compress.calibrate import calibrate, sampled_loss, wants_patches
 from compress.errors import CalibrationError, ModelError
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
+from compress.metric import absorbed_bias, layer_problem
 from compress.rewrite import Chain, rewrite
 from compress.sites import LayerSite, find_sites
+from compress.statistics import Calibration, LayerStatistics
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 NEAR = {"rtol": 1e-7, "atol": 1e-9}

@@ -9,12 +9,13 @@ import torch
 from networks.tiny import tiny
 from safetensors.torch import save_file
 
-from compress.calibrate import Calibration, calibrate
+from compress.calibrate import calibrate
 from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
 from compress.errors import CalibrationError
 from compress.network import Network, prepare
+from compress.statistics import Calibration
 
-KEY = CalibrationKey("model", "data", {"seed": 0, "schemes": ["output", "spatial"]})
+KEY = CalibrationKey("model", "data", {"seed": 0, "statistics": ["output", "spatial"]})
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_what_is_read_is_what_was_written(calibration: Calibration, tmp_path: Pa
 def test_statistics_for_more_schemes_serve_fewer(calibration: Calibration, tmp_path: Path) -> None:
     file = tmp_path / "cal.safetensors"
     write_calibration(file, calibration, KEY)
-    fewer = CalibrationKey("model", "data", {**KEY.settings, "schemes": ["output"]})
+    fewer = CalibrationKey("model", "data", {**KEY.settings, "statistics": ["output"]})
     assert read_calibration(file, fewer).statistics.keys() == calibration.statistics.keys()
 
 
@@ -61,7 +62,7 @@ def test_statistics_for_more_schemes_serve_fewer(calibration: Calibration, tmp_p
         (CalibrationKey("other", "data", KEY.settings), "with other model"),
         (CalibrationKey("model", "other", KEY.settings), "with other data"),
         (CalibrationKey("model", "data", {**KEY.settings, "seed": 1}), "seed: 0 there, 1 here"),
-        (CalibrationKey("model", "data", {"seed": 0, "schemes": ["input"]}), "schemes"),
+        (CalibrationKey("model", "data", {"seed": 0, "statistics": ["input"]}), "statistics"),
     ],
 )
 def test_other_inputs_are_refused(
@@ -77,7 +78,7 @@ def test_fewer_schemes_find_all_they_need(calibration: Calibration, tmp_path: Pa
     file = tmp_path / "cal.safetensors"
     write_calibration(file, calibration, KEY)
     found = read_calibration(
-        file, CalibrationKey("model", "data", {"seed": 0, "schemes": ["output"]})
+        file, CalibrationKey("model", "data", {"seed": 0, "statistics": ["output"]})
     )
     assert found.images == 16
 

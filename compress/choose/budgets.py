@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from compress.allocate import UnreachableBudgetError, allocate
-from compress.calibrate import Calibration
 from compress.choose.choices import (
     SchemeCost,
     break_even,
@@ -26,6 +25,7 @@ from compress.linalg.schemes import Ranks, full_ranks
 from compress.plan import DENSE, Candidate, Choice
 from compress.progress import Track, silent
 from compress.sites import LayerSite
+from compress.statistics import Calibration
 
 # How many ranks of a scheme a budget may choose from; fewer where each is a pair.
 GRID_POINTS = 32
@@ -59,7 +59,7 @@ class Budgets:
         config: RunConfig,
         track: Track = silent,
     ) -> None:
-        overrides, problem = Overrides(config, sites), problems(model, calibration)
+        overrides, problem = Overrides(config, sites), problems(model, calibration, fitted=True)
         self.sites, self.overrides = sites, overrides
         self.rule = config.rule if config.rule in BUDGET_RULES else "macs"
         self.found = options(sites, overrides, config, problem, self.rule, track)

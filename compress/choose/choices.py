@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compress.calibrate import Calibration, layer_problem
 from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, chain_macs, chain_params, full_ranks, stages
+from compress.metric import fit_problem, layer_problem
 from compress.plan import DENSE, Choice
 from compress.sites import LayerSite
+from compress.statistics import Calibration
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,19 @@ def break_even(site: LayerSite, scheme: str, measure: Callable[[SchemeCost], int
     return low
 
 
-def problems(model: nn.Module, calibration: Calibration) -> Callable[[LayerSite], Problem]:
-    """Return what makes a layer's problem from its statistics."""
+def problems(
+    model: nn.Module, calibration: Calibration, fitted: bool = False
+) -> Callable[[LayerSite], Problem]:
+    """Return what makes a layer's problem from its statistics.
+
+    Args:
+        model: The network, norms folded.
+        calibration: Statistics.
+        fitted: Whether in the metric that the fits use, or in that of the plain spectra.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    return lambda site: layer_problem(site, modules[site.name], calibration.statistics[site.name])
+    make = fit_problem if fitted else layer_problem
+    return lambda site: make(site, modules[site.name], calibration.statistics[site.name])
 
 
 def kept(site: LayerSite, reason: str) -> Choice:

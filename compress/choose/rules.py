@@ -7,7 +7,6 @@ from collections.abc import Callable
 from torch import nn
 
 from compress.allocate import rank_by_energy, rank_by_threshold
-from compress.calibrate import Calibration
 from compress.choose.budgets import BUDGET_RULES, Budgets
 from compress.choose.choices import (
     break_even,
@@ -25,6 +24,7 @@ from compress.linalg.schemes import Ranks, full_ranks, unavailable
 from compress.plan import DENSE, Choice, Plan
 from compress.progress import Track, silent
 from compress.sites import LayerSite
+from compress.statistics import Calibration
 
 
 def make_plan(

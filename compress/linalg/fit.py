@@ -8,6 +8,7 @@ others alternate between two factors. See `compress.linalg.schemes` for the fact
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "grid_losses",
     "rank_grid",
     "refine",
+    "with_weights",
 ]
 
 
@@ -108,6 +110,21 @@ def refine(problem: Problem, warm: Fit, iterations: int) -> Fit:
     run = Alternation(split, warm.weights[0].flatten(2).to(split.dtype), second)
     run.run(iterations)
     return _finish(problem, scheme, ranks, run)
+
+
+def with_weights(geometry: Geometry, old: Fit, weights: tuple[Tensor, ...]) -> Fit:
+    """Return a fit with other factors of the same shapes, balanced; its errors are not known.
+
+    Args:
+        geometry: The layer that the chain replaces.
+        old: Scheme and ranks.
+        weights: One ``[groups, out, in, k_h, k_w]`` per stage.
+    """
+    first, last = weights[0].flatten(2), weights[1].flatten(3)
+    up = weights[2].flatten(2) if len(weights) > 2 else None
+    balanced = _balanced_stages(geometry, old.scheme, first, last, up)
+    matrix = chain_matrix(geometry, old.scheme, balanced)
+    return Fit(old.scheme, old.ranks, balanced, math.nan, math.nan, matrix)
 
 
 def _starts(problem: Problem, split: Split, rank: int) -> list[Tensor]:

@@ -26,6 +26,7 @@ class Problem:
         input_covariance: ``[groups, d, d]`` over patches; None where only ``output`` is wanted.
         weighting: ``G [groups, out, out]``; None for the plain mean squared error.
         input_mean: Mean patch ``[groups, d]``; None where it is not known.
+        roots: `roots` of another problem with the same weighting, which take a while to compute.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Problem:
         input_covariance: Tensor | None = None,
         weighting: Tensor | None = None,
         input_mean: Tensor | None = None,
+        roots: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.geometry = geometry
         self.weight = weight.double()
@@ -47,6 +49,8 @@ class Problem:
             eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
         )
         self.plain = weighting is None
+        if roots is not None:
+            self.__dict__["roots"] = roots  # as the cached property would
         self._splits: dict[str, Split] = {}
 
     @cached_property

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from compress import __version__
-from compress.calibrate import Calibration
 from compress.choose import Budgets, make_plan
 from compress.config import RunConfig
 from compress.cost import model_cost
@@ -26,6 +25,7 @@ from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.replace import fit_plan
 from compress.result import Cost, EndMetric, SweepPoint, SweepResult, Versions
+from compress.statistics import Calibration
 from compress.sweep.evaluate import Judge, hold
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick

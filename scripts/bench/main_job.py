@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate import Calibration, calibrate
+from compress.calibrate import calibrate
 from compress.choose import make_plan
 from compress.config import RunConfig
 from compress.data import as_images, split
@@ -28,6 +28,7 @@ from compress.network import Network, prepare
 from compress.progress import silent
 from compress.replace import fit_plan
 from compress.sites import evaluation_mode
+from compress.statistics import Calibration
 from compress.vision import torchvision_model
 
 

@@ -1,0 +1,328 @@
+"""Refitting all factors of a stretch of the network together, for its output.
+
+The refit in execution order (`compress.refit`) is linear: it fits each layer's output before the
+activation, as if what follows could not tell apart errors that a ReLU will cut off, and one layer
+does not know what a later one of the same block could mend. Here the graph is cut where a single
+tensor carries everything on, and the factors between two cuts are improved jointly, by a short run
+of Adam on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network at the second cut and
+``G`` the Fisher weighting there (block reconstruction: Li et al., "BRECQ", 2021; activation-aware
+targets: Zhang et al. 2015). A stretch keeps its new factors where held-out images agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress.calibrate import LossFunction, sampled_loss
+from compress.layers import kind_of
+from compress.linalg.fit import with_weights
+from compress.linalg.moments import Moments
+from compress.linalg.spectrum import regularise, square_roots
+from compress.lockstep import Frontier, Lockstep, Pair, spill_folder
+from compress.progress import Track, silent
+from compress.refit import LEAST_GAIN, Factors
+from compress.rewrite import build_chain
+from compress.sites import LayerSite, evaluation_mode, frozen
+
+EPOCHS = 6
+# Steps are this part of each factor's root mean square: factors are balanced, layers differ.
+STEP = 0.01
+LARGEST_GRADIENT = 10.0
+
+Labelled = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Nodes after ``start`` up to ``end`` (indices into the graph), the only ways in and out."""
+
+    start: int
+    end: int
+    layers: tuple[str, ...]
+
+
+def find_segments(graph: fx.Graph, model: nn.Module, replaced: Mapping[str, str]) -> list[Segment]:
+    """Cut a graph into stretches of at least two replaced layers.
+
+    A stretch reaches on through what has no parameters, to where the next layer reads.
+
+    Args:
+        graph: The network's.
+        model: The network.
+        replaced: From the qualified names that the graph calls layers by to their names.
+    """
+    nodes, modules = list(graph.nodes), dict(model.named_modules(remove_duplicate=False))
+
+    def fixed(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return not any(True for _ in modules[str(node.target)].parameters())
+        return node.op not in ("get_attr", "output")
+
+    cuts = list(_cuts(nodes))
+    segments = []
+    start = cuts[0] if cuts else 0
+    for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):
+        inside = [str(n.target) for n in nodes[start + 1 : cut + 1] if n.op == "call_module"]
+        layers = tuple(dict.fromkeys(replaced[t] for t in inside if t in replaced))
+        if not layers:
+            start = cut
+        elif len(layers) > 1 and not all(fixed(n) for n in nodes[cut + 1 : following + 1]):
+            segments.append(Segment(start, cut, layers))
+            start = cut
+    return segments
+
+
+def _cuts(nodes: list[fx.Node]) -> Iterator[int]:
+    """Indices of the nodes whose value alone is needed by what comes after them."""
+    place = {node: i for i, node in enumerate(nodes)}
+    needed: set[fx.Node] = set()
+    for i, node in enumerate(nodes):
+        needed.add(node)
+        needed = {n for n in needed if any(place[user] > i for user in n.users)}
+        if needed == {node}:
+            yield i
+
+
+def refit_segments(
+    model: nn.Module,
+    graph: fx.Graph,
+    sites: Mapping[str, LayerSite],
+    factors: Mapping[str, Factors],
+    fit_batches: Labelled,
+    validation_batches: Labelled,
+    *,
+    weigh: bool = True,
+    loss: LossFunction | None = None,
+    cache_bytes: int = 1 << 30,
+    seed: int = 0,
+    track: Track = silent,
+) -> dict[str, Factors]:
+    """Improve factors jointly, stretch by stretch, in execution order.
+
+    Args:
+        model: The dense network.
+        graph: Its graph.
+        sites: Its layers.
+        factors: The replaced ones, by name.
+        fit_batches: Images (and labels, which only ``loss`` looks at) to fit on.
+        validation_batches: Images that decide whether new factors stay.
+        weigh: Whether errors are weighted by the loss; else all outputs count alike.
+        loss: As `compress.calibrate.calibrate` takes it.
+        cache_bytes: Memory for activations; what exceeds it goes to disk.
+        seed: Of the order of batches and the sampled labels.
+        track: Progress.
+
+    Returns:
+        The factors, new where the held-out error of their stretch fell.
+    """
+    names = {a: n for n in factors for a in sites[n].aliases if len(sites[n].calls) == 1}
+    current = dict(factors)
+    *_, last, output = graph.nodes
+    segments = find_segments(graph, model, names) if output.args == (last,) else []
+    if not segments:
+        return current
+    with evaluation_mode(model), frozen(model), spill_folder() as folder:
+        walk = _Walk(model, graph, Frontier(cache_bytes, folder))
+        for name, found in factors.items():
+            walk.install(sites[name], found)
+        walk.start(fit_batches, validation_batches)
+        metrics = walk.metrics(segments, loss, seed) if weigh else {}
+        for segment in track(segments, "refit jointly", len(segments)):
+            shape = walk.advance(segment)
+            if _suits(shape, [sites[n] for n in segment.layers]):
+                root = metrics.get(segment.end, torch.eye(shape[1])).to(walk.device)
+                current.update(walk.improve(segment, current, sites, root, seed))
+            walk.finish(segment)
+    return current
+
+
+def _suits(shape: torch.Size, layers: list[LayerSite]) -> bool:
+    """Whether axis 1 of a stretch's output is sure to be its channels."""
+    return len(shape) == 2 or (len(shape) == 4 and all(s.kind == "Conv2d" for s in layers))
+
+
+def _channel_rows(value: Tensor) -> Tensor:
+    """``[batch, channels, ...]`` as ``[rows, channels]``."""
+    return value.flatten(2).transpose(1, 2).flatten(0, 1) if value.dim() > 2 else value
+
+
+class _Walk:
+    """Both networks, and all batches at one cut of the graph."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, frontier: Frontier) -> None:
+        self.dense, self.compressed = Lockstep(model, graph, {}), Lockstep(model, graph, {})
+        self.nodes, self.frontier = self.dense.nodes, frontier
+        self.device = next(model.parameters()).device
+        self.chains: dict[str, nn.Sequential] = {}
+        self.held_out: list[bool] = []
+        self.labels: list[Tensor] = []
+        self.position = 0
+
+    def install(self, site: LayerSite, found: Factors) -> None:
+        """Put factors in a layer's place."""
+        built = build_chain(site.geometry, found.chain, self.dense.modules[site.name])
+        self.chains[site.name] = built.requires_grad_(False)
+        for alias in site.aliases:
+            self.compressed.modules[alias] = built
+
+    def start(self, fit: Labelled, validation: Labelled) -> None:
+        """Put every batch at the first node."""
+        first = self.nodes[0].name
+        for batches, held_out in ((fit, False), (validation, True)):
+            for images, labels in batches:
+                images = images.to(self.device)
+                self.frontier.put(len(self.held_out), {first: Pair(images, images)})
+                self.held_out.append(held_out)
+                self.labels.append(labels)
+
+    def metrics(
+        self, segments: list[Segment], loss: LossFunction | None, seed: int
+    ) -> dict[int, Tensor]:
+        """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
+        moments: dict[int, Moments] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for batch in (b for b, held_out in enumerate(self.held_out) if not held_out):
+            environment = self.frontier.take(batch)
+            self.frontier.put(batch, dict(environment))
+            images = environment[self.nodes[0].name].dense
+            value = images.detach().clone().requires_grad_()
+            ends, at = {}, 0
+            for segment in segments:
+                value = self._across(self.dense, at, segment.end, value)
+                ends[segment.end], at = value, segment.end
+            output = self._across(self.dense, at, len(self.nodes) - 2, value)
+            uniforms = torch.rand(len(images), generator=generator, dtype=torch.float64)
+            total = loss(output, self.labels[batch]) if loss else sampled_loss(output, uniforms)
+            gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
+            for end, gradient in zip(ends, gradients, strict=True):
+                if gradient is not None and gradient.dim() in (2, 4):
+                    rows = _channel_rows(gradient)
+                    found = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
+                    found.update(rows.unsqueeze(0))
+        return {
+            end: square_roots(regularise(found.second_moment))[0][0].float()
+            for end, found in moments.items()
+        }
+
+    def _across(self, network: Lockstep, start: int, end: int, value: Tensor) -> Tensor:
+        """Take a value through the nodes after ``start`` up to ``end``."""
+        if start == end:
+            return value
+        # A copy, since the first node may change it in place.
+        value = value.clone()
+        environment = {self.nodes[start].name: Pair(value, value)}
+        keep = self.nodes[end].name
+        for node in self.nodes[start + 1 : end + 1]:
+            environment[node.name] = network.execute(node, environment)
+        found: Tensor = environment[keep].dense
+        return found
+
+    def advance(self, segment: Segment) -> torch.Size:
+        """Bring all batches to a stretch's start with what it should give; return its shape."""
+        shape = torch.Size()
+        with torch.no_grad():
+            for batch in range(len(self.held_out)):
+                (pair,) = self.frontier.take(batch).values()
+                dense = self._across(self.dense, self.position, segment.start, pair.dense)
+                given = self._across(self.compressed, self.position, segment.start, pair.compressed)
+                target = self._across(self.dense, segment.start, segment.end, dense)
+                shape = target.shape
+                self.frontier.put(batch, {"stretch": Pair(target, given)})
+        self.position = segment.start
+        return shape
+
+    def improve(
+        self,
+        segment: Segment,
+        factors: Mapping[str, Factors],
+        sites: Mapping[str, LayerSite],
+        root: Tensor,
+        seed: int,
+    ) -> dict[str, Factors]:
+        """Train the factors of a stretch; return the new ones, none where they are no better."""
+        parameters = [p for n in segment.layers for p in self.chains[n].parameters()]
+        before = self._error(segment, root)
+        for parameter in parameters:
+            parameter.requires_grad_()
+        if before > 0:
+            self._train(segment, parameters, root, before, seed)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        if self._error(segment, root) < before * (1 - LEAST_GAIN):
+            found = {n: _read(self.chains[n], factors[n], sites[n]) for n in segment.layers}
+        else:
+            found = {}
+        for name in segment.layers:  # balanced anew, or as they were
+            self.install(sites[name], found.get(name, factors[name]))
+        return found
+
+    def finish(self, segment: Segment) -> None:
+        """Take all batches to the end of a stretch."""
+        with torch.no_grad():
+            for batch in range(len(self.held_out)):
+                (pair,) = self.frontier.take(batch).values()
+                reached = self._across(self.compressed, segment.start, segment.end, pair.compressed)
+                self.frontier.put(batch, {"cut": Pair(pair.dense, reached)})
+        self.position = segment.end
+
+    def _train(
+        self,
+        segment: Segment,
+        parameters: list[nn.Parameter],
+        root: Tensor,
+        scale: float,
+        seed: int,
+    ) -> None:
+        """Adam with a falling step over the fit batches, in a seeded order."""
+        batches = [b for b, held_out in enumerate(self.held_out) if not held_out]
+        sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
+        groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, sizes, strict=True)]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        steps = EPOCHS * len(batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                adam.zero_grad()
+                error, _ = self._loss(segment, batches[index], root)
+                torch.autograd.backward(error / scale)
+                nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+                adam.step()
+                schedule.step()
+
+    def _loss(self, segment: Segment, batch: int, root: Tensor) -> tuple[Tensor, int]:
+        """Weighted error of a batch, the mean over its images, and their number."""
+        environment = self.frontier.take(batch)
+        self.frontier.put(batch, environment)
+        (pair,) = environment.values()
+        output = self._across(self.compressed, segment.start, segment.end, pair.compressed)
+        images = len(pair.compressed)
+        return (_channel_rows(output - pair.dense) @ root).square().sum() / images, images
+
+    @torch.no_grad()
+    def _error(self, segment: Segment, root: Tensor) -> float:
+        """Weighted error on the held-out batches."""
+        found = [
+            self._loss(segment, batch, root)
+            for batch, held_out in enumerate(self.held_out)
+            if held_out
+        ]
+        return sum(float(e) * n for e, n in found) / max(sum(n for _, n in found), 1)
+
+
+def _read(chain: nn.Sequential, old: Factors, site: LayerSite) -> Factors:
+    """The factors that a trained chain holds, balanced."""
+    weights = []
+    for layer in chain:
+        kind = kind_of(layer)
+        assert kind is not None
+        weights.append(kind.weight(layer).detach().double())
+    bias = chain[-1].get_parameter("bias").detach().double()
+    return replace(old, fit=with_weights(site.geometry, old.fit, tuple(weights)), bias=bias)

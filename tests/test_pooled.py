@@ -1,0 +1,145 @@
+"""Rows pooled by gradient, against the gradient of the weight that autograd gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor, nn
+
+from compress import pooled
+from compress.calibrate import calibrate
+from compress.layers import kind_of
+from compress.linalg.schemes import SCHEME_NAMES
+from compress.metric import fit_problem, layer_problem
+from compress.sites import LayerSite, find_sites
+from compress.statistics import LayerStatistics
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+NEAR = {"rtol": 1e-9, "atol": 1e-12}
+PATCHES = [c for c in CASES if c.id not in ("conv1x1", "linear", "linear-tokens")]
+
+
+def loss(output: Tensor, labels: Tensor) -> Tensor:
+    del labels
+    return (output**3).sum()
+
+
+def collected(case: Case, sizes: tuple[int, ...]) -> tuple[nn.Module, LayerSite, LayerStatistics]:
+    layer, x = case.layer(), case.inputs()
+    (site,) = find_sites(layer, x[:1])
+    parts = [(part, torch.zeros(len(part))) for part in x.split(list(sizes))]
+    found = calibrate(layer, (site,), parts, len(x), schemes=SCHEME_NAMES, pool=True, loss=loss)
+    return layer, site, found.statistics[""]
+
+
+def weight_gradients(layer: nn.Module, x: Tensor) -> Tensor:
+    """``D [images, groups, out, d]``, one image at a time."""
+    kind = kind_of(layer)
+    assert kind is not None
+    found = []
+    for image in x:
+        (gradient,) = torch.autograd.grad(loss(layer(image.unsqueeze(0)), x), [layer.weight])
+        moved = copy.deepcopy(layer)
+        moved.weight.data.copy_(gradient)
+        found.append(kind.weight(moved).flatten(2))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=lambda c: c.id)
+def test_pooled_rows_are_the_rows_of_the_weights_gradient(case: Case) -> None:
+    layer, _, statistics = collected(case, (len(case.inputs()),))
+    assert statistics.inputs is not None
+    assert statistics.pooled is not None
+    D = weight_gradients(layer, case.inputs())
+    wanted = torch.einsum("igcd,igce->gde", D, D) / (D.shape[0] * D.shape[2])
+    torch.testing.assert_close(statistics.pooled.second_moment[:, :-1, :-1], wanted, **NEAR)
+
+
+@pytest.mark.parametrize("case", PATCHES, ids=lambda c: c.id)
+def test_the_metric_has_the_size_of_the_centred_gradients(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trace times the positions is the mean squared norm of ``Σ_p g_p (x_p - m)ᵀ``."""
+    layer, site, statistics = collected(case, (len(case.inputs()),))
+    assert statistics.inputs is not None
+    monkeypatch.setattr(pooled, "PLAIN_SHARE", 0.0)
+    problem = fit_problem(site, layer, statistics)
+    x, mean = case.inputs(), statistics.inputs.mean
+    kind = kind_of(layer)
+    assert kind is not None
+    squares = 0.0
+    for number, D in enumerate(weight_gradients(layer, x)):
+        output = layer(x[number : number + 1])
+        g = torch.autograd.grad(loss(output, x), [output])[0]
+        total = kind.images(g).sum((0, 2, 3)).reshape(mean.shape[0], -1)
+        squares += float((D - total.unsqueeze(2) * mean.unsqueeze(1)).square().sum())
+    assert problem.input_covariance is not None
+    traces = [
+        m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (problem.weighting, problem.input_covariance)
+    ]
+    size = float((traces[0] * traces[1]).sum())
+    assert site.positions * size == pytest.approx(squares / len(x), rel=1e-5)
+
+
+def test_outputs_are_pooled_where_they_are_the_shorter_rows() -> None:
+    case = next(c for c in CASES if c.id == "linear-tokens")
+    layer, _, statistics = collected(case, (2, 3))
+    assert statistics.outputs is not None
+    assert statistics.pooled is not None
+    rows = []
+    for image in case.inputs():
+        y = layer(image.unsqueeze(0)).detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(y, y), [y])
+        extended = torch.cat([y[0], torch.ones(len(y[0]), 1, dtype=y.dtype)], dim=1)
+        rows += [sum(g[0, t, c] * extended[t] for t in range(len(extended))) for c in range(5)]
+    wanted = sum(torch.outer(row, row) for row in rows) / len(rows)
+    torch.testing.assert_close(statistics.pooled.second_moment[0], wanted.detach(), **NEAR)
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_batches_and_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.id == "conv-groups")
+    _, _, whole = collected(case, (6,))
+    monkeypatch.setattr(pooled, "_CHUNK", chunk)
+    _, _, parts = collected(case, (1, 3, 2))
+    assert whole.pooled is not None
+    assert parts.pooled is not None
+    assert whole.pooled.count == parts.pooled.count
+    torch.testing.assert_close(parts.pooled.second_moment, whole.pooled.second_moment, **NEAR)
+
+
+def test_a_sketch_of_the_channels_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.id == "conv3x3-wide")
+    _, site, whole = collected(case, (6,))
+    assert whole.pooled is not None
+    monkeypatch.setattr(pooled, "POOLED_ROWS", 6 * 4)
+    total = torch.zeros_like(whole.pooled.second_moment)
+    layer, x = case.layer(), case.inputs()
+    for seed in range(100):
+        found = calibrate(
+            layer, (site,), [(x, torch.zeros(6))], 6,
+            schemes=SCHEME_NAMES, pool=True, loss=loss, seed=seed,
+        ).statistics[""].pooled  # fmt: skip
+        assert found is not None
+        assert found.count == 6 * 4
+        total += found.second_moment / 100
+    scale = float(whole.pooled.second_moment.diagonal(dim1=-2, dim2=-1).mean())
+    torch.testing.assert_close(total, whole.pooled.second_moment, rtol=0.2, atol=0.2 * scale)
+
+
+def test_without_any_gradient_the_plain_metric_is_left() -> None:
+    layer = nn.Conv2d(3, 4, 3).double()
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    (site,) = find_sites(layer, x[:1])
+    found = calibrate(
+        layer, (site,), [(x, torch.zeros(4))], 4,
+        schemes=SCHEME_NAMES, pool=True, loss=lambda output, _: (0 * output).sum(),
+    ).statistics[""]  # fmt: skip
+    plain, problem = layer_problem(site, layer, found), fit_problem(site, layer, found)
+    assert problem.input_covariance is not None
+    assert plain.input_covariance is not None
+    torch.testing.assert_close(problem.input_covariance, plain.input_covariance)
+    assert bool(torch.isfinite(problem.weighting).all())
