@@ -77,16 +77,23 @@ class Frontier:
         self.sizes[batch] = size
         self.used += size
 
+    def look(self, batch: int) -> Environment:
+        """Return a batch's values, which stay where they are."""
+        if batch in self.spilled:
+            flat = torch.load(self.folder / f"{batch}.pt", weights_only=True)
+            return {n: Pair(d, d if c is None else c) for n, (d, c) in flat.items()}
+        return dict(self.kept[batch])
+
     def take(self, batch: int) -> Environment:
         """Take a batch's values out."""
+        environment = self.look(batch)
         if batch in self.spilled:
             self.spilled.discard(batch)
-            path = self.folder / f"{batch}.pt"
-            flat = torch.load(path, weights_only=True)
-            path.unlink()
-            return {n: Pair(d, d if c is None else c) for n, (d, c) in flat.items()}
-        self.used -= self.sizes.pop(batch)
-        return self.kept.pop(batch)
+            (self.folder / f"{batch}.pt").unlink()
+        else:
+            self.used -= self.sizes.pop(batch)
+            del self.kept[batch]
+        return environment
 
 
 def _bytes(value: Any) -> int:

@@ -12,13 +12,14 @@ targets: Zhang et al. 2015). A stretch keeps its new factors where held-out imag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from compress.calibrate import LossFunction, sampled_loss
+from compress.cuts import Segment, find_segments
 from compress.layers import kind_of
 from compress.linalg.fit import with_weights
 from compress.linalg.moments import Moments
@@ -35,57 +36,6 @@ STEP = 0.01
 LARGEST_GRADIENT = 10.0
 
 Labelled = Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Nodes after ``start`` up to ``end`` (indices into the graph), the only ways in and out."""
-
-    start: int
-    end: int
-    layers: tuple[str, ...]
-
-
-def find_segments(graph: fx.Graph, model: nn.Module, replaced: Mapping[str, str]) -> list[Segment]:
-    """Cut a graph into stretches of at least two replaced layers.
-
-    A stretch reaches on through what has no parameters, to where the next layer reads.
-
-    Args:
-        graph: The network's.
-        model: The network.
-        replaced: From the qualified names that the graph calls layers by to their names.
-    """
-    nodes, modules = list(graph.nodes), dict(model.named_modules(remove_duplicate=False))
-
-    def fixed(node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return not any(True for _ in modules[str(node.target)].parameters())
-        return node.op not in ("get_attr", "output")
-
-    cuts = list(_cuts(nodes))
-    segments = []
-    start = cuts[0] if cuts else 0
-    for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):
-        inside = [str(n.target) for n in nodes[start + 1 : cut + 1] if n.op == "call_module"]
-        layers = tuple(dict.fromkeys(replaced[t] for t in inside if t in replaced))
-        if not layers:
-            start = cut
-        elif len(layers) > 1 and not all(fixed(n) for n in nodes[cut + 1 : following + 1]):
-            segments.append(Segment(start, cut, layers))
-            start = cut
-    return segments
-
-
-def _cuts(nodes: list[fx.Node]) -> Iterator[int]:
-    """Indices of the nodes whose value alone is needed by what comes after them."""
-    place = {node: i for i, node in enumerate(nodes)}
-    needed: set[fx.Node] = set()
-    for i, node in enumerate(nodes):
-        needed.add(node)
-        needed = {n for n in needed if any(place[user] > i for user in n.users)}
-        if needed == {node}:
-            yield i
 
 
 def refit_segments(
@@ -187,8 +137,7 @@ class _Walk:
         moments: dict[int, Moments] = {}
         generator = torch.Generator().manual_seed(seed)
         for batch in (b for b, held_out in enumerate(self.held_out) if not held_out):
-            environment = self.frontier.take(batch)
-            self.frontier.put(batch, dict(environment))
+            environment = self.frontier.look(batch)
             images = environment[self.nodes[0].name].dense
             value = images.detach().clone().requires_grad_()
             ends, at = {}, 0
@@ -299,9 +248,7 @@ class _Walk:
 
     def _loss(self, segment: Segment, batch: int, root: Tensor) -> tuple[Tensor, int]:
         """Weighted error of a batch, the mean over its images, and their number."""
-        environment = self.frontier.take(batch)
-        self.frontier.put(batch, environment)
-        (pair,) = environment.values()
+        (pair,) = self.frontier.look(batch).values()
         output = self._across(self.compressed, segment.start, segment.end, pair.compressed)
         images = len(pair.compressed)
         return (_channel_rows(output - pair.dense) @ root).square().sum() / images, images

@@ -216,6 +216,7 @@ def test_a_frontier_keeps_to_its_cap(tmp_path: Path) -> None:
     assert frontier.used <= frontier.cap
     assert len(list(tmp_path.iterdir())) == 2
     for i in reversed(range(3)):
+        assert torch.equal(frontier.look(i)["y"].dense, tensors[i][:1])
         environment = frontier.take(i)
         assert torch.equal(environment["x"].dense, tensors[i])
         assert environment["x"].same

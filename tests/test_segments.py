@@ -10,11 +10,12 @@ from test_refit import Residual, factors_of, rewritten
 from torch import Tensor, nn
 
 from compress import segments
+from compress.cuts import find_segments
 from compress.linalg.fit import Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
 from compress.network import Network, prepare
 from compress.refit import Factors
-from compress.segments import find_segments, refit_segments
+from compress.segments import refit_segments
 
 RANKS = {"stem": ("spatial", 4), "first": ("input", 4), "second": ("output", 4)}
 
