@@ -13,8 +13,9 @@ from compress.data import ImageSet, batches
 from compress.inputs import Inputs
 from compress.network import Network
 from compress.plan import Choice, Plan
+from compress.predict import PredictedError
 from compress.progress import Track
-from compress.replace import PredictedError, Replaced
+from compress.replace import Replaced
 from compress.result import (
     CostSummary,
     EndMetric,

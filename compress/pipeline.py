@@ -37,7 +37,7 @@ from compress.outcome import (
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.real_time import timed_plan
-from compress.replace import fit_plan
+from compress.replace import fit_layers, replace_layers
 from compress.rewrite import as_saved
 from compress.sites import evaluation_mode
 from compress.speed import costs
@@ -85,7 +85,10 @@ def compress_network(
             plan = planned(network, inputs, calibration, config, batch_size, track)
         plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
     with clock.stage("fit"):
-        replaced = fit_plan(network, plan, calibration, config, inputs.split, batch_size, track)
+        fitted = fit_layers(network, plan, calibration, config, inputs.split, batch_size, track)
+        # Covariances take as much memory as the refit does, and are not needed any more.
+        calibration.statistics.clear()
+        replaced = replace_layers(network, fitted, config, inputs.split, batch_size, track)
     final = as_saved(replaced.model, inputs.dtype)
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("latency"), evaluation_mode(final):

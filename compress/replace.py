@@ -6,48 +6,23 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from compress.calibrate import calibrate
-from compress.config import SCHEMES, RunConfig
+from compress.config import RunConfig
 from compress.data import ImageSet, Split, batches
 from compress.latency.formats import in_format, in_memory_format
-from compress.layers import kind_of
-from compress.linalg.fit import Fit, Problem, fit
+from compress.linalg.fit import fit
 from compress.loss import loss_function
 from compress.metric import absorbed_bias, fit_problem, layer_problem
 from compress.network import Network
-from compress.plan import Plan
+from compress.plan import Choice, Plan
+from compress.predict import PredictedError, held_out_statistics, seen_errors, unseen_mse
 from compress.progress import Track
 from compress.refit import Factors, refit
 from compress.rewrite import rewrite
 from compress.segments import refit_segments
 from compress.sites import LayerSite
 from compress.statistics import FEW_SAMPLES, Calibration, LayerStatistics
-
-
-@dataclass(frozen=True)
-class PredictedError:
-    """What the statistics predict for one replaced layer, before any refit.
-
-    Attributes:
-        loss: Increase of the objective per image, ``½ N tr(G Δ C Δᵀ)``.
-        mse: Mean squared error per output element.
-        relative_mse: The same over the output's variance; None where that is zero.
-        eigenvalues: The spectrum of the outputs' covariance, group by group, descending.
-        samples: Rows the statistics were taken from.
-        samples_per_dimension: The same over the length of a row.
-        held_out_mse: The same for rows of the validation images, where samples were few.
-    """
-
-    loss: float
-    mse: float
-    relative_mse: float | None
-    eigenvalues: tuple[float, ...]
-    samples: int
-    samples_per_dimension: float
-    held_out_mse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +40,19 @@ class Replaced:
     fitted: nn.Module
     predicted: dict[str, PredictedError]
     refitted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The factors of a plan's replaced layers, fitted to the statistics.
+
+    Attributes:
+        factors: By layer name.
+        predicted: By layer name, for every layer with statistics.
+    """
+
+    factors: dict[str, Factors]
+    predicted: dict[str, PredictedError]
 
 
 def fit_plan(
@@ -87,6 +75,20 @@ def fit_plan(
         batch_size: Images a batch.
         track: Progress.
     """
+    fitted = fit_layers(network, plan, calibration, config, split, batch_size, track)
+    return replace_layers(network, fitted, config, split, batch_size, track)
+
+
+def fit_layers(
+    network: Network,
+    plan: Plan,
+    calibration: Calibration,
+    config: RunConfig,
+    split: Split,
+    batch_size: int,
+    track: Track,
+) -> Fitted:
+    """Fit every chosen scheme to the statistics alone; arguments as `fit_plan`."""
     sites = {site.name: site for site in network.sites}
     modules = dict(network.model.named_modules(remove_duplicate=False))
     factors: dict[str, Factors] = {}
@@ -94,43 +96,71 @@ def fit_plan(
     measured = [c for c in plan.choices if c.name in calibration.statistics]
     for choice in track(measured, "fit", len(measured)):
         site, module = sites[choice.name], modules[choice.name]
-        statistics = calibration.statistics[choice.name]
-        problem = layer_problem(site, module, statistics)
-        loss = mse = 0.0
-        if choice.rewritten:
-            metric = fit_problem(site, module, statistics) if config.pools else problem
-            found = fit(metric, choice.scheme, choice.ranks)
-            loss, mse = seen_errors(module, statistics, problem, found)
-            if metric is not problem:
-                loss = found.loss
-            bias = absorbed_bias(module, statistics, found)
-            factors[choice.name] = Factors(found, bias, problem.weighting)
-        variance = problem.variance()
-        moments = statistics.inputs or statistics.outputs
-        assert moments is not None
-        predicted[choice.name] = PredictedError(
-            loss=0.5 * site.positions * loss,
-            mse=mse,
-            relative_mse=mse / variance if variance > 1e-20 else None,
-            eigenvalues=tuple(problem.plain_spectrum.flatten().sort(descending=True)[0].tolist()),
-            samples=statistics.samples,
-            samples_per_dimension=statistics.samples / moments.mean.shape[1],
+        found, predicted[choice.name] = _fit_layer(
+            site, module, calibration.statistics[choice.name], choice, config
         )
+        if found is not None:
+            factors[choice.name] = found
     few = [n for n in factors if predicted[n].samples_per_dimension < FEW_SAMPLES]
     if few and len(split.validation):
-        held_out = _held_out(network, few, calibration, config, split.validation, batch_size)
+        held_out = held_out_statistics(
+            network, few, calibration, config, split.validation, batch_size
+        )
         for name in few:
             mse = unseen_mse(
                 modules[name], factors[name].fit, calibration.statistics[name], held_out[name]
             )
             predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
-    fitted = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+    return Fitted(factors, predicted)
+
+
+def _fit_layer(
+    site: LayerSite,
+    module: nn.Module,
+    statistics: LayerStatistics,
+    choice: Choice,
+    config: RunConfig,
+) -> tuple[Factors | None, PredictedError]:
+    problem = layer_problem(site, module, statistics)
+    factors, loss, mse = None, 0.0, 0.0
+    if choice.rewritten:
+        metric = fit_problem(site, module, statistics) if config.pools else problem
+        found = fit(metric, choice.scheme, choice.ranks)
+        loss, mse = seen_errors(module, statistics, problem, found)
+        if metric is not problem:
+            loss = found.loss
+        bias = absorbed_bias(module, statistics, found)
+        factors = Factors(found, bias, problem.weighting)
+    variance = problem.variance()
+    moments = statistics.inputs or statistics.outputs
+    assert moments is not None
+    return factors, PredictedError(
+        loss=0.5 * site.positions * loss,
+        mse=mse,
+        relative_mse=mse / variance if variance > 1e-20 else None,
+        eigenvalues=tuple(problem.plain_spectrum.flatten().sort(descending=True)[0].tolist()),
+        samples=statistics.samples,
+        samples_per_dimension=statistics.samples / moments.mean.shape[1],
+    )
+
+
+def replace_layers(
+    network: Network,
+    fitted: Fitted,
+    config: RunConfig,
+    split: Split,
+    batch_size: int,
+    track: Track,
+) -> Replaced:
+    """Rewrite the model with fitted factors, and refit them; arguments as `fit_plan`."""
+    sites, factors = {site.name: site for site in network.sites}, fitted.factors
+    first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
     if not (config.refit and factors and network.graph is not None and len(split.validation)):
-        return Replaced(fitted, fitted, predicted)
+        return Replaced(first, first, fitted.predicted)
     new = _refitted(network, sites, factors, config, split, batch_size, track)
     changed = tuple(name for name in factors if new[name] is not factors[name])
     model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
-    return Replaced(model, fitted, predicted, changed)
+    return Replaced(model, first, fitted.predicted, changed)
 
 
 def _refitted(
@@ -173,77 +203,3 @@ def _refitted(
             seed=config.seed,
             track=track,
         )
-
-
-def _held_out(
-    network: Network,
-    names: list[str],
-    calibration: Calibration,
-    config: RunConfig,
-    images: ImageSet,
-    batch_size: int,
-) -> dict[str, LayerStatistics]:
-    """Statistics of some layers on held-out images, of the same side as on the fit images."""
-    patches = [n for n in names if calibration.statistics[n].inputs is not None]
-    found: dict[str, LayerStatistics] = {}
-    for group, schemes in ((patches, SCHEMES), ([n for n in names if n not in patches], ())):
-        sites = [site for site in network.sites if site.name in group]
-        if sites:
-            loaded = batches(images, batch_size, config.workers)
-            seen = calibrate(
-                network.model, sites, loaded, len(images), schemes=schemes, weigh=False,
-                samples_per_dimension=config.samples_per_dimension, seed=config.seed,
-                memory_format=network.memory_format,
-            )  # fmt: skip
-            found |= seen.statistics
-    return found
-
-
-def unseen_mse(
-    module: nn.Module, found: Fit, seen: LayerStatistics, unseen: LayerStatistics
-) -> float:
-    """Mean squared error of a fit on rows that it was not made of.
-
-    ``tr(Δ C Δᵀ)`` over their covariance, and what the bias, which absorbed the mean of the rows
-    seen, lacks on theirs: ``|Δ (m - m_seen)|²``.
-    """
-    kind = kind_of(module)
-    assert kind is not None
-    if seen.inputs is not None and unseen.inputs is not None:
-        delta = kind.weight(module).double().flatten(2) - found.matrix
-        before, after = seen.inputs, unseen.inputs
-    else:
-        assert found.projection is not None
-        assert seen.outputs is not None
-        assert unseen.outputs is not None
-        before, after = seen.outputs, unseen.outputs
-        size = found.projection.shape[-1]
-        eye = torch.eye(size, dtype=torch.float64, device=found.matrix.device)
-        delta = eye - found.projection
-    spread = (delta @ after.covariance @ delta.mT).diagonal(dim1=-2, dim2=-1).sum()
-    shift = (delta @ (after.mean - before.mean).unsqueeze(2)).square().sum()
-    return float(spread + shift) / (delta.shape[0] * delta.shape[1])
-
-
-def seen_errors(
-    module: nn.Module, statistics: LayerStatistics, problem: Problem, found: Fit
-) -> tuple[float, float]:
-    """Weighted loss and mean squared error of a fit on the rows seen.
-
-    Where few rows were seen the fit was made with a shrunk covariance, but what it does to those
-    rows is a matter of the covariance as it was.
-    """
-    kind = kind_of(module)
-    assert kind is not None
-    if statistics.inputs is not None:
-        delta = kind.weight(module).double().flatten(2) - found.matrix
-        gram = delta @ statistics.inputs.covariance @ delta.mT
-    else:
-        assert statistics.outputs is not None
-        assert found.projection is not None
-        eye = torch.eye(found.projection.shape[-1], dtype=torch.float64, device=found.matrix.device)
-        rest = eye - found.projection
-        gram = rest @ statistics.outputs.covariance @ rest.mT
-    loss = float((problem.weighting * gram).sum())
-    mse = float(gram.diagonal(dim1=-2, dim2=-1).sum()) / problem.geometry.out_channels
-    return max(loss, 0.0), max(mse, 0.0)
