@@ -217,7 +217,7 @@ def _ranks(values: Tensor) -> Tensor:
     """Ranks with ties averaged."""
     below = (values.unsqueeze(0) < values.unsqueeze(1)).sum(1)
     equal = (values.unsqueeze(0) == values.unsqueeze(1)).sum(1)
-    return below + (equal - 1) / 2.0
+    return below.double() + (equal - 1) / 2.0
 
 
 def _warnings(
@@ -237,7 +237,7 @@ def _warnings(
         worst = min(few, key=lambda x: x.samples_per_dimension or 0.0)
         found.append(
             f"{len(few)} layer(s) have fewer than {FEW_SAMPLES} samples a dimension (least: "
-            f"{worst.name} with {worst.samples_per_dimension:.1f}); their statistics were shrunk. "
+            f"{worst.name} with {worst.samples_per_dimension:.2g}); their statistics were shrunk. "
             "Use more --calibration-images."
         )
     before = sum(x.dense_macs for x in layers)
