@@ -88,12 +88,13 @@ class SweepWork:
     @cached_property
     def calibration(self) -> Calibration:
         """The statistics, taken once; kept in the store until the sweep is done."""
-        config = self.config
+        # Under the rule of the grid, which decides what statistics are taken.
+        config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
         known = bool(config.calibration) and Path(config.calibration).exists()
         start = time.perf_counter()
-        schemes = self.grid.at(config, self.grid.values[0]).schemes_in_play
+        schemes = config.schemes_in_play
         found = calibrated(self.network, self.inputs, config, schemes, self.batch_size, self.track)
         if not known:
             self.calibration_seconds = time.perf_counter() - start
