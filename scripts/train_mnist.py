@@ -34,6 +34,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = width32()
     train(model, train_set, options.epochs, options.seed)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, save(model.state_dict()))
     missed = wrong(model, test_set)
     print(f"last 2,000: {missed} wrong, {100 - 100 * missed / len(test_set):.2f}%")
