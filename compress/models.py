@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from compress import vision
 from compress.errors import InputError, ModelError, near_matches
 from compress.vision import Preprocessing
+
+T = TypeVar("T")
 
 MODEL_FORMS = (
     "torchvision:resnet18, torchvision:vit_b_16?num_classes=10, "
@@ -238,9 +240,20 @@ def _call(
     except ValueError:
         pass  # a builtin without a signature: the call itself will tell
     try:
-        return factory(**arguments)
+        return _with_torchvision(lambda: factory(**arguments))
     except (Exception, SystemExit) as problem:
         raise error(f"The factory {head} raised {_described(problem)}.") from problem
+
+
+def _with_torchvision(run: Callable[[], T]) -> T:
+    """Run the user's code; again where its import of torchvision failed for lack of operators."""
+    try:
+        return run()
+    except RuntimeError as problem:
+        if "operator torchvision::" not in str(problem):
+            raise
+    vision.load_torchvision()
+    return run()
 
 
 def _import_file(path: Path, error: type[InputError]) -> ModuleType:
@@ -264,7 +277,7 @@ def _import_file(path: Path, error: type[InputError]) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     try:
-        found.loader.exec_module(module)
+        _with_torchvision(lambda: found.loader.exec_module(module))  # type: ignore[union-attr]
     except (Exception, SystemExit) as problem:
         del sys.modules[name]
         raise error(f"Importing {path} raised {_described(problem)}.") from problem
@@ -273,7 +286,7 @@ def _import_file(path: Path, error: type[InputError]) -> ModuleType:
 
 def _import_module(name: str, error: type[InputError], forms: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return _with_torchvision(lambda: importlib.import_module(name))
     except ModuleNotFoundError as problem:
         if problem.name is None or not (name + ".").startswith(problem.name + "."):
             raise error(f"Importing {name} raised {_described(problem)}.") from problem

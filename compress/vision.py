@@ -214,7 +214,7 @@ def _cropped_and_normalised(values: Tensor, preprocessing: Preprocessing, name: 
 
 
 @functools.cache
-def _torchvision() -> tuple[ModuleType, Any]:
+def load_torchvision() -> tuple[ModuleType, Any]:
     """Import torchvision; the second value keeps alive the schemas that the import may need.
 
     A torchvision built for CUDA beside a CPU torch cannot load its compiled operators, and its
@@ -238,7 +238,7 @@ def _torchvision() -> tuple[ModuleType, Any]:
 
 def torchvision_model_names() -> tuple[str, ...]:
     """Return the names of torchvision's classification models."""
-    torchvision, _ = _torchvision()
+    torchvision, _ = load_torchvision()
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
@@ -248,7 +248,7 @@ def torchvision_model(name: str, **arguments: Any) -> nn.Module:
     Raises:
         ModelError: An unknown name or argument, or weights that cannot be fetched.
     """
-    torchvision, _ = _torchvision()
+    torchvision, _ = load_torchvision()
     names = torchvision_model_names()
     if name not in names:
         raise ModelError(
@@ -276,7 +276,7 @@ def torchvision_model(name: str, **arguments: Any) -> nn.Module:
 
 def _near_arguments(name: str, arguments: Mapping[str, Any]) -> str:
     """Near matches of the arguments that a model does not take, read off the class it is of."""
-    torchvision, _ = _torchvision()
+    torchvision, _ = load_torchvision()
     builder = inspect.unwrap(torchvision.models.get_model_builder(name))
     made = get_type_hints(builder).get("return", builder)
     known = list(inspect.signature(made).parameters)
@@ -291,7 +291,7 @@ def torchvision_preset(name: str, image_size: int | None = None) -> Preprocessin
         image_size: The side that the model was built for, where it takes no other (ViT); some
             default weights are for a larger one.
     """
-    torchvision, _ = _torchvision()
+    torchvision, _ = load_torchvision()
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     resize, crop = preset.resize_size[0], preset.crop_size[0]
     if image_size is not None and image_size != crop:
@@ -315,7 +315,7 @@ def torchvision_dataset(name: str, **arguments: Any) -> Any:
     Raises:
         DataError: An unknown name or argument, or files that are absent and cannot be fetched.
     """
-    torchvision, _ = _torchvision()
+    torchvision, _ = load_torchvision()
     names = [
         n
         for n in torchvision.datasets.__all__

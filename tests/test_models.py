@@ -1,5 +1,6 @@
 import importlib.util
 import re
+import subprocess
 import sys
 import urllib.error
 from pathlib import Path
@@ -245,3 +246,20 @@ def test_resnet20_is_the_published_network(file, right):
         )
     assert sum(p.numel() for p in module.parameters()) == 269_722
     assert abs(counted - right) <= 1  # a tie may fall either way on another machine
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_users_file_may_import_torchvision_itself(tmp_path: Path, lazily: bool) -> None:
+    """In a process of its own: where its compiled operators are missing that import fails first."""
+    code = "from torchvision.models import resnet18"
+    inside = f"    {code}\n" if lazily else ""
+    before = "" if lazily else f"{code}\n"
+    (tmp_path / "net.py").write_text(
+        f"{before}\n\ndef net():\n{inside}    return resnet18(num_classes=3)\n"
+    )
+    script = (
+        "from compress.models import build_model; "
+        f"print(build_model({str(tmp_path / 'net.py') + ':net'!r}).module.fc.out_features)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "3", done.stderr
