@@ -3,8 +3,9 @@
     python scripts/bench/main_job.py --threads 2
 
 Four figures, each against its limit: calibrating output statistics over plain forward passes of the
-same batches, in turns; growth of peak memory with the number of images; seconds to plan and rewrite
-by threshold; seconds that ``compress --help`` takes.
+same batches, in turns (in torch's default memory format, and in the one that calibration runs in);
+growth of peak memory with the number of images; seconds to plan and rewrite by threshold; seconds
+that ``compress --help`` takes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compress.calibrate import calibrate
 from compress.choose import make_plan
 from compress.config import RunConfig
 from compress.data import as_images, split
+from compress.latency.formats import in_format, in_memory_format
 from compress.network import Network, prepare
 from compress.progress import silent
 from compress.replace import fit_plan
@@ -38,11 +40,11 @@ def batches(count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(size, 3, 224, 224, generator=generator), torch.zeros(size)
 
 
-def plain(model: nn.Module, count: int, size: int) -> float:
+def plain(model: nn.Module, count: int, size: int, memory_format: str = "contiguous") -> float:
     start = time.perf_counter()
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), in_memory_format(model, memory_format):
         for images, _ in batches(count, size):
-            model(images)
+            model(in_format(images, memory_format))
     return time.perf_counter() - start
 
 
@@ -72,11 +74,12 @@ def main(threads: int, count: int, size: int, rounds: int) -> None:
     plain(network.model, 1, size)
     _, calibration = calibrated(network, 1, size)
     before = peak()
-    ratios = []
+    ratios, in_its_format = [], []
     for _ in range(rounds):
         floor = plain(network.model, count, size)
         spent, calibration = calibrated(network, count, size)
         ratios.append(spent / floor)
+        in_its_format.append(spent / plain(network.model, count, size, network.memory_format))
     small = peak()
     calibrated(network, 3 * count, size)
     large = peak()
@@ -96,6 +99,10 @@ def main(threads: int, count: int, size: int, rounds: int) -> None:
     print("| --- | --- | --- |")
     each = ", ".join(f"{r:.2f}" for r in ratios)
     print(f"| calibration / forward passes | {statistics.median(ratios):.2f} ({each}) | 1.25 |")
+    print(
+        f"| the same, passes in {network.memory_format} as calibration is | "
+        f"{statistics.median(in_its_format):.2f} | |"
+    )
     print(
         f"| peak memory, 1 / {count} / {3 * count} batches | {before:.2f} / {small:.2f} / "
         f"{large:.2f} GiB | does not grow |"
