@@ -288,6 +288,7 @@ def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
             channels = getattr(module, "out_channels", None) or module.out_features
             weight = module.weight
             assert isinstance(weight, Tensor)
+            # Modules type their attributes as tensors or modules; this one is a whole number.
             module.bias = nn.Parameter(torch.zeros(int(channels)).to(weight))  # type: ignore[arg-type]
         found = model.get_submodule(norm)
         for name, other in list(model.named_modules(remove_duplicate=False)):

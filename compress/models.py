@@ -274,10 +274,10 @@ def _import_file(path: Path, error: type[InputError]) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, path.absolute())
     if found is None or found.loader is None:
         raise error(f"The file {path} cannot be imported; it must be a Python source file.")
-    module = importlib.util.module_from_spec(found)
+    loader, module = found.loader, importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     try:
-        _with_torchvision(lambda: found.loader.exec_module(module))  # type: ignore[union-attr]
+        _with_torchvision(lambda: loader.exec_module(module))
     except (Exception, SystemExit) as problem:
         del sys.modules[name]
         raise error(f"Importing {path} raised {_described(problem)}.") from problem

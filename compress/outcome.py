@@ -128,7 +128,7 @@ def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> 
 # Settings that are paths or decide only speed: equal models must come out as equal bytes.
 _UNRECORDED = {
     "checkpoint", "model", "data", "test", "output", "device", "threads", "batch_size", "workers",
-    "calibration", "force", "class_map",
+    "calibration", "force", "class_map", "latency_table",
 }  # fmt: skip
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.calibrate import calibrate
 from compress.config import SCHEMES, RunConfig
 from compress.data import ImageSet, batches
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem
+from compress.linalg.moments import Moments
 from compress.network import Network
 from compress.statistics import Calibration, LayerStatistics
 
@@ -27,7 +28,7 @@ class PredictedError:
         eigenvalues: The spectrum of the outputs' covariance, group by group, descending.
         samples: Rows the statistics were taken from.
         samples_per_dimension: The same over the length of a row.
-        held_out_mse: The same for rows of the validation images, where samples were few.
+        held_out_mse: `mse` for rows of the validation images, where samples were few.
     """
 
     loss: float
@@ -71,19 +72,8 @@ def unseen_mse(
     ``tr(Δ C Δᵀ)`` over their covariance, and what the bias, which absorbed the mean of the rows
     seen, lacks on theirs: ``|Δ (m - m_seen)|²``.
     """
-    kind = kind_of(module)
-    assert kind is not None
-    if seen.inputs is not None and unseen.inputs is not None:
-        delta = kind.weight(module).double().flatten(2) - found.matrix
-        before, after = seen.inputs, unseen.inputs
-    else:
-        assert found.projection is not None
-        assert seen.outputs is not None
-        assert unseen.outputs is not None
-        before, after = seen.outputs, unseen.outputs
-        size = found.projection.shape[-1]
-        eye = torch.eye(size, dtype=torch.float64, device=found.matrix.device)
-        delta = eye - found.projection
+    delta, before = _lost(module, seen, found)
+    _, after = _lost(module, unseen, found)
     spread = (delta @ after.covariance @ delta.mT).diagonal(dim1=-2, dim2=-1).sum()
     shift = (delta @ (after.mean - before.mean).unsqueeze(2)).square().sum()
     return float(spread + shift) / (delta.shape[0] * delta.shape[1])
@@ -97,17 +87,22 @@ def seen_errors(
     Where few rows were seen the fit was made with a shrunk covariance, but what it does to those
     rows is a matter of the covariance as it was.
     """
-    kind = kind_of(module)
-    assert kind is not None
-    if statistics.inputs is not None:
-        delta = kind.weight(module).double().flatten(2) - found.matrix
-        gram = delta @ statistics.inputs.covariance @ delta.mT
-    else:
-        assert statistics.outputs is not None
-        assert found.projection is not None
-        eye = torch.eye(found.projection.shape[-1], dtype=torch.float64, device=found.matrix.device)
-        rest = eye - found.projection
-        gram = rest @ statistics.outputs.covariance @ rest.mT
+    delta, moments = _lost(module, statistics, found)
+    gram = delta @ moments.covariance @ delta.mT
     loss = float((problem.weighting * gram).sum())
     mse = float(gram.diagonal(dim1=-2, dim2=-1).sum()) / problem.geometry.out_channels
     return max(loss, 0.0), max(mse, 0.0)
+
+
+def _lost(module: nn.Module, statistics: LayerStatistics, found: Fit) -> tuple[Tensor, Moments]:
+    """What a fit takes from a row, ``W - Ŵ`` of patches or ``I - P`` of outputs; their moments."""
+    kind = kind_of(module)
+    assert kind is not None
+    if statistics.inputs is not None:
+        return kind.weight(module).double().flatten(2) - found.matrix, statistics.inputs
+    assert statistics.outputs is not None
+    assert found.projection is not None
+    size, device = found.projection.shape[-1], found.matrix.device
+    return torch.eye(
+        size, dtype=torch.float64, device=device
+    ) - found.projection, statistics.outputs

@@ -80,7 +80,7 @@ def _budgets(
             timer.dense, free, table, settings[timer.dense_format], timer.batch
         )
         config = config.replace(round_to=multiple)
-    problem = problems(network.model, calibration)
+    problem = problems(network.model, calibration, fitted=True)
     found = options(sites, overrides, config, problem, "macs", track)
     found = {name: thinned(candidates) for name, candidates in found.items()}
     why = f"best within latency {config.rule_value:g}"

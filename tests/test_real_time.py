@@ -14,7 +14,14 @@ from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import Workbench, bench, paragraph
 
-from compress.choose import TimedBudgets, fastest_multiple, thinned, timed_candidates
+from compress.artefact import read_manifest
+from compress.choose import (
+    TimedBudgets,
+    fastest_multiple,
+    problems,
+    thinned,
+    timed_candidates,
+)
 from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import BudgetError
@@ -272,10 +279,36 @@ def test_a_run_keeps_its_time(bench: Workbench) -> None:
     assert "entries" in json.loads(table.read_text())
     plan = json.loads((bench.output() / "plan.json").read_text())
     assert plan["rule"] == "latency"
+    assert "latency_table" not in read_manifest(bench.output()).settings  # a path
     again = bench.run(
         "--latency", "0.6", "--latency-table", str(table), output=str(bench.output("b"))
     )
     assert again.exit_code == 0
+
+
+@pytest.mark.usefixtures("parameters_cost_time")
+def test_ranks_given_by_hand_stay_though_others_are_rounded(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.real_time.fastest_multiple", lambda *_: 4)
+    assert bench.run("--latency", "0.9", "--rank", "conv2=3", "--no-refit").exit_code == 0
+    layers = {x["name"]: x for x in bench.report()["result"]["layers"]}
+    assert layers["conv2"]["ranks"] == [3]
+
+
+@pytest.mark.usefixtures("parameters_cost_time")
+def test_the_budget_is_spent_in_the_metric_of_the_fits(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def noted(*arguments: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        return problems(*arguments, **settings)
+
+    monkeypatch.setattr("compress.real_time.problems", noted)
+    assert bench.run("--latency", "0.6", "--no-refit").exit_code == 0
+    assert asked == [{"fitted": True}]
 
 
 @pytest.mark.usefixtures("parameters_cost_time")

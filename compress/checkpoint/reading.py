@@ -133,6 +133,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
                     "at it with 'compress evaluate' or 'compress verify', or load it in Python "
                     "with compress.load."
                 )
+            # The opened file is no mapping: it has keys() and cannot be iterated.
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(

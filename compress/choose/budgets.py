@@ -182,7 +182,8 @@ def candidates(
         for ranks, loss in grid_losses(problem, scheme, grid).items():
             if fixed is not None and len(fixed) == 2 and ranks[1] != min(fixed[1], full[1]):
                 continue
-            if round_to and any(r % round_to and r != f for r, f in zip(ranks, full, strict=True)):
+            rounded = round_to if fixed is None else None  # what the user fixed stays
+            if rounded and any(r % rounded and r != f for r, f in zip(ranks, full, strict=True)):
                 continue
             cost = scheme_cost(site, scheme, ranks)
             if fixed is not None or measure(cost) < dense:

@@ -76,7 +76,8 @@ class TimedBudgets:
     def smallest(self) -> float:
         """The smallest fraction of ``total`` that is predicted to be reachable."""
         least = sum(min(c.seconds or 0.0 for c in found) for found in self.found.values())
-        return (least + self.fixed) / self.total
+        # A hair more, so that rounding does not put it out of its own reach.
+        return (least + self.fixed) / self.total * (1 + 1e-9)
 
     def _explained(self, choice: Choice) -> Choice:
         """Add measured times, and why a layer was left dense."""

@@ -239,6 +239,7 @@ def _set_up(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
     try:
         torch.empty(0, device=config.device)
+    # Unknown names, backends not built in and devices that are not there raise one each.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

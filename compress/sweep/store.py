@@ -37,7 +37,7 @@ _CALIBRATION = "sweep.calibration-"
 # the chosen point is saved; and the rules, of which each point has its own.
 _NO_PART = {
     "checkpoint", "model", "data", "test", "output", "class_map", "calibration", "force",
-    "device", "threads", "batch_size", "workers", "latency_batch",
+    "device", "threads", "batch_size", "workers", "latency_batch", "latency_table",
     "max_drop", "max_layer_relative_mse", "min_agreement", *RULES,
 }  # fmt: skip
 

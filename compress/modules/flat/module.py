@@ -217,6 +217,7 @@ class FlatModule(nn.Module):
             self._tie()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch leaves _apply untyped.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._traced = None
@@ -319,7 +320,7 @@ class FlatModule(nn.Module):
         return {**self.__dict__, "_traced": None, "module": copy.deepcopy(self.module, hollow)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         self._tie()
 
     def extra_repr(self) -> str:

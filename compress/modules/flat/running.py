@@ -65,6 +65,7 @@ def trace_evaluation(
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
+        # torch leaves trace untyped.
         traced: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
             function, tuple(arguments), check_trace=False
         )

@@ -285,6 +285,7 @@ class HyperModule(nn.Module):
         return values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch leaves _apply untyped.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for slot in self._external_parameters.values():
             slot.convert(fn)

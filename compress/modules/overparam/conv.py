@@ -140,7 +140,7 @@ class OverparamConv2d(OverparamLayer):
         (top, bottom), (left, right) = self._sides()
         return top != bottom or left != right or bool(self.chain.intervals)
 
-    def _pad(self, input: Tensor) -> Tensor:  # noqa: A002
+    def _pad(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         (top, bottom), (left, right) = self._sides()
         if not (top or bottom or left or right):
             return input
@@ -155,15 +155,15 @@ class OverparamConv2d(OverparamLayer):
         (top, bottom), (left, right) = self._sides()
         padding = (top, left)
         if self.padding_mode != "zeros" or top != bottom or left != right:
-            input, padding = self._pad(input), (0, 0)  # noqa: A001
+            input, padding = self._pad(input), (0, 0)  # noqa: A001 - torch's own name
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def forward_expanded(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward_expanded(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Run the chain itself, whatever the mode."""
         with self._statistics_kept_on_error():
             return self._run_chain(input)
 
-    def _run_chain(self, input: Tensor) -> Tensor:  # noqa: A002
+    def _run_chain(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         nodes = [self._pad(input) if self._pads_apart() else input]
         for node, layer in enumerate(self.layers, start=1):
             value: Tensor = layer(nodes[-1])
