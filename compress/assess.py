@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -84,7 +85,12 @@ def assess(
 
     losses = _losses(network, replaced, names, validation if len(validation) else fit)
     layers = tuple(
-        _layer(choice, replaced.predicted.get(choice.name), found, losses.get(choice.name))
+        _layer(
+            _told(choice, replaced),
+            replaced.predicted.get(choice.name),
+            found,
+            losses.get(choice.name),
+        )
         for choice, found in _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
     )
     metric = metric_function(config)
@@ -109,6 +115,13 @@ def assess(
         [(x.predicted_loss, x.measured_loss) for x in layers if x.rewritten]
     )
     return Assessment(layers, on_validation, on_test, gates, correlation, warnings)
+
+
+def _told(choice: Choice, replaced: Replaced) -> Choice:
+    """A choice whose reason says so where the weights of a dense layer were refitted."""
+    if choice.rewritten or choice.name not in replaced.refitted:
+        return choice
+    return dataclasses.replace(choice, reason=f"{choice.reason}; its weights were refitted")
 
 
 def _joined(plan: Plan, fit: Errors, validation: Errors) -> list[tuple[Choice, LayerErrors]]:

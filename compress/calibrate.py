@@ -2,9 +2,9 @@
 
 One pass over the images gives every statistic: the moments of each layer's outputs or, where they
 are the cheaper side or a scheme needs them, of its patches; and the weighting ``G = E[g gᵀ]`` of
-its outputs, with ``g`` the gradient of each image's negative log-likelihood under a label sampled
-from the model's own prediction (the Fisher information: Martens & Grosse 2015), so that no labels
-are needed. A hook consumes what it sees at once: later in-place operations change the tensor.
+its outputs, with ``g`` a gradient whose covariance is the Fisher information of the model's own
+prediction (`compress.fisher`), so that no labels are needed. A hook consumes what it sees at once:
+later in-place operations change the tensor.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError
 from compress.finite import check_finite
+from compress.fisher import RandomSigns, fisher_loss
 from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
 from compress.linalg.geometry import output_rows, patch_rows
@@ -164,21 +164,6 @@ class _Collector:
             pooled.update(rows)
 
 
-def sampled_loss(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Negative log-likelihood, summed over images, of labels sampled from the prediction.
-
-    Args:
-        logits: ``[batch, classes]``.
-        uniforms: One number in [0, 1) an image, so that labels do not depend on the batches.
-    """
-    log_probabilities = F.log_softmax(logits, dim=1)
-    with torch.no_grad():
-        cumulative = log_probabilities.double().exp().cumsum(1)
-        draws = uniforms.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-        labels = (cumulative < draws).sum(1).clamp_max(logits.shape[1] - 1)
-    return F.nll_loss(log_probabilities, labels, reduction="sum")
-
-
 def calibrate(
     model: nn.Module,
     sites: Iterable[LayerSite],
@@ -205,7 +190,7 @@ def calibrate(
         pool: Whether to accumulate rows pooled by gradient too, which `fit_problem` then uses.
         loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
-        seed: Decides the sampled labels and positions.
+        seed: Decides the random signs and positions.
         memory_format: What the model runs in meanwhile, as `Network.memory_format`.
 
     Raises:
@@ -225,9 +210,7 @@ def calibrate(
         module = modules[site.name]
         sketch = channel_sketch(site.geometry, images, seed).to(device) if weigh and pool else None
         collectors[module] = _Collector(site, module, patches, positions, weigh, sketch)
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(images, generator=generator, dtype=torch.float64)
-    start = 0
+    signs, start = RandomSigns(images, seed), 0
     with (
         evaluation_mode(model),
         frozen(model),
@@ -242,8 +225,10 @@ def calibrate(
                 # An input that requires grad, so that gradients reach the first layer's output.
                 output = run_model(model, inputs.detach().requires_grad_())
                 check_finite(model, inputs, output.detach(), WHEN, REMEDY)
-                numbers = uniforms[start : start + len(inputs)]
-                value = loss(output, labels) if loss else sampled_loss(_logits(output), numbers)
+                if loss:
+                    value = loss(output, labels)
+                else:
+                    value = fisher_loss(_logits(output), signs.take(start, output))
                 _backward(value)
             else:
                 with torch.no_grad():
@@ -274,8 +259,8 @@ def _backward(value: Tensor) -> None:
 def _logits(output: Tensor) -> Tensor:
     if output.dim() != 2 or output.shape[1] < 2:
         raise CalibrationError(
-            f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that no "
-            "labels can be sampled from it. Pass a loss of your own (--loss-fn "
+            f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that it "
+            "predicts no labels. Pass a loss of your own (--loss-fn "
             "package.module:function), or use --metric mse."
         )
     return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -17,15 +17,20 @@ class Segment:
     layers: tuple[str, ...]
 
 
-def find_segments(graph: fx.Graph, model: nn.Module, replaced: Mapping[str, str]) -> list[Segment]:
-    """Cut a graph into stretches of at least two replaced layers.
+def find_segments(
+    graph: fx.Graph, model: nn.Module, refitted: Mapping[str, str], positions: Sequence[int]
+) -> list[Segment]:
+    """Cut a graph into stretches of at least two layers that may change.
 
-    A stretch reaches on through what has no parameters, to where the next layer reads.
+    A stretch reaches on through what has no parameters, to where the next layer reads, but not
+    over a pooling: before it, every position tells of an error. It has a single layer only where
+    the pooling leaves one position an image.
 
     Args:
         graph: The network's.
         model: The network.
-        replaced: From the qualified names that the graph calls layers by to their names.
+        refitted: From the qualified names that the graph calls layers by to their names.
+        positions: Of each node's value, how many an image has for one channel.
     """
     nodes, modules = list(graph.nodes), dict(model.named_modules(remove_duplicate=False))
 
@@ -39,13 +44,36 @@ def find_segments(graph: fx.Graph, model: nn.Module, replaced: Mapping[str, str]
     start = cuts[0] if cuts else 0
     for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):
         inside = [str(n.target) for n in nodes[start + 1 : cut + 1] if n.op == "call_module"]
-        layers = tuple(dict.fromkeys(replaced[t] for t in inside if t in replaced))
+        layers = tuple(dict.fromkeys(refitted[t] for t in inside if t in refitted))
         if not layers:
             start = cut
-        elif len(layers) > 1 and not all(fixed(n) for n in nodes[cut + 1 : following + 1]):
+            continue
+        passes = all(fixed(n) for n in nodes[cut + 1 : following + 1])
+        ahead = positions[following] if passes else 0
+        least = 1 if positions[cut] > 1 == ahead else 2
+        if len(layers) >= least and ahead != positions[cut]:
             segments.append(Segment(start, cut, layers))
             start = cut
     return segments
+
+
+def join(segments: Sequence[Segment], most: int, positions: Sequence[int]) -> list[Segment]:
+    """Join up to ``most`` stretches that follow each other directly; single layers are left out.
+
+    None goes from many positions to one an image, whose errors are soon fitted by heart.
+    """
+    joined: list[Segment] = []
+    count = 0
+    for segment in segments:
+        last = joined[-1] if joined else segment
+        flattens = positions[last.end] > 1 == positions[segment.end]
+        if last.end == segment.start and count < most and not flattens:
+            joined[-1] = Segment(last.start, segment.end, last.layers + segment.layers)
+            count += 1
+        else:
+            joined.append(segment)
+            count = 1
+    return [segment for segment in joined if len(segment.layers) > 1]
 
 
 def _cuts(nodes: list[fx.Node]) -> Iterator[int]:

@@ -12,7 +12,7 @@ from compress.models import import_function
 
 
 def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(outputs, labels) -> summed loss``, or None for sampled labels."""
+    """The user's own loss ``(outputs, labels) -> summed loss``, or None for Fisher's."""
     if not config.loss_fn:
         return None
     own = import_function(config.loss_fn, ModelError)

@@ -49,6 +49,8 @@ class Choice:
         params: Parameters as chosen; ``dense_params`` as it was.
         break_even: Largest rank that still saves.
         full_rank: First rank at which the scheme loses nothing; of the weight matrix for dense.
+        locked: Whether a dense layer must stay as it is, bit for bit, as where it was kept on
+            request; else the refit may change its weights. May be edited.
         seconds: Measured time of a batch as chosen, where time was the cost; ``dense_seconds`` as
             it was.
     """
@@ -65,6 +67,7 @@ class Choice:
     dense_params: int
     break_even: int
     full_rank: int
+    locked: bool = False
     seconds: float | None = None
     dense_seconds: float | None = None
 

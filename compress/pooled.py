@@ -1,8 +1,8 @@
 """Rows pooled over an image's positions by the gradient of its loss.
 
 Changing a layer's weight by ``Δ`` changes an image's loss by ``Σ_p g_pᵀ Δ x_p`` to first order,
-summed over output positions ``p``, and the mean square of that, over images and sampled labels, is
-the second-order increase (the Fisher information). Weighting each position's error by
+summed over output positions ``p``, and the mean square of that over images, with the gradients of
+`compress.fisher`, is the second-order increase. Weighting each position's error by
 ``G = E[g gᵀ]`` and adding up neglects what positions have in common: on ResNet-20 the increase
 comes out two to four times too small, differently for each layer. The sum over positions is
 ``⟨D, Δ⟩`` with ``D = Σ_p g_p x_pᵀ``, the gradient of the weight, so that a metric ``G ⊗ C`` with

@@ -20,7 +20,7 @@ from compress.predict import PredictedError, held_out_statistics, seen_errors, u
 from compress.progress import Track
 from compress.refit import Factors, refit
 from compress.rewrite import rewrite
-from compress.segments import refit_segments
+from compress.segments import Improved, refit_segments
 from compress.sites import LayerSite
 from compress.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 
@@ -33,7 +33,7 @@ class Replaced:
         model: The rewritten model, float32.
         fitted: The same before the refit, whose per-layer errors the prediction is about.
         predicted: By layer name, for every layer with statistics.
-        refitted: Names of the layers whose refit was kept.
+        refitted: Names of the layers whose refit was kept, dense ones included.
     """
 
     model: nn.Module
@@ -49,10 +49,12 @@ class Fitted:
     Attributes:
         factors: By layer name.
         predicted: By layer name, for every layer with statistics.
+        free: Names of the dense layers whose weights a refit may change.
     """
 
     factors: dict[str, Factors]
     predicted: dict[str, PredictedError]
+    free: tuple[str, ...] = ()
 
 
 def fit_plan(
@@ -111,7 +113,11 @@ def fit_layers(
                 modules[name], factors[name].fit, calibration.statistics[name], held_out[name]
             )
             predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
-    return Fitted(factors, predicted)
+    free = [
+        c.name for c in plan.choices
+        if not c.rewritten and not c.locked and sites[c.name].skip is None
+    ]  # fmt: skip
+    return Fitted(factors, predicted, tuple(free))
 
 
 def _fit_layer(
@@ -157,21 +163,23 @@ def replace_layers(
     first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
     if not (config.refit and factors and network.graph is not None and len(split.validation)):
         return Replaced(first, first, fitted.predicted)
-    new = _refitted(network, sites, factors, config, split, batch_size, track)
-    changed = tuple(name for name in factors if new[name] is not factors[name])
-    model = rewrite(network.model, sites, {n: f.chain for n, f in new.items()})
+    new = _refitted(network, sites, fitted, config, split, batch_size, track)
+    changed = tuple(name for name in factors if new.factors[name] is not factors[name])
+    chains = {n: f.chain for n, f in new.factors.items()}
+    model = rewrite(network.model, sites, chains, new.kept)
+    changed += tuple(new.kept)
     return Replaced(model, first, fitted.predicted, changed)
 
 
 def _refitted(
     network: Network,
     sites: dict[str, LayerSite],
-    factors: dict[str, Factors],
+    fitted: Fitted,
     config: RunConfig,
     split: Split,
     batch_size: int,
     track: Track,
-) -> dict[str, Factors]:
+) -> Improved:
     """Refit layer by layer in execution order, then jointly between cuts of the graph."""
     assert network.graph is not None
     device, form = network.example.device, network.memory_format
@@ -185,7 +193,7 @@ def _refitted(
             network.model,
             network.graph,
             sites,
-            factors,
+            fitted.factors,
             (images for images, _ in loaded(split.fit)),
             (images for images, _ in loaded(split.validation)),
             seed=config.seed,
@@ -198,6 +206,7 @@ def _refitted(
             found,
             loaded(split.fit),
             loaded(split.validation),
+            free=fitted.free,
             weigh=config.metric == "loss",
             loss=loss_function(config),
             seed=config.seed,

@@ -101,7 +101,10 @@ def as_saved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def rewrite(
-    model: nn.Module, sites: Mapping[str, LayerSite], chains: Mapping[str, Chain]
+    model: nn.Module,
+    sites: Mapping[str, LayerSite],
+    chains: Mapping[str, Chain],
+    kept: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Return a copy of the model with the named layers replaced; the model itself is untouched.
 
@@ -109,7 +112,13 @@ def rewrite(
         model: The network, norms folded.
         sites: Its sites by name.
         chains: What becomes of which site.
+        kept: New values for parameters of layers that stay.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     built = {n: build_chain(sites[n].geometry, chain, modules[n]) for n, chain in chains.items()}
-    return replaced(model, sites, built)
+    new = replaced(model, sites, built)
+    with torch.no_grad():
+        for name, weights in (kept or {}).items():
+            for parameter, value in weights.items():
+                new.get_submodule(name).get_parameter(parameter).copy_(value)
+    return new

@@ -3,23 +3,30 @@
 The refit in execution order (`compress.refit`) is linear: it fits each layer's output before the
 activation, as if what follows could not tell apart errors that a ReLU will cut off, and one layer
 does not know what a later one of the same block could mend. Here the graph is cut where a single
-tensor carries everything on, and the factors between two cuts are improved jointly, by a short run
-of Adam on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network at the second cut and
-``G`` the Fisher weighting there (block reconstruction: Li et al., "BRECQ", 2021; activation-aware
-targets: Zhang et al. 2015). A stretch keeps its new factors where held-out images agree.
+tensor carries everything on, and all weights in a stretch of a few blocks are improved jointly, by
+a short run of Adam on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network where the
+stretch ends and ``G`` the Fisher weighting there (block reconstruction: Li et al., "BRECQ", 2021;
+activation-aware targets: Zhang et al. 2015). Layers that the rule left dense take part, which costs
+nothing; those that must stay as they are do not. A stretch keeps its new weights where held-out
+images agree.
+
+The error of every position at a cut teaches more than that of the logits: refitting the whole
+network, or blocks through the dense rest of it, for the logits came out worse on other images.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.calibrate import LossFunction, sampled_loss
-from compress.cuts import Segment, find_segments
+from compress.calibrate import LossFunction
+from compress.cuts import Segment, find_segments, join
+from compress.fisher import RandomSigns, fisher_loss
 from compress.layers import kind_of
 from compress.linalg.fit import with_weights
 from compress.linalg.moments import Moments
@@ -30,12 +37,28 @@ from compress.refit import LEAST_GAIN, Factors
 from compress.rewrite import build_chain
 from compress.sites import LayerSite, evaluation_mode, frozen
 
-EPOCHS = 6
-# Steps are this part of each factor's root mean square: factors are balanced, layers differ.
+EPOCHS = 12
+# Blocks that are refitted as one: fewer see less of what follows, more fit the images by heart.
+BLOCKS = 4
+# Steps are this part of each weight's root mean square: factors are balanced, layers differ.
 STEP = 0.01
 LARGEST_GRADIENT = 10.0
 
 Labelled = Iterable[tuple[Tensor, Tensor]]
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Improved:
+    """What the joint refit came to.
+
+    Attributes:
+        factors: Of the replaced layers, new where the held-out error of their stretch fell.
+        kept: New weights, by parameter name, of the dense layers in such stretches.
+    """
+
+    factors: dict[str, Factors]
+    kept: dict[str, Weights]
 
 
 def refit_segments(
@@ -46,13 +69,14 @@ def refit_segments(
     fit_batches: Labelled,
     validation_batches: Labelled,
     *,
+    free: Collection[str] = (),
     weigh: bool = True,
     loss: LossFunction | None = None,
     cache_bytes: int = 1 << 30,
     seed: int = 0,
     track: Track = silent,
-) -> dict[str, Factors]:
-    """Improve factors jointly, stretch by stretch, in execution order.
+) -> Improved:
+    """Improve weights jointly, stretch by stretch, in execution order.
 
     Args:
         model: The dense network.
@@ -61,32 +85,36 @@ def refit_segments(
         factors: The replaced ones, by name.
         fit_batches: Images (and labels, which only ``loss`` looks at) to fit on.
         validation_batches: Images that decide whether new factors stay.
+        free: Names of dense layers whose weights may change too.
         weigh: Whether errors are weighted by the loss; else all outputs count alike.
         loss: As `compress.calibrate.calibrate` takes it.
         cache_bytes: Memory for activations; what exceeds it goes to disk.
-        seed: Of the order of batches and the sampled labels.
+        seed: Of the order of batches and the random signs.
         track: Progress.
-
-    Returns:
-        The factors, new where the held-out error of their stretch fell.
     """
-    names = {a: n for n in factors for a in sites[n].aliases if len(sites[n].calls) == 1}
-    current = dict(factors)
+    movable = [n for n in (*factors, *free) if len(sites[n].calls) == 1]
+    names = {alias: n for n in movable for alias in sites[n].aliases}
     *_, last, output = graph.nodes
-    segments = find_segments(graph, model, names) if output.args == (last,) else []
-    if not segments:
+    current = Improved(dict(factors), {})
+    if output.args != (last,):
         return current
     with evaluation_mode(model), frozen(model), spill_folder() as folder:
         walk = _Walk(model, graph, Frontier(cache_bytes, folder))
         for name, found in factors.items():
             walk.install(sites[name], found)
+        for name in set(movable) - set(factors):
+            walk.free(sites[name])
         walk.start(fit_batches, validation_batches)
+        positions = walk.positions()
+        segments = join(find_segments(graph, model, names, positions), BLOCKS, positions)
         metrics = walk.metrics(segments, loss, seed) if weigh else {}
         for segment in track(segments, "refit jointly", len(segments)):
             shape = walk.advance(segment)
             if _suits(shape, [sites[n] for n in segment.layers]):
                 root = metrics.get(segment.end, torch.eye(shape[1])).to(walk.device)
-                current.update(walk.improve(segment, current, sites, root, seed))
+                better = walk.improve(segment, current.factors, sites, root, seed)
+                current.factors.update(better.factors)
+                current.kept.update(better.kept)
             walk.finish(segment)
     return current
 
@@ -108,7 +136,7 @@ class _Walk:
         self.dense, self.compressed = Lockstep(model, graph, {}), Lockstep(model, graph, {})
         self.nodes, self.frontier = self.dense.nodes, frontier
         self.device = next(model.parameters()).device
-        self.chains: dict[str, nn.Sequential] = {}
+        self.layers: dict[str, nn.Module] = {}
         self.held_out: list[bool] = []
         self.labels: list[Tensor] = []
         self.position = 0
@@ -116,9 +144,16 @@ class _Walk:
     def install(self, site: LayerSite, found: Factors) -> None:
         """Put factors in a layer's place."""
         built = build_chain(site.geometry, found.chain, self.dense.modules[site.name])
-        self.chains[site.name] = built.requires_grad_(False)
+        self._place(site, built)
+
+    def free(self, site: LayerSite) -> None:
+        """Let a dense layer differ between the networks."""
+        self._place(site, copy.deepcopy(self.dense.modules[site.name]))
+
+    def _place(self, site: LayerSite, module: nn.Module) -> None:
+        self.layers[site.name] = module.requires_grad_(False)
         for alias in site.aliases:
-            self.compressed.modules[alias] = built
+            self.compressed.modules[alias] = module
 
     def start(self, fit: Labelled, validation: Labelled) -> None:
         """Put every batch at the first node."""
@@ -130,13 +165,29 @@ class _Walk:
                 self.held_out.append(held_out)
                 self.labels.append(labels)
 
+    def positions(self) -> list[int]:
+        """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
+        first = self.nodes[0].name
+        images = self.frontier.look(0)[first].dense.clone()
+        environment = {first: Pair(images, images)}
+        found = []
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.name not in environment:
+                    self.dense.run(environment, [node])
+                value = environment[node.name].dense
+                known = isinstance(value, Tensor) and value.dim() > 1
+                found.append(value[:, 0].numel() // len(images) if known else 0)
+        return found
+
     def metrics(
         self, segments: list[Segment], loss: LossFunction | None, seed: int
     ) -> dict[int, Tensor]:
         """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
         moments: dict[int, Moments] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for batch in (b for b, held_out in enumerate(self.held_out) if not held_out):
+        fitted = [b for b, held_out in enumerate(self.held_out) if not held_out]
+        signs, start = RandomSigns(sum(len(self.labels[b]) for b in fitted), seed), 0
+        for batch in fitted:
             environment = self.frontier.look(batch)
             images = environment[self.nodes[0].name].dense
             value = images.detach().clone().requires_grad_()
@@ -145,8 +196,11 @@ class _Walk:
                 value = self._across(self.dense, at, segment.end, value)
                 ends[segment.end], at = value, segment.end
             output = self._across(self.dense, at, len(self.nodes) - 2, value)
-            uniforms = torch.rand(len(images), generator=generator, dtype=torch.float64)
-            total = loss(output, self.labels[batch]) if loss else sampled_loss(output, uniforms)
+            if loss:
+                total = loss(output, self.labels[batch])
+            else:
+                total = fisher_loss(output, signs.take(start, output))
+            start += len(images)
             gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
             for end, gradient in zip(ends, gradients, strict=True):
                 if gradient is not None and gradient.dim() in (2, 4):
@@ -192,9 +246,11 @@ class _Walk:
         sites: Mapping[str, LayerSite],
         root: Tensor,
         seed: int,
-    ) -> dict[str, Factors]:
-        """Train the factors of a stretch; return the new ones, none where they are no better."""
-        parameters = [p for n in segment.layers for p in self.chains[n].parameters()]
+    ) -> Improved:
+        """Train the weights of a stretch; return the new ones, none where they are no better."""
+        layers = [self.layers[n] for n in segment.layers]
+        old = {n: copy.deepcopy(self.layers[n].state_dict()) for n in segment.layers}
+        parameters = [p for layer in layers for p in layer.parameters()]
         before = self._error(segment, root)
         for parameter in parameters:
             parameter.requires_grad_()
@@ -202,12 +258,17 @@ class _Walk:
             self._train(segment, parameters, root, before, seed)
         for parameter in parameters:
             parameter.requires_grad_(False)
-        if self._error(segment, root) < before * (1 - LEAST_GAIN):
-            found = {n: _read(self.chains[n], factors[n], sites[n]) for n in segment.layers}
-        else:
-            found = {}
-        for name in segment.layers:  # balanced anew, or as they were
-            self.install(sites[name], found.get(name, factors[name]))
+        if not self._error(segment, root) < before * (1 - LEAST_GAIN):
+            for name in segment.layers:
+                self.layers[name].load_state_dict(old[name])
+            return Improved({}, {})
+        found = Improved({}, {})
+        for name in segment.layers:
+            if name in factors:
+                found.factors[name] = _read(self.layers[name], factors[name], sites[name])
+                self.install(sites[name], found.factors[name])  # balanced anew
+            else:
+                found.kept[name] = copy.deepcopy(self.layers[name].state_dict())
         return found
 
     def finish(self, segment: Segment) -> None:
@@ -264,12 +325,12 @@ class _Walk:
         return sum(float(e) * n for e, n in found) / max(sum(n for _, n in found), 1)
 
 
-def _read(chain: nn.Sequential, old: Factors, site: LayerSite) -> Factors:
+def _read(chain: nn.Module, old: Factors, site: LayerSite) -> Factors:
     """The factors that a trained chain holds, balanced."""
-    weights = []
-    for layer in chain:
+    layers, weights = list(chain.children()), []
+    for layer in layers:
         kind = kind_of(layer)
         assert kind is not None
         weights.append(kind.weight(layer).detach().double())
-    bias = chain[-1].get_parameter("bias").detach().double()
+    bias = layers[-1].get_parameter("bias").detach().double()
     return replace(old, fit=with_weights(site.geometry, old.fit, tuple(weights)), bias=bias)

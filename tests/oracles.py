@@ -177,13 +177,3 @@ def weighting(
         for row in rows[group]:
             total[group] += torch.outer(row, row)
     return total / rows.shape[1]
-
-
-def sampled_labels(logits: Tensor, uniforms: Tensor) -> list[int]:
-    """The first class at which the running sum of probabilities reaches each uniform number."""
-    labels = []
-    for row, uniform in zip(logits, uniforms, strict=True):
-        running = torch.softmax(row.double(), 0).cumsum(0).tolist()
-        reached = [label for label, total in enumerate(running) if total >= float(uniform)]
-        labels.append(reached[0] if reached else len(running) - 1)
-    return labels

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import compress.calibrate as calibrate_module
-from compress.calibrate import calibrate, sampled_loss, wants_patches
+from compress.calibrate import calibrate, wants_patches
 from compress.errors import CalibrationError, ModelError
+from compress.fisher import RandomSigns
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
 from compress.metric import absorbed_bias, layer_problem
@@ -77,43 +78,31 @@ def assert_same(found: LayerStatistics, wanted: LayerStatistics) -> None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7 * float(b.abs().max()))
 
 
-def uniforms(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("name", ["stem", "shared", "head"])
-def test_weighting_equals_autograd_with_labels_sampled_alike(name: str) -> None:
+def test_weighting_equals_autograd_along_the_same_direction(name: str) -> None:
     """One image at a time, gradients by ``torch.autograd.grad``; both calls of a shared layer."""
     model, x = network(), images(9)
     found = run(model, x, [4, 5], seed=3).statistics[name].weighting
-    with torch.no_grad():
-        labels = oracles.sampled_labels(model(x), uniforms(9, 3))
-    assert len(set(labels)) > 1
+    signs = RandomSigns(9, 3).take(0, model(x))
 
     def loss(logits: Tensor, number: int) -> Tensor:
-        return torch.logsumexp(logits[0], 0) - logits[0, labels[number]]
+        """Against the softmax's own Jacobian: ``F = J``, ``L = J diag(1 / √p)``."""
+        p = torch.softmax(logits[0].detach(), 0)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda z: torch.softmax(z, 0), logits[0].detach()
+        )
+        return logits[0] @ (jacobian @ (signs[number] / p.sqrt()))
 
     wanted = oracles.weighting(model, name, x, loss)
     assert found is not None
     torch.testing.assert_close(found.second_moment, wanted, **NEAR)
 
 
-def test_labels_follow_the_models_own_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64).expand(4000, -1)
-    logits = logits.clone().requires_grad_()
-    sampled_loss(logits, uniforms(4000, 0)).backward()
-    assert logits.grad is not None
-    # The gradient is p - onehot(label): its negative entries tell the labels.
-    frequencies = (logits.grad < 0).double().mean(0)
-    torch.testing.assert_close(frequencies, torch.softmax(logits[0].detach(), 0), rtol=0, atol=0.02)
-
-
 @pytest.mark.parametrize("sizes", [[1] * 12, [5, 7], [11, 1]])
 def test_any_batches_give_the_same_statistics(
     sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled labels and subsets of positions included."""
+    """Random signs and subsets of positions included."""
     monkeypatch.setattr(calibrate_module, "FREE_PATCHES", 100)
     monkeypatch.setattr(calibrate_module, "FREE_OUTPUTS", 100)
     model, x = network(), images(12)

@@ -81,9 +81,13 @@ def factors_of(
 RANKS = {"first": ("output", 3), "second": ("spatial", 5)}
 
 
-def rewritten(network: Network, factors: dict[str, Factors]) -> nn.Module:
+def rewritten(
+    network: Network,
+    factors: dict[str, Factors],
+    kept: dict[str, dict[str, Tensor]] | None = None,
+) -> nn.Module:
     sites = {s.name: s for s in network.sites}
-    return rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+    return rewrite(network.model, sites, {n: f.chain for n, f in factors.items()}, kept)
 
 
 def test_lockstep_computes_what_both_networks_compute_apart(

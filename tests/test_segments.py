@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_refit import Residual, factors_of, rewritten
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from compress import segments
-from compress.cuts import find_segments
+from compress.cuts import Segment, find_segments, join
 from compress.linalg.fit import Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
+from compress.lockstep import Frontier
 from compress.network import Network, prepare
 from compress.refit import Factors
-from compress.segments import refit_segments
+from compress.segments import Improved, refit_segments
 
 RANKS = {"stem": ("spatial", 4), "first": ("input", 4), "second": ("output", 4)}
 
@@ -42,7 +46,9 @@ def batches(images: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(8)]
 
 
-def improved(network: Network, images: Tensor, factors: dict[str, Factors], **changes: object):  # type: ignore[no-untyped-def]
+def improved(
+    network: Network, images: Tensor, factors: dict[str, Factors], **changes: Any
+) -> Improved:
     assert network.graph is not None
     sites = {site.name: site for site in network.sites}
     return refit_segments(
@@ -52,55 +58,118 @@ def improved(network: Network, images: Tensor, factors: dict[str, Factors], **ch
 
 
 def until_pooled(model: nn.Module, x: Tensor) -> Tensor:
-    """What the head reads, in either network."""
+    """What the pooling before the head reads, in either network."""
     seen: list[Tensor] = []
-    handle = model.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    handle = model.get_submodule("relu").register_forward_hook(
+        lambda _, __, output: seen.append(output.clone())
+    )
     with torch.no_grad():
         model(x)
     handle.remove()
-    return seen[0]
+    return seen[-1]
+
+
+def positions_of(network: Network) -> list[int]:
+    """By torch's own propagation of shapes."""
+    assert network.graph is not None
+    module = fx.GraphModule(network.model, network.graph)
+    ShapeProp(module).propagate(network.example)
+    shapes = [node.meta["tensor_meta"].shape for node in module.graph.nodes]
+    return [shape.numel() // shape[1] for shape in shapes]  # of one image
 
 
 def test_a_graph_is_cut_where_one_tensor_goes_on(network: Network) -> None:
     assert network.graph is not None
-    nodes = list(network.graph.nodes)
+    nodes, positions = list(network.graph.nodes), positions_of(network)
     by_name = {name: name for name in ("stem", "first", "second")}
-    (whole,) = find_segments(network.graph, network.model, by_name)
-    # The second alone is no stretch, and inside a block two tensors go on: image and shortcut.
+    whole, rest = find_segments(network.graph, network.model, by_name, positions)
+    # Inside a block two tensors go on: image and shortcut.
     assert whole.layers == ("stem", "first")
     assert nodes[whole.start].op == "placeholder"
     assert nodes[whole.end].target == "relu"
     assert nodes[whole.end + 1].target == "second"
-    assert find_segments(network.graph, network.model, {"second": "second"}) == []
-    later = {name: name for name in ("first", "second")}
-    (whole,) = find_segments(network.graph, network.model, later)
+    assert rest == Segment(whole.end, rest.end, ("second",))  # the head sees one position an image
+    alone = find_segments(network.graph, network.model, {"first": "first"}, [7] * len(nodes))
+    assert alone == []
+    assert find_segments(network.graph, network.model, {}, positions) == []
+
+
+def test_a_stretch_ends_before_a_pooling(network: Network) -> None:
+    assert network.graph is not None
+    nodes = list(network.graph.nodes)
+    by_name = {name: name for name in ("first", "second")}
+    (whole,) = find_segments(network.graph, network.model, by_name, positions_of(network))
+    assert nodes[whole.end].target == "relu"
+    assert nodes[whole.end + 1].target == "mean"
+    # Where no position is lost it reaches on to what the next layer reads.
+    (whole,) = find_segments(network.graph, network.model, by_name, [7] * len(nodes))
     assert nodes[whole.end + 1].target == "head"
 
 
+def test_positions_are_those_of_one_image(network: Network, images: Tensor, tmp_path: Path) -> None:
+    assert network.graph is not None
+    walk = segments._Walk(network.model, network.graph, Frontier(1 << 30, tmp_path))
+    walk.start([(images[:5], torch.zeros(5))], [])
+    *found, output = walk.positions()
+    assert found == positions_of(network)[:-1]
+    assert output == 0
+
+
+def test_stretches_that_follow_each_other_are_joined() -> None:
+    parts = [Segment(0, 3, ("a", "b")), Segment(3, 5, ("c", "d")), Segment(5, 8, ("e",))]
+    many = [16, 16, 16, 16, 4, 4, 4, 4, 4]
+    assert join(parts, 1, many) == parts[:2]
+    assert join(parts, 2, many) == [Segment(0, 5, ("a", "b", "c", "d"))]
+    assert join(parts, 4, many) == [Segment(0, 8, ("a", "b", "c", "d", "e"))]
+    apart = [parts[0], Segment(4, 5, ("c", "d")), parts[2]]
+    assert join(apart, 4, many) == [parts[0], Segment(4, 8, ("c", "d", "e"))]
+    flat = [Segment(0, 3, ("a", "b")), Segment(3, 5, ("c", "d")), Segment(5, 8, ("e", "f"))]
+    assert join(flat, 4, [*many[:8], 1]) == [Segment(0, 5, ("a", "b", "c", "d")), flat[2]]
+
+
+@pytest.mark.parametrize("free", [(), ("stem",)])
 def test_the_plain_error_falls_on_images_that_nothing_was_fitted_to(
-    network: Network, images: Tensor, factors: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    network: Network, images: Tensor, factors: dict[str, Factors], free: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Measured on the rewritten models, at the cut that the stretch is fitted for."""
     monkeypatch.setattr(segments, "EPOCHS", 20)
-    ranks = {"first": RANKS["first"], "second": RANKS["second"]}
-    start = {name: factors[name] for name in ranks}
-    found = improved(network, images, start, weigh=False)
-    assert any(found[name] is not start[name] for name in start)
+    start = {name: factors[name] for name in ("first", "second")}
+    found = improved(network, images, start, weigh=False, free=free)
+    assert any(found.factors[name] is not start[name] for name in start)
+    assert set(found.kept) == set(free)
     held_out = images[64:]
     wanted = until_pooled(network.model, held_out)
     before, after = (
-        float((until_pooled(rewritten(network, f), held_out) - wanted).square().sum())
-        for f in (start, found)
+        float((until_pooled(model, held_out) - wanted).square().sum())
+        for model in (rewritten(network, start), rewritten(network, found.factors, found.kept))
     )
     assert after < 0.95 * before
+
+
+def test_a_free_layer_changes_its_values_and_nothing_else(
+    network: Network, images: Tensor, factors: dict[str, Factors]
+) -> None:
+    start = {name: factors[name] for name in ("first", "second")}
+    found = improved(network, images, start, free=("stem", "head"))
+    old = network.model.get_submodule("stem")
+    new = rewritten(network, found.factors, found.kept).get_submodule("stem")
+    assert type(new) is type(old)
+    assert repr(new) == repr(old)
+    for name, parameter in old.named_parameters():
+        other = new.get_parameter(name)
+        assert other.requires_grad == parameter.requires_grad
+        assert not torch.equal(other, parameter)
+    assert "head" not in found.kept  # alone behind the pooling, in no stretch
 
 
 def test_what_gets_no_better_stays(
     network: Network, images: Tensor, factors: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segments, "STEP", 100.0)
-    found = improved(network, images, factors)
-    assert all(found[name] is factors[name] for name in factors)
+    found = improved(network, images, factors, free=("head",))
+    assert all(found.factors[name] is factors[name] for name in factors)
+    assert not found.kept
 
 
 def test_the_network_and_the_random_state_are_left_alone(
@@ -114,14 +183,14 @@ def test_the_network_and_the_random_state_are_left_alone(
     for parameter in network.model.parameters():
         assert parameter.grad is None
     again = improved(network, images, factors)
-    for name, factor in found.items():
-        assert torch.equal(factor.fit.matrix, again[name].fit.matrix)
+    for name, factor in found.factors.items():
+        assert torch.equal(factor.fit.matrix, again.factors[name].fit.matrix)
 
 
 def test_spilling_to_disk_changes_nothing(
     network: Network, images: Tensor, factors: dict[str, Factors]
 ) -> None:
-    memory, disk = (improved(network, images, factors, cache_bytes=n) for n in (1 << 30, 0))
+    memory, disk = (improved(network, images, factors, cache_bytes=n).factors for n in (1 << 30, 0))
     for name, factor in memory.items():
         assert torch.equal(factor.fit.matrix, disk[name].fit.matrix)
         assert torch.equal(factor.bias, disk[name].bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -61,8 +61,8 @@ def problems(
 
 
 def kept(site: LayerSite, reason: str) -> Choice:
-    """The choice to leave a layer as it is."""
-    return make_choice(site, DENSE, (), reason, 0)
+    """The choice to leave a layer as it is, weights included."""
+    return replace(make_choice(site, DENSE, (), reason, 0), locked=True)
 
 
 def make_choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int) -> Choice:
