@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +38,8 @@ from compress.rewrite import build_chain
 from compress.sites import LayerSite, evaluation_mode, frozen
 
 EPOCHS = 12
+# Images a step, whatever the batches are: results must not depend on what fits into memory.
+STEP_IMAGES = 32
 # Blocks that are refitted as one: fewer see less of what follows, more fit the images by heart.
 BLOCKS = 4
 # Steps are this part of each weight's root mean square: factors are balanced, layers differ.
@@ -107,7 +109,7 @@ def refit_segments(
         walk.start(fit_batches, validation_batches)
         positions = walk.positions()
         segments = join(find_segments(graph, model, names, positions), BLOCKS, positions)
-        metrics = walk.metrics(segments, loss, seed) if weigh else {}
+        metrics = walk.metrics(segments, loss, seed) if weigh and segments else {}
         for segment in track(segments, "refit jointly", len(segments)):
             shape = walk.advance(segment)
             if _suits(shape, [sites[n] for n in segment.layers]):
@@ -122,6 +124,25 @@ def refit_segments(
 def _suits(shape: torch.Size, layers: list[LayerSite]) -> bool:
     """Whether axis 1 of a stretch's output is sure to be its channels."""
     return len(shape) == 2 or (len(shape) == 4 and all(s.kind == "Conv2d" for s in layers))
+
+
+def _pieces(batches: Labelled) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut batches anew, into the largest equal parts of a step that are no larger than the first.
+
+    Only the last piece may be smaller.
+    """
+    size, images, labels = 0, torch.empty(0), torch.empty(0)
+    for more, more_labels in batches:
+        if not size:
+            size = 1 << (min(len(more), STEP_IMAGES).bit_length() - 1)
+            images, labels = more, more_labels
+        else:
+            images, labels = torch.cat([images, more]), torch.cat([labels, more_labels])
+        while len(images) >= size:
+            yield images[:size], labels[:size]
+            images, labels = images[size:], labels[size:]
+    if len(images):
+        yield images, labels
 
 
 def _channel_rows(value: Tensor) -> Tensor:
@@ -159,7 +180,7 @@ class _Walk:
         """Put every batch at the first node."""
         first = self.nodes[0].name
         for batches, held_out in ((fit, False), (validation, True)):
-            for images, labels in batches:
+            for images, labels in _pieces(batches):
                 images = images.to(self.device)
                 self.frontier.put(len(self.held_out), {first: Pair(images, images)})
                 self.held_out.append(held_out)
@@ -288,21 +309,25 @@ class _Walk:
         scale: float,
         seed: int,
     ) -> None:
-        """Adam with a falling step over the fit batches, in a seeded order."""
+        """Adam with a falling step over the fit images, in a seeded order."""
         batches = [b for b, held_out in enumerate(self.held_out) if not held_out]
+        each = max(STEP_IMAGES // len(self.labels[0]), 1)
+        steps = [batches[i : i + each] for i in range(0, len(batches), each)]
         sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
         groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, sizes, strict=True)]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        steps = EPOCHS * len(batches)
+        total = EPOCHS * len(steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / total))
         )
         generator = torch.Generator().manual_seed(seed)
         for _ in range(EPOCHS):
-            for index in torch.randperm(len(batches), generator=generator).tolist():
+            for index in torch.randperm(len(steps), generator=generator).tolist():
                 adam.zero_grad()
-                error, _ = self._loss(segment, batches[index], root)
-                torch.autograd.backward(error / scale)
+                images = sum(len(self.labels[batch]) for batch in steps[index])
+                for batch in steps[index]:
+                    error, count = self._loss(segment, batch, root)
+                    torch.autograd.backward(error * (count / images / scale))
                 nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
                 adam.step()
                 schedule.step()

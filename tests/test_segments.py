@@ -42,18 +42,18 @@ def factors(network: Network, images: Tensor) -> dict[str, Factors]:
     return factors_of(network, images[:64], RANKS)
 
 
-def batches(images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(8)]
+def batches(images: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(size)]
 
 
 def improved(
-    network: Network, images: Tensor, factors: dict[str, Factors], **changes: Any
+    network: Network, images: Tensor, factors: dict[str, Factors], size: int = 8, **changes: Any
 ) -> Improved:
     assert network.graph is not None
     sites = {site.name: site for site in network.sites}
     return refit_segments(
         network.model, network.graph, sites, factors,
-        batches(images[:64]), batches(images[64:]), **changes,
+        batches(images[:64], size), batches(images[64:], size), **changes,
     )  # fmt: skip
 
 
@@ -185,6 +185,31 @@ def test_the_network_and_the_random_state_are_left_alone(
     again = improved(network, images, factors)
     for name, factor in found.factors.items():
         assert torch.equal(factor.fit.matrix, again.factors[name].fit.matrix)
+
+
+def test_the_batches_do_not_matter(
+    network: Network, images: Tensor, factors: dict[str, Factors]
+) -> None:
+    """Up to the order of sums, which the held-out comparison might still turn over."""
+    one, other = (improved(network, images, factors, size=n, free=("head",)) for n in (8, 50))
+    for name, factor in one.factors.items():
+        assert factor is not factors[name]
+        torch.testing.assert_close(
+            factor.fit.matrix, other.factors[name].fit.matrix, rtol=1e-2, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [
+    ([5, 5, 2], [4, 4, 4]), ([70, 3], [32, 32, 9]), ([24], [16, 8]), ([1, 1], [1, 1]), ([], []),
+])  # fmt: skip
+def test_pieces_are_equal_parts_of_a_step(sizes: list[int], wanted: list[int]) -> None:
+    numbers = torch.arange(sum(sizes))
+    given = [(part.unsqueeze(1), part) for part in torch.split(numbers, sizes)] if sizes else []
+    found = list(segments._pieces(given))
+    assert [len(x) for x, _ in found] == wanted
+    if wanted:
+        assert torch.equal(torch.cat([x for x, _ in found]).squeeze(1), numbers)
+        assert torch.equal(torch.cat([y for _, y in found]), numbers)
 
 
 def test_spilling_to_disk_changes_nothing(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compress.choose.choices import make_choice
 from compress.errors import PlanError, near_matches
 from compress.linalg.schemes import full_ranks
@@ -28,9 +30,8 @@ def check_plan(plan: Plan, sites: tuple[LayerSite, ...]) -> Plan:
         if problem is not None:
             problems.append(f"layer {choice.name!r}: {problem}")
             continue
-        choices.append(
-            make_choice(site, choice.scheme, choice.ranks, choice.reason, choice.break_even)
-        )
+        made = make_choice(site, choice.scheme, choice.ranks, choice.reason, choice.break_even)
+        choices.append(replace(made, locked=choice.locked))
     problems += [f"layer {name!r} is missing from the plan" for name in by_name]
     if problems:
         shown = "; ".join(problems[:20])
