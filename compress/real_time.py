@@ -27,8 +27,8 @@ from compress.search import slowest_within
 from compress.statistics import Calibration
 
 # Turns of each network in a trial, and how long each is timed in all at least.
-ROUNDS = 5
-MIN_SECONDS = 0.3
+ROUNDS = 7
+MIN_SECONDS = 0.5
 
 
 def timed_plan(

@@ -245,8 +245,29 @@ def test_the_search_keeps_the_measured_budget_and_comes_close(
     log: list[float] = []
     found = slowest_within([timed_budgets(SECONDS, 100.0)], stopwatch(truth, log), fraction)
     assert found.ratio in log
-    assert found.trials <= len(log) <= 7
+    assert found.trials <= 7
+    assert len(log) <= 14
     assert 0.85 * fraction <= found.ratio <= fraction
+
+
+def test_what_was_fast_enough_by_luck_is_not_taken() -> None:
+    """The first measurement of every network comes out a tenth too short, the second does not."""
+    seen: set[float] = set()
+
+    def measure(choices: list[Choice], _: str) -> float:
+        seconds = cast(float, choices[0].seconds)
+        lucky = seconds not in seen
+        seen.add(seconds)
+        return (0.9 if lucky else 1.0) * seconds / 100
+
+    found = slowest_within([timed_budgets(SECONDS, 100.0)], measure, 0.6)
+    assert found.ratio == cast(float, found.choices[0].seconds) / 100
+    assert 0.85 * 0.6 <= found.ratio <= 0.98 * 0.6
+
+
+def test_barely_within_the_budget_is_better_than_nothing() -> None:
+    found = slowest_within([timed_budgets(SECONDS, 100.0)], lambda *_: 0.595, 0.6)
+    assert found.ratio == 0.595
 
 
 def test_what_cannot_be_reached_is_named() -> None:

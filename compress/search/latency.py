@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from compress.choose import TimedBudgets
 from compress.errors import BudgetError
@@ -12,10 +13,11 @@ from compress.plan import Choice
 
 # Networks built and timed, at most.
 TRIALS = 7
-# What is aimed at, below the budget, so that the next measurement keeps it too; and how far below
-# it a network may be that is not worth another trial.
-AIM = 0.97
-CLOSE = 0.94
+# Parts of the budget. A time is not the same twice: what is aimed at; what a network may take to be
+# accepted, twice in a row; and how near it must be to be worth no other trial.
+AIM = 0.95
+SAFE = 0.98
+CLOSE = 0.92
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class FoundTime:
 
     Attributes:
         choices: The plan's choices.
-        ratio: Measured time over that of the dense network.
+        ratio: Measured time over that of the dense network, the longer of two measurements.
         memory_format: What it was timed in.
         trials: How many networks were timed.
     """
@@ -44,14 +46,15 @@ def slowest_within(
     """Search the predicted budget for the largest whose measured network keeps the real one.
 
     The layers' times alone miss what the layers do to each other, so each trial's measured ratio
-    moves the next budget, by interpolation between the trials around it.
+    moves the next budget, by interpolation between the trials around it. What seems fast enough is
+    measured again, lest the luckiest measurement be chosen.
 
     Args:
         budgets: One for each memory format.
         measure: Builds and times the network of a plan in a memory format: its time over the
             dense network's at its best.
         fraction: What the ratio may be at most.
-        trials: How often ``measure`` may be called.
+        trials: How many networks may be tried; ``measure`` is called twice at most for each.
 
     Raises:
         BudgetError: Even the fastest candidates take longer; the message names the ratio reached.
@@ -63,25 +66,30 @@ def slowest_within(
     below: tuple[float, float] | None = None
     above = (1.0, max(scale, 1.0))
     point = min(max(AIM * fraction / scale, smallest), 1.0)
-    best: FoundTime | None = None
+    best: FoundTime | None = None  # safely within the budget
+    barely: FoundTime | None = None
     for trial in range(1, trials + 1):
         choices = chosen.spend(point)
         ratio = measure(choices, chosen.memory_format)
-        if ratio <= fraction:
-            best = FoundTime(choices, ratio, chosen.memory_format, trial)
-            below = (point, ratio)
+        if ratio <= SAFE * fraction:
+            ratio = max(ratio, measure(choices, chosen.memory_format))
+        found = FoundTime(choices, ratio, chosen.memory_format, trial)
+        if ratio <= SAFE * fraction:
+            best, below = found, (point, ratio)
             if ratio >= CLOSE * fraction or point >= 1.0:
                 return best
-        elif point <= smallest:
-            raise _unreachable(fraction, ratio)
         else:
             above = (point, ratio)
+            if ratio <= fraction:
+                barely = found
+            if point <= smallest:
+                break
         point = _next(below, above, AIM * fraction, smallest)
         if trial == trials - 1 and best is None:
             point = smallest  # the last chance
-    if best is None:
+    if best is None and barely is None:
         raise _unreachable(fraction, ratio)
-    return best
+    return cast(FoundTime, best or barely)
 
 
 def _next(
