@@ -60,14 +60,17 @@ def find_segments(
 def join(segments: Sequence[Segment], most: int, positions: Sequence[int]) -> list[Segment]:
     """Join up to ``most`` stretches that follow each other directly; single layers are left out.
 
-    None goes from many positions to one an image, whose errors are soon fitted by heart.
+    None goes from many positions to one an image, and the last of many positions stays by itself:
+    what few positions ask of many weights is soon fitted by heart.
     """
     joined: list[Segment] = []
     count = 0
+    spread = [segment for segment in segments if positions[segment.end] > 1]
     for segment in segments:
         last = joined[-1] if joined else segment
-        flattens = positions[last.end] > 1 == positions[segment.end]
-        if last.end == segment.start and count < most and not flattens:
+        alone = segment in spread[-1:] and len(segment.layers) > 1
+        alone = alone or positions[last.end] > 1 == positions[segment.end]
+        if last.end == segment.start and count < most and not alone:
             joined[-1] = Segment(last.start, segment.end, last.layers + segment.layers)
             count += 1
         else:

@@ -115,16 +115,31 @@ def test_positions_are_those_of_one_image(network: Network, images: Tensor, tmp_
     assert output == 0
 
 
-def test_stretches_that_follow_each_other_are_joined() -> None:
-    parts = [Segment(0, 3, ("a", "b")), Segment(3, 5, ("c", "d")), Segment(5, 8, ("e",))]
-    many = [16, 16, 16, 16, 4, 4, 4, 4, 4]
-    assert join(parts, 1, many) == parts[:2]
-    assert join(parts, 2, many) == [Segment(0, 5, ("a", "b", "c", "d"))]
-    assert join(parts, 4, many) == [Segment(0, 8, ("a", "b", "c", "d", "e"))]
-    apart = [parts[0], Segment(4, 5, ("c", "d")), parts[2]]
-    assert join(apart, 4, many) == [parts[0], Segment(4, 8, ("c", "d", "e"))]
-    flat = [Segment(0, 3, ("a", "b")), Segment(3, 5, ("c", "d")), Segment(5, 8, ("e", "f"))]
-    assert join(flat, 4, [*many[:8], 1]) == [Segment(0, 5, ("a", "b", "c", "d")), flat[2]]
+def parts_at(*ends: int, start: int = 0) -> list[Segment]:
+    """Stretches of two layers that follow each other."""
+    starts = (start, *ends[:-1])
+    return [Segment(a, b, (f"{b}a", f"{b}b")) for a, b in zip(starts, ends, strict=True)]
+
+
+def spans(segments: list[Segment]) -> list[tuple[int, int, int]]:
+    return [(s.start, s.end, len(s.layers)) for s in segments]
+
+
+def test_stretches_that_follow_each_other_are_joined_but_for_the_last() -> None:
+    parts, many = parts_at(2, 4, 6, 8), [16] * 9
+    assert spans(join(parts, 1, many)) == spans(parts)
+    assert spans(join(parts, 2, many)) == [(0, 4, 4), (4, 6, 2), (6, 8, 2)]
+    assert spans(join(parts, 4, many)) == [(0, 6, 6), (6, 8, 2)]
+    apart = [*parts_at(2), *parts_at(5, 7, 8, start=3)]
+    assert spans(join(apart, 4, many)) == [(0, 2, 2), (3, 7, 4), (7, 8, 2)]
+
+
+def test_none_goes_to_a_single_position_and_single_layers_are_joined_or_left_out() -> None:
+    parts = parts_at(2, 4, 6, 8)
+    pooled = [16] * 5 + [1] * 4
+    assert spans(join(parts, 4, pooled)) == [(0, 2, 2), (2, 4, 2), (4, 8, 4)]
+    single = [*parts[:2], Segment(4, 6, ("last",)), Segment(6, 8, ("head",))]
+    assert spans(join(single, 4, [16] * 7 + [1] * 2)) == [(0, 6, 5)]
 
 
 @pytest.mark.parametrize("free", [(), ("stem",)])
