@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass
 
@@ -20,10 +21,33 @@ class _Tracer(fx.Tracer):
     """Traces through the user's modules and stops at torch's and this package's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name == "model" and isinstance(self.root, _Called):
+            return False
         # Unpacked attention stays open: its projections are layers like any other.
         home = type(m).__module__
         own = home.startswith("compress.modules") and "attention" not in home
         return own or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Called(nn.Module):
+    """A model called with its input alone, so that what else it could take has its default.
+
+    Tracing would make proxies of those arguments, and a forward that asks whether one ``is None``
+    would take the wrong branch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> object:
+        return self.model(x)
+
+
+def _strip(graph: fx.Graph, prefix: str) -> None:
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = str(node.target).removeprefix(prefix)
 
 
 def trace(model: nn.Module) -> fx.Graph | None:
@@ -34,9 +58,12 @@ def trace(model: nn.Module) -> fx.Graph | None:
     """
     try:
         with evaluation_mode(model):  # or what the forward keeps of its proxies would stay
-            graph = _Tracer().trace(model)
-            constants = {n: v for n, v in vars(model).items() if n.startswith(_CONSTANT)}
+            root = _Called(model) if len(inspect.signature(model.forward).parameters) > 1 else model
+            graph = _Tracer().trace(root)
+            constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)}
         vars(model).update(constants)
+        if root is not model:
+            _strip(graph, "model.")
         graph.lint()
     except Exception:  # tracing runs the user's forward on proxies, which may raise anything
         return None

@@ -53,6 +53,7 @@ NETWORKS: list[tuple[str, dict[str, str]]] = [
     ("AlwaysDropsOut", {}),
     ("FoldsPixels", {}),
     ("HeadFirst", {}),
+    ("TakesMore", {}),
     ("RepeatsByValues", {}),
     ("ByBatchSize", {"alone": "no calibration image reached it", "second": "never called"}),
     ("compiled", {}),

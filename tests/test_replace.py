@@ -48,3 +48,36 @@ def test_none_is_given_where_samples_are_many(monkeypatch: pytest.MonkeyPatch) -
     made = compress.compress_model(model, images, rank={"0": "2"}, refit=False)
     assert made.result.layers[0].predicted_mse
     assert made.result.layers[0].predicted_held_out_mse is None
+
+
+def test_layers_left_dense_are_refitted_unless_they_are_kept_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The report tells which; plan and report agree about the others, bit for bit."""
+    stop_the_clock(monkeypatch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+        )  # fmt: skip
+        coarse = torch.randn(96, 1, 3, 3)
+    images = nn.functional.interpolate(coarse, size=8, mode="bilinear")
+    changed = {}
+    for keep in ((), ("6",)):
+        made = compress.compress_model(model, images, macs=0.7, keep=keep, schemes=("output",))
+        layers = {x.name: x for x in made.result.layers}
+        assert layers["4"].rewritten
+        for name in ("0", "6", "10"):
+            assert not layers[name].rewritten
+            mine, original = made.model.get_submodule(name), model.get_submodule(name)
+            differs = not torch.equal(
+                mine.get_parameter("weight"), original.get_parameter("weight")
+            )
+            assert ("refitted" in layers[name].reason) == differs
+            changed[name, keep] = differs
+        assert made.plan["6"].locked == bool(keep)
+    assert changed["6", ()]
+    assert not changed["6", ("6",)]
+    assert not changed["10", ()]  # alone behind the pooling, in no stretch

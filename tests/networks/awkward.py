@@ -200,6 +200,24 @@ def without_parameters() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Flatten())
 
 
+class TakesMore(nn.Module):
+    """A forward with arguments that nobody passes; a tracer's proxy for them is not None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 12, 3, padding=1)
+        self.head = nn.Linear(12, 3)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, pool: bool = True, *rest: Tensor
+    ) -> Tensor:
+        x = F.relu(self.second(F.relu(self.first(x))))
+        if mask is not None:
+            x = x * mask
+        return self.head(x.mean((2, 3))) if pool and not rest else x
+
+
 def holding_a_lock() -> nn.Module:
     model = Plain()
     model.lock = threading.Lock()
