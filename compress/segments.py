@@ -104,11 +104,11 @@ def refit_segments(
         walk = _Walk(model, graph, Frontier(cache_bytes, folder))
         for name, found in factors.items():
             walk.install(sites[name], found)
-        for name in set(movable) - set(factors):
-            walk.free(sites[name])
         walk.start(fit_batches, validation_batches)
         positions = walk.positions()
         segments = join(find_segments(graph, model, names, positions), BLOCKS, positions)
+        for name in (n for segment in segments for n in segment.layers if n not in factors):
+            walk.free(sites[name])
         metrics = walk.metrics(segments, loss, seed) if weigh and segments else {}
         for segment in track(segments, "refit jointly", len(segments)):
             shape = walk.advance(segment)
