@@ -144,9 +144,9 @@ def test_truncated_anywhere(tmp_path, zipped):
     path = tmp_path / "a.pt"
     torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for part in (0.02, 0.3, 0.7, 0.99):
-        path.write_bytes(whole[: int(len(whole) * part)])
-        with pytest.raises(CheckpointError, match="truncated or damaged") as caught:
+    for end in range(1, len(whole), 1 if len(whole) < 2000 else len(whole) // 500):
+        path.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError) as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
 

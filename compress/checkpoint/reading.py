@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -142,6 +143,13 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
         ) from error
 
 
+# What torch's reader raises, depending on the byte that a file ends at.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, struct.error,
+)  # fmt: skip
+
+
 def _read_torch(path: Path) -> Mapping[Any, Any]:
     try:
         with warnings.catch_warnings():
@@ -159,7 +167,7 @@ def _read_torch(path: Path) -> Mapping[Any, Any]:
             "refused, because such a file can run anything; nothing in it was run. If it holds a "
             f"whole module or training arguments, {_RESAVE}."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except _DAMAGE as error:
         if "TorchScript" in str(error):
             raise CheckpointError(
                 f"The checkpoint {path} is a TorchScript archive, which holds code; {_RESAVE}."
