@@ -10,14 +10,14 @@ later in-place operations change the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError
 from compress.finite import check_finite
-from compress.fisher import RandomSigns, fisher_loss
+from compress.fisher import LossFunction, Objective
 from compress.latency.formats import in_format, in_memory_format
 from compress.layers import kind_of
 from compress.linalg.geometry import output_rows, patch_rows
@@ -36,8 +36,6 @@ LONGEST_PATCH = 8192
 
 WHEN = "on the calibration images"
 REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
@@ -210,7 +208,7 @@ def calibrate(
         module = modules[site.name]
         sketch = channel_sketch(site.geometry, images, seed).to(device) if weigh and pool else None
         collectors[module] = _Collector(site, module, patches, positions, weigh, sketch)
-    signs, start = RandomSigns(images, seed), 0
+    objective, start = Objective(images, seed, loss), 0
     with (
         evaluation_mode(model),
         frozen(model),
@@ -225,11 +223,7 @@ def calibrate(
                 # An input that requires grad, so that gradients reach the first layer's output.
                 output = run_model(model, inputs.detach().requires_grad_())
                 check_finite(model, inputs, output.detach(), WHEN, REMEDY)
-                if loss:
-                    value = loss(output, labels)
-                else:
-                    value = fisher_loss(_logits(output), signs.take(start, output))
-                _backward(value)
+                _backward(objective(output, labels))
             else:
                 with torch.no_grad():
                     run_model(model, inputs)
@@ -254,13 +248,3 @@ def _backward(value: Tensor) -> None:
             "or use --metric mse."
         )
     torch.autograd.backward(value, inputs=None)
-
-
-def _logits(output: Tensor) -> Tensor:
-    if output.dim() != 2 or output.shape[1] < 2:
-        raise CalibrationError(
-            f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that it "
-            "predicts no labels. Pass a loss of your own (--loss-fn "
-            "package.module:function), or use --metric mse."
-        )
-    return output

@@ -49,7 +49,7 @@ def find_segments(
             start = cut
             continue
         passes = all(fixed(n) for n in nodes[cut + 1 : following + 1])
-        ahead = positions[following] if passes else 0
+        ahead = positions[following] if passes else -1
         least = 1 if positions[cut] > 1 == ahead else 2
         if len(layers) >= least and ahead != positions[cut]:
             segments.append(Segment(start, cut, layers))

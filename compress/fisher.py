@@ -10,8 +10,45 @@ covariance, but every image always contributes its whole trace. No labels are ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from compress.errors import CalibrationError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Objective:
+    """The summed loss of batches that come in order: the user's own, or `fisher_loss`.
+
+    Args:
+        images: How many the batches hold together.
+        seed: Of the random signs.
+        own: ``(output, labels) -> summed loss`` for outputs that are no logits.
+    """
+
+    def __init__(self, images: int, seed: int, own: LossFunction | None = None) -> None:
+        self.signs, self.own, self.seen = RandomSigns(images, seed), own, 0
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of the next batch.
+
+        Raises:
+            CalibrationError: There is no loss of the user's own, and the output is no logits.
+        """
+        if self.own:
+            return self.own(output, labels)
+        if output.dim() != 2 or output.shape[1] < 2:
+            raise CalibrationError(
+                f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that "
+                "it predicts no labels. Pass a loss of your own (--loss-fn "
+                "package.module:function), or use --metric mse."
+            )
+        signs = self.signs.take(self.seen, output)
+        self.seen += len(output)
+        return fisher_loss(output, signs)
 
 
 class RandomSigns:

@@ -24,9 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from compress.calibrate import LossFunction
 from compress.cuts import Segment, find_segments, join
-from compress.fisher import RandomSigns, fisher_loss
+from compress.fisher import LossFunction, Objective
 from compress.layers import kind_of
 from compress.linalg.fit import with_weights
 from compress.linalg.moments import Moments
@@ -89,7 +88,7 @@ def refit_segments(
         validation_batches: Images that decide whether new factors stay.
         free: Names of dense layers whose weights may change too.
         weigh: Whether errors are weighted by the loss; else all outputs count alike.
-        loss: As `compress.calibrate.calibrate` takes it.
+        loss: The user's own, as `compress.fisher.Objective` takes it.
         cache_bytes: Memory for activations; what exceeds it goes to disk.
         seed: Of the order of batches and the random signs.
         track: Progress.
@@ -207,7 +206,7 @@ class _Walk:
         """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
         moments: dict[int, Moments] = {}
         fitted = [b for b, held_out in enumerate(self.held_out) if not held_out]
-        signs, start = RandomSigns(sum(len(self.labels[b]) for b in fitted), seed), 0
+        objective = Objective(sum(len(self.labels[b]) for b in fitted), seed, loss)
         for batch in fitted:
             environment = self.frontier.look(batch)
             images = environment[self.nodes[0].name].dense
@@ -217,11 +216,7 @@ class _Walk:
                 value = self._across(self.dense, at, segment.end, value)
                 ends[segment.end], at = value, segment.end
             output = self._across(self.dense, at, len(self.nodes) - 2, value)
-            if loss:
-                total = loss(output, self.labels[batch])
-            else:
-                total = fisher_loss(output, signs.take(start, output))
-            start += len(images)
+            total = objective(output, self.labels[batch])
             gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
             for end, gradient in zip(ends, gradients, strict=True):
                 if gradient is not None and gradient.dim() in (2, 4):
@@ -269,9 +264,8 @@ class _Walk:
         seed: int,
     ) -> Improved:
         """Train the weights of a stretch; return the new ones, none where they are no better."""
-        layers = [self.layers[n] for n in segment.layers]
         old = {n: copy.deepcopy(self.layers[n].state_dict()) for n in segment.layers}
-        parameters = [p for layer in layers for p in layer.parameters()]
+        parameters = [p for n in segment.layers for p in self.layers[n].parameters()]
         before = self._error(segment, root)
         for parameter in parameters:
             parameter.requires_grad_()
@@ -279,17 +273,16 @@ class _Walk:
             self._train(segment, parameters, root, before, seed)
         for parameter in parameters:
             parameter.requires_grad_(False)
-        if not self._error(segment, root) < before * (1 - LEAST_GAIN):
-            for name in segment.layers:
-                self.layers[name].load_state_dict(old[name])
-            return Improved({}, {})
+        better = self._error(segment, root) < before * (1 - LEAST_GAIN)
         found = Improved({}, {})
         for name in segment.layers:
-            if name in factors:
+            if not better:
+                self.layers[name].load_state_dict(old[name])
+            elif name in factors:
                 found.factors[name] = _read(self.layers[name], factors[name], sites[name])
                 self.install(sites[name], found.factors[name])  # balanced anew
             else:
-                found.kept[name] = copy.deepcopy(self.layers[name].state_dict())
+                found.kept[name] = self.layers[name].state_dict()
         return found
 
     def finish(self, segment: Segment) -> None:

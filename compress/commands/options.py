@@ -121,8 +121,8 @@ _SCHEMES = (
     _o("--schemes", metavar="A,B", callback=_names, text="The schemes a rule may choose from."),
 )  # fmt: skip
 _FIT = (
-    _o("--refit/--no-refit", text="Refit factors on the compressed network, by layer "
-       "and then by block (default on)."),
+    _o("--refit/--no-refit", text="Refit on the compressed network, layer by layer "
+       "and then four blocks at a time (default on)."),
 )  # fmt: skip
 _EVALUATION = (
     _o("--metric-fn", metavar="SPEC", text="package.module:function (model, batches) -> number, "

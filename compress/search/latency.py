@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from compress.choose import TimedBudgets
 from compress.errors import BudgetError
@@ -87,9 +86,10 @@ def slowest_within(
         point = _next(below, above, AIM * fraction, smallest)
         if trial == trials - 1 and best is None:
             point = smallest  # the last chance
-    if best is None and barely is None:
+    reached = best or barely
+    if reached is None:
         raise _unreachable(fraction, ratio)
-    return cast(FoundTime, best or barely)
+    return reached
 
 
 def _next(
