@@ -11,8 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "compress_model": "compress.pipeline",
-    "load": "compress.artefact",
+    "compress_model": "compress.pipeline.run",
+    "load": "compress.artefact.model",
     "combine": "compress.linalg.convolution",
     "RunConfig": "compress.config",
 }

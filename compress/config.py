@@ -111,7 +111,9 @@ class RunConfig:
 
     @property
     def pools(self) -> bool:
-        """Whether errors are measured in the metric of whole weight gradients (`compress.pooled`).
+        """Whether errors are measured in the metric of whole weight gradients.
+
+        See `compress.calibrate.pooled`.
 
         By the rules that weigh layers against each other; a spectrum's rank is a matter of the
         outputs alone.

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from compress.latency import MEMORY_FORMATS, Timing
+from compress.running.memory_format import MEMORY_FORMATS
+from compress.timing.networks import Timing
 
 
 def stop_the_clock(patch: pytest.MonkeyPatch, **seconds: float) -> None:
@@ -31,5 +32,5 @@ def stop_the_clock(patch: pytest.MonkeyPatch, **seconds: float) -> None:
             for form in formats or MEMORY_FORMATS
         }
 
-    patch.setattr("compress.speed.time_network_formats", by_format)
-    patch.setattr("compress.evaluation.time_network", plain)
+    patch.setattr("compress.measure.speed.time_network_formats", by_format)
+    patch.setattr("compress.pipeline.evaluate.time_network", plain)

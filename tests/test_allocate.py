@@ -12,13 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.allocate import (
-    UnreachableBudgetError,
-    allocate,
-    frontier,
-    rank_by_energy,
-    rank_by_threshold,
-)
+from compress.choose.knapsack import UnreachableBudgetError, allocate, frontier
+from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.errors import BudgetError, CalibrationError
 from compress.plan import Candidate
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from workbench import SPEC, made_images
 
 import compress
-from compress.artefact import Manifest, load, read_manifest, save
+from compress.artefact.model import Manifest, load, read_manifest, save
 from compress.errors import ArtefactError, CheckpointError
 
 EXAMPLE = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -275,7 +275,7 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
 
 
 def test_a_result_is_no_checkpoint(result: tuple[Path, nn.Module]) -> None:
-    from compress.checkpoint import read_checkpoint
+    from compress.inputs.checkpoint.reading import read_checkpoint
 
     with pytest.raises(CheckpointError, match="already compressed"):
         read_checkpoint(result[0])
@@ -297,8 +297,9 @@ def test_saving_leaves_no_partial_file(tmp_path: Path) -> None:
 
 def test_models_that_ask_for_their_version_load(tmp_path: Path) -> None:
     """torchvision's MNASNet reads the version that a state dict carries, and refuses without."""
-    from compress.checkpoint import load_into, read_checkpoint
-    from compress.models import build_model
+    from compress.inputs.checkpoint.loading import load_into
+    from compress.inputs.checkpoint.reading import read_checkpoint
+    from compress.specs import build_model
 
     model = build_model("torchvision:mnasnet0_5?num_classes=4").module
     for name, write in (("w.pt", torch.save), ("w.safetensors", safetensors.torch.save_file)):

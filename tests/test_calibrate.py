@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import compress.calibrate as calibrate_module
-from compress.calibrate import calibrate, wants_patches
+import compress.calibrate.collect as calibrate_module
+from compress.calibrate.collect import calibrate, wants_patches
+from compress.calibrate.fisher import RandomSigns
+from compress.calibrate.problems import absorbed_bias, layer_problem
+from compress.calibrate.statistics import Calibration, LayerStatistics
 from compress.errors import CalibrationError, ModelError
-from compress.fisher import RandomSigns
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
-from compress.metric import absorbed_bias, layer_problem
-from compress.rewrite import Chain, rewrite
-from compress.sites import LayerSite, find_sites
-from compress.statistics import Calibration, LayerStatistics
+from compress.network.chains import Chain, rewrite
+from compress.network.sites import LayerSite, find_sites
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 NEAR = {"rtol": 1e-7, "atol": 1e-9}

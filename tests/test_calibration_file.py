@@ -9,11 +9,11 @@ import torch
 from networks.tiny import tiny
 from safetensors.torch import save_file
 
-from compress.calibrate import calibrate
-from compress.calibration_file import CalibrationKey, read_calibration, write_calibration
+from compress.calibrate.collect import calibrate
+from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
+from compress.calibrate.statistics import Calibration
 from compress.errors import CalibrationError
-from compress.network import Network, prepare
-from compress.statistics import Calibration
+from compress.network.baseline import Network, prepare
 
 KEY = CalibrationKey("model", "data", {"seed": 0, "statistics": ["output", "spatial"]})
 

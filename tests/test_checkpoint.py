@@ -9,8 +9,9 @@ from safetensors.torch import save, save_file
 from shared_data import shared_path
 from torch import nn
 
-from compress.checkpoint import load_into, read_checkpoint
 from compress.errors import CheckpointError
+from compress.inputs.checkpoint.loading import load_into
+from compress.inputs.checkpoint.reading import read_checkpoint
 
 
 class RunsCode:

@@ -15,16 +15,16 @@ from networks.tiny import tiny
 from shared_data import shared_path
 from torch import nn
 
-from compress.allocate import rank_by_energy, rank_by_threshold
-from compress.calibrate import calibrate
+from compress.calibrate.collect import calibrate
+from compress.calibrate.statistics import Calibration
 from compress.choose import break_even, check_plan, make_plan, scheme_cost
+from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.config import RunConfig
 from compress.demo_data.network import width32
 from compress.errors import BudgetError, ConfigError, PlanError
-from compress.network import Network, prepare
+from compress.network.baseline import Network, prepare
+from compress.network.sites import find_sites
 from compress.plan import Plan, read_plan
-from compress.sites import find_sites
-from compress.statistics import Calibration
 
 HAND_PICKED = {
     "conv1": "9", "conv2": "24", "conv3": "48", "conv4": "48", "conv5": "120", "conv6": "120",

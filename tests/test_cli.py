@@ -171,7 +171,7 @@ def test_unexpected_exceptions_are_code_seventy(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("three\nlines\nhere")
 
-    monkeypatch.setattr("compress.pipeline.run", broken)
+    monkeypatch.setattr("compress.pipeline.run.run", broken)
     result = command("run", "w.pt", *(["--debug"] if debug else []))
     assert result.exit_code == 70
     assert "unexpected ZeroDivisionError: three lines here." in result.stderr
@@ -201,7 +201,7 @@ def test_interrupts_are_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.pipeline.run", interrupted)
+    monkeypatch.setattr("compress.pipeline.run.run", interrupted)
     result = command("run", "w.pt")
     assert result.exit_code == 130
     assert result.stderr.strip() == "Interrupted; nothing was left behind."

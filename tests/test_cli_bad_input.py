@@ -272,7 +272,7 @@ def test_a_calibration_in_no_folder_is_refused_before_the_work(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr("compress.pipeline.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
     file = str(bench.folder / "missing" / "cal.safetensors")
     text = paragraph(bench.run("--energy", "0.9", calibration=file), 3)
     assert f"no folder {bench.folder / 'missing'}" in text

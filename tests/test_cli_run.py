@@ -210,7 +210,7 @@ def test_plan_and_apply_share_a_calibration(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("compress.pipeline.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
     given = (*common, "--checkpoint", bench.checkpoint, "--test", bench.test)
     result = command("apply", plan, *given, "--output", str(bench.output("applied")))
     assert result.exit_code == 0, result.stderr
@@ -264,7 +264,7 @@ def test_a_calibration_is_written_once_and_reused(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("compress.pipeline.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
     again = bench.run("--energy", "0.9", *file, "--force")
     assert again.exit_code == 0
     assert (bench.output() / "model.safetensors").read_bytes() == first

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.comparison import compare_logits, is_near_chance, mcnemar, paired_interval
 from compress.errors import DataError, ModelError
+from compress.measure.paired import compare_logits, is_near_chance, mcnemar, paired_interval
 
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=40)
 

@@ -14,7 +14,9 @@ from cases import CASES, KEPT, Case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.calibrate import calibrate
+from compress.calibrate.collect import calibrate
+from compress.calibrate.problems import absorbed_bias, layer_problem
+from compress.calibrate.statistics import Calibration, LayerStatistics
 from compress.layers import kind_of, registered
 from compress.linalg.fit import Fit, Problem, fit, grid_losses, rank_grid
 from compress.linalg.geometry import Geometry
@@ -26,10 +28,8 @@ from compress.linalg.schemes import (
     stages,
     unavailable,
 )
-from compress.metric import absorbed_bias, layer_problem
-from compress.rewrite import Chain, rewrite
-from compress.sites import LayerSite, find_sites
-from compress.statistics import Calibration, LayerStatistics
+from compress.network.chains import Chain, rewrite
+from compress.network.sites import LayerSite, find_sites
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from compress import demo_data, vision
-from compress.checkpoint import load_into, read_checkpoint
-from compress.data import (
-    Preprocessing,
-    batches,
-    check_channels,
-    check_labels,
-    open_dataset,
-    split,
-)
+from compress import demo_data
+from compress.data import Preprocessing, batches, check_channels, check_labels, open_dataset, split
 from compress.demo_data.network import width32
 from compress.errors import DataError
+from compress.inputs.checkpoint.loading import load_into
+from compress.inputs.checkpoint.reading import read_checkpoint
+from compress.vision import pictures as vision
 
 PLAIN = Preprocessing()
 DEMO = Path(demo_data.__file__).parent

@@ -11,8 +11,8 @@ from stopwatch import stop_the_clock
 from workbench import bench, command
 
 import compress
-from compress.models import build_model
 from compress.report import read_report
+from compress.specs import build_model
 
 __all__ = ["bench"]  # the fixture
 

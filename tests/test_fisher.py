@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.fisher import RandomSigns, fisher_loss
+from compress.calibrate.fisher import RandomSigns, fisher_loss
 
 
 def gradients(logits: Tensor, signs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.graph import FoldedPair, fold_batch_norms, replace_module, same_outputs, trace
+from compress.network.graph import FoldedPair, fold_batch_norms, replace_module, same_outputs, trace
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

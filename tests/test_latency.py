@@ -10,16 +10,10 @@ import torch
 from torch import nn
 
 from compress.errors import InputError
-from compress.latency import (
-    LatencyTable,
-    Setting,
-    Timing,
-    describe_layer,
-    in_memory_format,
-    measure,
-    time_network,
-    time_network_formats,
-)
+from compress.running.memory_format import in_memory_format
+from compress.timing.layers import LatencyTable, Setting, describe_layer
+from compress.timing.networks import Timing, time_network, time_network_formats
+from compress.timing.turns import measure
 
 
 class FakeTime:

@@ -10,11 +10,12 @@ import torch
 from shared_data import shared_path
 from torch import nn
 
-from compress import vision
-from compress.checkpoint import load_into, read_checkpoint
 from compress.data import Preprocessing, batches, open_dataset
 from compress.errors import DataError, ModelError
-from compress.models import build_model, needs_trust, split_spec
+from compress.inputs.checkpoint.loading import load_into
+from compress.inputs.checkpoint.reading import read_checkpoint
+from compress.specs import build_model, needs_trust, split_spec
+from compress.vision import pictures as vision
 
 RESNET20 = Path(__file__).parent / "networks" / "resnet20.py"
 
@@ -98,7 +99,7 @@ def test_the_package_needs_no_trust_for_its_own_network():
     [
         ("torchvision:resnet18?num_classes=3", False),
         ("compress.demo_data.network:width32?width=8", False),
-        ("compress.models:build_model?spec=theirs.py:net", True),
+        ("compress.specs:build_model?spec=theirs.py:net", True),
         ("compress.py:net", True),
         ("torchvision.models:resnet18", True),
         ("theirs.py:net", True),
@@ -213,7 +214,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 
 def test_nothing_but_vision_imports_torchvision():
     for path in Path(importlib.util.find_spec("compress").origin).parent.rglob("*.py"):
-        if path.name != "vision.py":
+        if path.parent.name != "vision":
             assert "import torchvision" not in path.read_text(), path
 
 
@@ -258,7 +259,7 @@ def test_a_users_file_may_import_torchvision_itself(tmp_path: Path, lazily: bool
         f"{before}\n\ndef net():\n{inside}    return resnet18(num_classes=3)\n"
     )
     script = (
-        "from compress.models import build_model; "
+        "from compress.specs import build_model; "
         f"print(build_model({str(tmp_path / 'net.py') + ':net'!r}).module.fc.out_features)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

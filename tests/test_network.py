@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.network import prepare
+from compress.network.baseline import prepare
 
 
 class Viewing(nn.Module):

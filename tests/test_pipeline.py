@@ -16,7 +16,7 @@ from workbench import SPEC, Workbench, bench, made_images, trained
 
 import compress
 from compress.errors import ArtefactError, ConfigError, GateError, ModelError
-from compress.pipeline import compress_model
+from compress.pipeline.run import compress_model
 
 __all__ = ["bench"]  # the fixture
 
@@ -118,7 +118,7 @@ def test_a_failed_gate_raises_and_writes_only_the_report(tmp_path: Path) -> None
 def test_a_saved_model_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import outcome
+    from compress.pipeline import outcome
 
     real = outcome.save
 

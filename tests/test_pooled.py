@@ -9,13 +9,13 @@ import torch
 from cases import CASES, Case
 from torch import Tensor, nn
 
-from compress import pooled
-from compress.calibrate import calibrate
+from compress.calibrate import pooled
+from compress.calibrate.collect import calibrate
+from compress.calibrate.problems import fit_problem, layer_problem
+from compress.calibrate.statistics import LayerStatistics
 from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES
-from compress.metric import fit_problem, layer_problem
-from compress.sites import LayerSite, find_sites
-from compress.statistics import LayerStatistics
+from compress.network.sites import LayerSite, find_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 NEAR = {"rtol": 1e-9, "atol": 1e-12}

@@ -14,22 +14,19 @@ from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import Workbench, bench, paragraph
 
-from compress.artefact import read_manifest
-from compress.choose import (
-    TimedBudgets,
-    fastest_multiple,
-    problems,
-    thinned,
-    timed_candidates,
-)
+from compress.artefact.model import read_manifest
+from compress.choose import problems
+from compress.choose.by_time.candidates import TimedBudgets, thinned, timed_candidates
+from compress.choose.by_time.rounding import fastest_multiple
+from compress.choose.by_time.search import slowest_within
 from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import BudgetError
-from compress.latency import LatencyTable, Setting, Timing
+from compress.network.chains import random_chain
+from compress.network.sites import find_sites, forward_hooks
 from compress.plan import Candidate, Choice
-from compress.rewrite import random_chain
-from compress.search import slowest_within
-from compress.sites import find_sites, forward_hooks
+from compress.timing.layers import LatencyTable, Setting
+from compress.timing.networks import Timing
 
 __all__ = ["bench"]  # the fixture
 
@@ -56,9 +53,9 @@ def parameters_cost_time(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> N
             for form in formats
         }
 
-    monkeypatch.setattr("compress.real_time.time_network_formats", by_parameters)
-    monkeypatch.setattr("compress.real_time.LatencyTable", ParameterTable)
-    monkeypatch.setattr("compress.speed.time_network_formats", by_parameters)
+    monkeypatch.setattr("compress.choose.by_time.plan.time_network_formats", by_parameters)
+    monkeypatch.setattr("compress.choose.by_time.plan.LatencyTable", ParameterTable)
+    monkeypatch.setattr("compress.measure.speed.time_network_formats", by_parameters)
 
 
 class Layers(nn.Module):
@@ -311,7 +308,7 @@ def test_a_run_keeps_its_time(bench: Workbench) -> None:
 def test_ranks_given_by_hand_stay_though_others_are_rounded(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.real_time.fastest_multiple", lambda *_: 4)
+    monkeypatch.setattr("compress.choose.by_time.plan.fastest_multiple", lambda *_: 4)
     assert bench.run("--latency", "0.9", "--rank", "conv2=3", "--no-refit").exit_code == 0
     layers = {x["name"]: x for x in bench.report()["result"]["layers"]}
     assert layers["conv2"]["ranks"] == [3]
@@ -327,7 +324,7 @@ def test_the_budget_is_spent_in_the_metric_of_the_fits(
         asked.append(settings)
         return problems(*arguments, **settings)
 
-    monkeypatch.setattr("compress.real_time.problems", noted)
+    monkeypatch.setattr("compress.choose.by_time.plan.problems", noted)
     assert bench.run("--latency", "0.6", "--no-refit").exit_code == 0
     assert asked == [{"fitted": True}]
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate import calibrate
+from compress.calibrate.collect import calibrate
+from compress.calibrate.problems import absorbed_bias, layer_problem
 from compress.errors import ArtefactError
+from compress.fit.in_order import Factors, _Walk, refit
+from compress.fit.lockstep import Frontier, Lockstep, Pair, residual_partner
 from compress.linalg.fit import fit
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.schemes import SCHEME_NAMES
-from compress.lockstep import Frontier, Lockstep, Pair, residual_partner
-from compress.metric import absorbed_bias, layer_problem
-from compress.network import Network, prepare
-from compress.refit import Factors, _Walk, refit
-from compress.rewrite import rewrite
+from compress.network.baseline import Network, prepare
+from compress.network.chains import rewrite
 
 
 class Residual(nn.Module):

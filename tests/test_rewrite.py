@@ -12,8 +12,8 @@ from compress.layers import kind_of
 from compress.linalg.fit import fit
 from compress.linalg.problem import Problem
 from compress.linalg.schemes import Ranks, full_ranks
-from compress.rewrite import Chain, as_saved, build_chain, empty_chain, rewrite
-from compress.sites import LayerSite, find_sites
+from compress.network.chains import Chain, as_saved, build_chain, empty_chain, rewrite
+from compress.network.sites import LayerSite, find_sites
 
 
 class Twice(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 
 from compress.choose import Budgets
 from compress.errors import ConfigError
+from compress.pipeline.within_drop import cheapest_within_drop
 from compress.plan import Choice
-from compress.search import cheapest_within_drop
 
 
 class Line:

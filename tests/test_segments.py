@@ -12,14 +12,14 @@ from test_refit import Residual, factors_of, rewritten
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from compress import segments
-from compress.cuts import Segment, find_segments, join
+from compress.fit import jointly as segments
+from compress.fit.cuts import Segment, find_segments, join
+from compress.fit.in_order import Factors
+from compress.fit.jointly import Improved, refit_segments
+from compress.fit.lockstep import Frontier
 from compress.linalg.fit import Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
-from compress.lockstep import Frontier
-from compress.network import Network, prepare
-from compress.refit import Factors
-from compress.segments import Improved, refit_segments
+from compress.network.baseline import Network, prepare
 
 RANKS = {"stem": ("spatial", 4), "first": ("input", 4), "second": ("output", 4)}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
-from compress.sites import (
+from compress.network.sites import (
     Call,
     LayerSite,
     evaluation_mode,

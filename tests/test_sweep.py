@@ -19,9 +19,9 @@ import compress
 from compress.config import make_config
 from compress.data import batches
 from compress.errors import ArtefactError, BudgetError, ConfigError, DataError, GateError
-from compress.inputs import load_network
-from compress.pipeline import compress_network
-from compress.pipeline import run as run_once
+from compress.inputs.load import load_network
+from compress.pipeline.run import compress_network
+from compress.pipeline.run import run as run_once
 from compress.report import read_report
 from compress.result import EndMetric, Interval, SweepPoint
 from compress.sweep import Grid, parse_grid, parse_pick, sweep, sweep_network

@@ -14,8 +14,7 @@ from workbench import made_images
 from compress.config import RunConfig
 from compress.data import as_images, batches
 from compress.errors import DataError, ModelError
-from compress.result import EndMetric, LayerErrors, LayerResult, MeasuredError
-from compress.verify import (
+from compress.measure.layers import (
     all_logits,
     check_gates,
     compare,
@@ -23,6 +22,7 @@ from compress.verify import (
     measured_losses,
     require_labels,
 )
+from compress.result import EndMetric, LayerErrors, LayerResult, MeasuredError
 
 
 def low_rank(layer: nn.Conv2d, rank: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from compress.allocate import UnreachableBudgetError, allocate
+from compress.calibrate.statistics import Calibration
 from compress.choose.choices import (
     SchemeCost,
     break_even,
@@ -17,15 +17,15 @@ from compress.choose.choices import (
     rounded_up,
     scheme_cost,
 )
+from compress.choose.knapsack import UnreachableBudgetError, allocate
 from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import BudgetError
 from compress.linalg.fit import Problem, grid_losses, rank_grid
 from compress.linalg.schemes import Ranks, full_ranks
+from compress.network.sites import LayerSite
 from compress.plan import DENSE, Candidate, Choice
 from compress.progress import Track, silent
-from compress.sites import LayerSite
-from compress.statistics import Calibration
 
 # How many ranks of a scheme a budget may choose from; fewer where each is a pair.
 GRID_POINTS = 32

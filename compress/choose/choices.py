@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from compress.calibrate.problems import fit_problem, layer_problem
+from compress.calibrate.statistics import Calibration
 from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, chain_macs, chain_params, full_ranks, stages
-from compress.metric import fit_problem, layer_problem
+from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice
-from compress.sites import LayerSite
-from compress.statistics import Calibration
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from compress.choose.choices import make_choice
 from compress.errors import PlanError, near_matches
 from compress.linalg.schemes import full_ranks
+from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice, Plan
-from compress.sites import LayerSite
 
 
 def check_plan(plan: Plan, sites: tuple[LayerSite, ...]) -> Plan:

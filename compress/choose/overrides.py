@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from compress.config import RunConfig
 from compress.errors import ConfigError, near_matches
 from compress.linalg.schemes import Ranks, full_ranks, unavailable
+from compress.network.sites import LayerSite
 from compress.plan import DENSE
-from compress.sites import LayerSite
 
 
 class Overrides:

@@ -6,25 +6,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from compress.allocate import rank_by_energy, rank_by_threshold
+from compress.calibrate.statistics import Calibration
 from compress.choose.budgets import BUDGET_RULES, Budgets
-from compress.choose.choices import (
-    break_even,
-    kept,
-    make_choice,
-    problems,
-    rounded_up,
-    scheme_cost,
-)
+from compress.choose.choices import break_even, kept, make_choice, problems, rounded_up, scheme_cost
 from compress.choose.overrides import Overrides
+from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.config import RunConfig
 from compress.errors import ConfigError
 from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, full_ranks, unavailable
+from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice, Plan
 from compress.progress import Track, silent
-from compress.sites import LayerSite
-from compress.statistics import Calibration
 
 
 def make_plan(

@@ -42,7 +42,7 @@ def apply(settings: Settings, terminal: Terminal, plan_file: str, trust_code: bo
 
 def _check_trust(plan: Plan, settings: Settings, trust_code: bool) -> None:
     """Reading a plan must not run code that the user did not name."""
-    from compress.models import needs_trust
+    from compress.specs import needs_trust
 
     if settings.given("model") or trust_code or not plan.model or not needs_trust(plan.model):
         return

@@ -11,7 +11,7 @@ from compress.commands.options import Settings, configured, example
 from compress.commands.terminal import Terminal, table
 
 if TYPE_CHECKING:
-    from compress.evaluation import Evaluation
+    from compress.pipeline.evaluate import Evaluation
 
 
 @click.command(
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 @configured("model", "data", "test", "images", "evaluation", "compute")
 def evaluate(settings: Settings, terminal: Terminal, trust_code: bool) -> None:
     """Measure accuracy, MACs, parameters and latency of one model, original or compressed."""
-    from compress.evaluation import evaluate_model, is_artefact, recorded_settings
+    from compress.pipeline.evaluate import evaluate_model, is_artefact, recorded_settings
 
     base = {}
     path = settings.given("checkpoint")
     if path and is_artefact(path):
-        from compress.artefact import read_manifest
+        from compress.artefact.model import read_manifest
 
         base = recorded_settings(read_manifest(path))
     found = evaluate_model(settings.config(**base), trust_code=trust_code, track=terminal.track)

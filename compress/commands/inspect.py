@@ -11,7 +11,7 @@ from compress.commands.options import Settings, configured, example
 from compress.commands.terminal import Terminal, table
 
 if TYPE_CHECKING:
-    from compress.inspection import InspectedLayer, Inspection
+    from compress.pipeline.inspect import InspectedLayer, Inspection
 
 
 def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -35,7 +35,7 @@ def inspect(settings: Settings, terminal: Terminal, input_shape: tuple[int, ...]
 
     With --data also the spectra, and the rank that each rule would choose.
     """
-    from compress.inspection import inspect_checkpoint
+    from compress.pipeline.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(settings.config(), input_shape, terminal.track)
     terminal.show(asdict(found), _lines(found))

@@ -32,8 +32,8 @@ def plan(settings: Settings, terminal: Terminal) -> None:
     Edit "scheme" and "ranks" in the file as you like, then hand it to `compress apply`.
     """
     from compress.files import check_apart, write_atomically
-    from compress.inputs import input_paths
-    from compress.pipeline import choose_plan
+    from compress.inputs.load import input_paths
+    from compress.pipeline.run import choose_plan
 
     config = settings.config()
     if config.output and Path(config.output).exists() and not config.force:

@@ -35,10 +35,10 @@ def run_and_show(config: RunConfig, terminal: Terminal, plan: Plan | None = None
     """Do the main job and print its summary, also where a gate failed.
 
     Raises:
-        CompressError: As `compress.pipeline.run`.
+        CompressError: As `compress.pipeline.run.run`.
     """
-    from compress import pipeline
     from compress.commands.summary import run_summary
+    from compress.pipeline import run as pipeline
     from compress.report import read_report
 
     def show() -> None:

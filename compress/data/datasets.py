@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress import vision
 from compress.data.images import UNLABELLED
 from compress.errors import DataError
+from compress.vision import pictures as vision
 
 _SAMPLED_ITEMS = 1000  # how many items a fingerprint looks at
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from compress import vision
 from compress.errors import DataError
-from compress.vision import Preprocessing
+from compress.vision import pictures as vision
+from compress.vision.pictures import Preprocessing
 
 UNLABELLED = -1
 

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from compress import vision
 from compress.data.arrays import array_source, open_idx, open_tensors
 from compress.data.datasets import DatasetSource
 from compress.data.images import UNLABELLED, ImageSet, Source
 from compress.errors import DataError, near_matches
-from compress.models import call_factory, split_spec
-from compress.vision import Preprocessing
+from compress.specs import call_factory, split_spec
+from compress.vision import pictures as vision
+from compress.vision.pictures import Preprocessing
 
 DATA_FORMS = (
     "imagefolder:DIR, torchvision:CIFAR10?root=DIR&train=true, tensors:FILE.npz, "

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from compress.assess import metric_function
 from compress.config import RunConfig
 from compress.data import Batches, ImageSet, batches
+from compress.measure.assess import metric_function
+from compress.measure.layers import all_logits, compare
 from compress.progress import Track
 from compress.result import EndMetric
-from compress.verify import all_logits, compare
 
 # Sets whose decoded images take more than this are decoded again for every point.
 HELD_BYTES = 1 << 30

@@ -11,23 +11,16 @@ from typing import Any
 from compress.config import RULES, RunConfig
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import check_apart, write_atomically
-from compress.inputs import Inputs, input_paths, load_network
-from compress.outcome import Compressed, save_result
-from compress.pipeline import compress_network
+from compress.inputs.load import Inputs, input_paths, load_network
+from compress.pipeline.outcome import Compressed, save_result
+from compress.pipeline.run import compress_network
 from compress.progress import Track, silent
 from compress.report import build_sweep_report, write_report
 from compress.result import SweepPoint, SweepResult
 from compress.sweep.evaluate import brief
 from compress.sweep.grid import Grid
 from compress.sweep.pick import NEEDS_LABELS, Pick
-from compress.sweep.store import (
-    CHOSEN,
-    PointStore,
-    check_folder,
-    content_key,
-    open_folder,
-    remove,
-)
+from compress.sweep.store import CHOSEN, PointStore, check_folder, content_key, open_folder, remove
 from compress.sweep.work import OnPoint, SweepWork, ignore
 
 

@@ -23,7 +23,7 @@ from compress import __version__
 from compress.config import RULES, RunConfig
 from compress.errors import ArtefactError
 from compress.files import write_atomically
-from compress.inputs import Inputs
+from compress.inputs.load import Inputs
 from compress.result import SweepPoint, from_dict, to_dict
 
 STORE_FORMAT = 1

@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from compress import __version__
+from compress.calibrate.statistics import Calibration
 from compress.choose import Budgets, make_plan
 from compress.config import RunConfig
-from compress.cost import model_cost
 from compress.data import Split
 from compress.errors import DataError
-from compress.inputs import Inputs, batch_size_for
-from compress.network import Network, prepare, without_unseen
-from compress.pipeline import calibrated
+from compress.fit.layers import fit_plan
+from compress.inputs.load import Inputs, batch_size_for
+from compress.measure.cost import model_cost
+from compress.network.baseline import Network, prepare, without_unseen
+from compress.pipeline.run import calibrated
 from compress.plan import Plan
 from compress.progress import Track, silent
-from compress.replace import fit_plan
 from compress.result import Cost, EndMetric, SweepPoint, SweepResult, Versions
-from compress.statistics import Calibration
 from compress.sweep.evaluate import Judge, hold
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick

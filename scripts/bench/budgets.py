@@ -19,12 +19,12 @@ import click
 
 from compress.choose import make_plan
 from compress.config import RunConfig
-from compress.inputs import batch_size_for, load_network
-from compress.network import prepare
-from compress.pipeline import calibrated
+from compress.fit.layers import fit_plan
+from compress.inputs.load import batch_size_for, load_network
+from compress.measure.layers import compare
+from compress.network.baseline import prepare
+from compress.pipeline.run import calibrated
 from compress.progress import silent
-from compress.replace import fit_plan
-from compress.verify import compare
 
 HERE = Path(__file__).resolve().parents[2]
 

@@ -21,17 +21,17 @@ import click
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate import calibrate
+from compress.calibrate.collect import calibrate
+from compress.calibrate.statistics import Calibration
 from compress.choose import make_plan
 from compress.config import RunConfig
 from compress.data import as_images, split
-from compress.latency.formats import in_format, in_memory_format
-from compress.network import Network, prepare
+from compress.fit.layers import fit_plan
+from compress.network.baseline import Network, prepare
+from compress.network.sites import evaluation_mode
 from compress.progress import silent
-from compress.replace import fit_plan
-from compress.sites import evaluation_mode
-from compress.statistics import Calibration
-from compress.vision import torchvision_model
+from compress.running.memory_format import in_format, in_memory_format
+from compress.vision.pictures import torchvision_model
 
 
 def batches(count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:

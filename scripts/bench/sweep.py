@@ -29,15 +29,15 @@ from torch import nn
 
 from compress.config import RunConfig, make_config
 from compress.data import ImageSet, batches
-from compress.inputs import batch_size_for, load_network
-from compress.network import prepare
-from compress.pipeline import calibrated
+from compress.fit.layers import fit_plan
+from compress.inputs.load import batch_size_for, load_network
+from compress.measure.layers import all_logits
+from compress.network.baseline import prepare
+from compress.pipeline.run import calibrated
 from compress.progress import silent
-from compress.replace import fit_plan
 from compress.sweep import parse_grid, sweep
 from compress.sweep.evaluate import hold
 from compress.sweep.work import SweepWork
-from compress.verify import all_logits
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.3

@@ -15,15 +15,7 @@ from torch import Tensor
 from compress.linalg import problem as problem_module
 from compress.linalg.alternation import Alternation, conjugate_gradients
 from compress.linalg.balance import balance, balance_three
-from compress.linalg.fit import (
-    Fit,
-    Problem,
-    chain_matrix,
-    fit,
-    grid_losses,
-    rank_grid,
-    refine,
-)
+from compress.linalg.fit import Fit, Problem, chain_matrix, fit, grid_losses, rank_grid, refine
 from compress.linalg.geometry import Geometry
 from compress.linalg.problem import cholesky_psd, orthogonal_rows, solve_psd
 from compress.linalg.schemes import SCHEME_NAMES, full_ranks, split_weight

@@ -13,13 +13,8 @@ from module_trees import sample, trees
 from torch import nn
 
 from compress.errors import UnsupportedLayer
-from compress.modules.overparam import (
-    OverparamConv2d,
-    OverparamLinear,
-    collapse,
-    overparameterize,
-)
-from compress.vision import torchvision_model
+from compress.modules.overparam import OverparamConv2d, OverparamLinear, collapse, overparameterize
+from compress.vision.pictures import torchvision_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

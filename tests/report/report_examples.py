@@ -8,7 +8,7 @@ import zlib
 
 import torch
 
-from compress.comparison import compare_logits
+from compress.measure.paired import compare_logits
 from compress.report import build_report, build_sweep_report
 from compress.result import (
     Cost,

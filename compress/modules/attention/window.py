@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.modules.attention.rebuild import find_obstacle, make_linear, require
 
-# The classes are told by name, because compress.vision alone imports torchvision.
+# The classes are told by name, because compress.vision.pictures alone imports torchvision.
 SWIN = "torchvision.models.swin_transformer"
 
 Pair = tuple[int, int]

@@ -1,0 +1,1 @@
+"""Calibration: data streamed through hooked layers into statistics."""

@@ -1,0 +1,86 @@
+"""One layer's weight in the metric of what calibration learned about it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from compress.calibrate.pooled import pooled_covariance
+from compress.calibrate.statistics import FEW_SAMPLES, LayerStatistics
+from compress.layers import kind_of
+from compress.linalg.fit import Fit, Problem
+from compress.linalg.moments import Moments
+from compress.linalg.spectrum import shrink, shrinkage
+from compress.network.sites import LayerSite
+
+
+def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
+    """Return a layer's weight in the metric of its statistics.
+
+    Covariances from fewer than `FEW_SAMPLES` rows a dimension are shrunk first.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    weight = kind.weight(module).double()
+    matrix = weight.flatten(2)
+    if statistics.inputs is not None:
+        inputs = _robust(statistics.inputs)
+        outputs = matrix @ inputs @ matrix.mT
+    else:
+        assert statistics.outputs is not None
+        inputs, outputs = None, _robust(statistics.outputs)
+    weighting = statistics.weighting
+    metric = weighting.second_moment if weighting is not None and weighting.count else None
+    mean = None if statistics.inputs is None else statistics.inputs.mean
+    return Problem(site.geometry, weight, outputs, inputs, metric, mean)
+
+
+def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
+    """Return a layer's weight in the metric that budgets and fits use.
+
+    Where rows were pooled by gradient, the covariance is theirs (see `compress.calibrate.pooled`),
+    scaled so that ``½ N tr(G Δ C Δᵀ)`` is still the increase of the loss per image; else
+    `layer_problem`.
+    """
+    plain = layer_problem(site, module, statistics)
+    if statistics.pooled is None or not statistics.pooled.count:
+        return plain
+    moments = statistics.inputs or statistics.outputs
+    assert moments is not None
+    seen = plain.output_covariance if plain.input_covariance is None else plain.input_covariance
+    found, share = pooled_covariance(statistics.pooled, moments.mean, seen)
+    channels = site.geometry.out_features
+    trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.
+    metric = plain.weighting / trace * share * (channels * len(site.calls) / site.positions)
+    outputs = found if plain.input_covariance is None else plain.matrix @ found @ plain.matrix.mT
+    inputs = None if plain.input_covariance is None else found
+    return Problem(site.geometry, plain.weight, outputs, inputs, metric, plain.input_mean)
+
+
+def _robust(moments: Moments) -> Tensor:
+    covariance = moments.covariance
+    if moments.count >= FEW_SAMPLES * covariance.shape[-1]:
+        return covariance
+    return shrink(covariance, shrinkage(covariance, moments.count))
+
+
+def absorbed_bias(module: nn.Module, statistics: LayerStatistics, fit: Fit) -> Tensor:
+    """Bias ``[c_out]`` that keeps the mean output exact: ``b + (W - Ŵ) m``.
+
+    Where only the outputs' mean ``μ`` was taken it is the same ``μ + P (b - μ)``.
+    """
+    kind = kind_of(module)
+    assert kind is not None
+    matrix = kind.weight(module).double().flatten(2)
+    bias = module._parameters.get("bias")
+    groups, out = matrix.shape[:2]
+    old = (
+        matrix.new_zeros(groups, out) if bias is None else bias.detach().double().view(groups, out)
+    )
+    if statistics.inputs is not None:
+        mean = statistics.inputs.mean.unsqueeze(2)
+        return (old + ((matrix - fit.matrix) @ mean).squeeze(2)).flatten()
+    if fit.projection is None or statistics.outputs is None:
+        raise ValueError("the bias of a general approximation needs the patches' mean")
+    mean = statistics.outputs.mean
+    return (mean + (fit.projection @ (old - mean).unsqueeze(2)).squeeze(2)).flatten()

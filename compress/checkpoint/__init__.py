@@ -1,6 +1,0 @@
-"""Checkpoints as users have them: reading the file, and loading it without ignoring anything."""
-
-from compress.checkpoint.loading import load_into
-from compress.checkpoint.reading import ARTEFACT_KEY, Checkpoint, read_checkpoint
-
-__all__ = ["ARTEFACT_KEY", "Checkpoint", "load_into", "read_checkpoint"]

@@ -1,0 +1,163 @@
+"""A budget of real time: candidates whose cost is what they take on this device.
+
+Layers are timed alone, at the shapes that occur, in turns with the dense layer. What the rest of
+the network takes is the measured whole less the dense layers' sum, so that a plan's time can be
+predicted; the search over whole networks (`compress.choose.by_time.search`) corrects what that
+misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from compress.choose.budgets import plan_within
+from compress.choose.overrides import Overrides
+from compress.network.chains import random_chain
+from compress.network.sites import LayerSite
+from compress.plan import DENSE, Candidate, Choice
+from compress.progress import Track, silent
+from compress.timing.layers import LatencyTable, Setting
+
+# Candidates of one scheme that are timed, and the turns of each.
+TIMED = 10
+ROUNDS = 3
+MIN_SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class TimedBudgets:
+    """All budgets of time over one set of timed candidates, in one memory format.
+
+    Attributes:
+        sites: All layers.
+        overrides: What the user fixed.
+        found: Candidates with their seconds a batch, by layer name.
+        dense: Seconds of the layers as they are, by name.
+        total: Seconds of the whole dense network.
+        memory_format: What it was all timed in.
+        why: The reason that choices record.
+    """
+
+    sites: tuple[LayerSite, ...]
+    overrides: Overrides
+    found: Mapping[str, list[Candidate]]
+    dense: Mapping[str, float]
+    total: float
+    memory_format: str
+    why: str = "best within the latency"
+
+    @property
+    def fixed(self) -> float:
+        """Seconds of everything that no choice changes."""
+        return self.total - sum(self.dense.values())
+
+    def spend(self, fraction: float) -> list[Choice]:
+        """One choice per layer: the least summed loss within a fraction of ``total``, as predicted.
+
+        Raises:
+            BudgetError: No choice is predicted to be so fast.
+        """
+        choices = plan_within(
+            self.sites, self.overrides, self.found, "latency", fraction, self.total, self.fixed,
+            self.why,
+        )  # fmt: skip
+        return [self._explained(choice) for choice in choices]
+
+    def loss(self, choices: Iterable[Choice]) -> float:
+        """Summed predicted loss of a plan's choices."""
+        made = {c.name: (c.scheme, c.ranks) for c in choices}
+        return sum(
+            next(c.loss for c in found if (c.scheme, c.ranks) == made[name])
+            for name, found in self.found.items()
+        )
+
+    def smallest(self) -> float:
+        """The smallest fraction of ``total`` that is predicted to be reachable."""
+        least = sum(min(c.seconds or 0.0 for c in found) for found in self.found.values())
+        # A hair more, so that rounding does not put it out of its own reach.
+        return (least + self.fixed) / self.total * (1 + 1e-9)
+
+    def _explained(self, choice: Choice) -> Choice:
+        """Add measured times, and why a layer was left dense."""
+        if choice.name not in self.found:
+            return choice
+        found, dense = self.found[choice.name], self.dense[choice.name]
+        if choice.rewritten:
+            kept = (choice.scheme, choice.ranks)
+            seconds = next(c.seconds for c in found if (c.scheme, c.ranks) == kept)
+            return replace(choice, dense_seconds=dense, seconds=seconds)
+        least = min((c.seconds or 0.0 for c in found if c.scheme != DENSE), default=None)
+        reason = choice.reason
+        if least is None:
+            reason = "no rewrite saves MACs"
+        elif least >= dense:
+            reason = (
+                f"no rewrite is faster on this device (the fastest takes {least / dense:.2f} of "
+                "the layer's time)"
+            )
+        return replace(choice, dense_seconds=dense, seconds=dense, reason=reason)
+
+
+def thinned(candidates: Iterable[Candidate], points: int = TIMED) -> list[Candidate]:
+    """The candidates worth timing: per scheme the best at each cost, evenly spaced in MACs."""
+    by_scheme: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_scheme.setdefault(candidate.scheme, []).append(candidate)
+    kept: list[Candidate] = []
+    for found in by_scheme.values():
+        front: list[Candidate] = []
+        for candidate in sorted(found, key=lambda c: (c.macs, c.loss)):
+            if not front or candidate.loss < front[-1].loss:
+                front.append(candidate)
+        low, high = front[0].macs, front[-1].macs
+        wanted = [low + (high - low) * i / max(points - 1, 1) for i in range(points)]
+        nearest = (min(front, key=lambda c: abs(c.macs - w)) for w in wanted)
+        kept += dict.fromkeys(nearest)
+    return kept
+
+
+def timed_candidates(
+    model: nn.Module,
+    sites: Iterable[LayerSite],
+    found: Mapping[str, list[Candidate]],
+    table: LatencyTable,
+    setting: Setting,
+    batch: int,
+    track: Track = silent,
+) -> tuple[dict[str, float], dict[str, list[Candidate]]]:
+    """Measure every layer and its candidates, in turns.
+
+    Args:
+        model: The dense network, on the device and in the dtype of the setting.
+        sites: Its layers.
+        found: Candidates by layer name.
+        table: What is known already; filled.
+        setting: Where and how it runs.
+        batch: Images a batch.
+        track: Progress.
+
+    Returns:
+        Seconds a batch of each layer as it is, and the candidates with theirs, over all calls.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    free = [site for site in sites if site.name in found]
+    dense, timed = {}, {}
+    for site in track(free, f"time layers, {setting.memory_format}", len(free)):
+        module = modules[site.name]
+        rewrites = [c for c in found[site.name] if c.scheme != DENSE]
+        chains = [random_chain(site.geometry, c.scheme, c.ranks, module) for c in rewrites]
+        shapes = [site.input_shape(call, batch) for call in site.calls]
+        flat = table.time(
+            [(layer, shape) for layer in (module, *chains) for shape in shapes],
+            setting, rounds=ROUNDS, min_seconds=MIN_SECONDS,
+        )  # fmt: skip
+        of_layers = (flat[i : i + len(shapes)] for i in range(0, len(flat), len(shapes)))
+        dense[site.name], *seconds = map(sum, of_layers)
+        spent = dict(zip(rewrites, seconds, strict=True))
+        timed[site.name] = [
+            replace(c, seconds=spent.get(c, dense[site.name])) for c in found[site.name]
+        ]
+    return dense, timed

@@ -1,0 +1,1 @@
+"""Fitting a plan's factors, then refitting them in order and jointly."""

@@ -1,0 +1,36 @@
+"""The user's own loss, for outputs that are no logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compress.config import RunConfig
+from compress.errors import ModelError
+from compress.specs import import_function
+
+
+def loss_function(config: RunConfig) -> Any:
+    """The user's own loss ``(outputs, labels) -> summed loss``, or None for Fisher's."""
+    if not config.loss_fn:
+        return None
+    own = import_function(config.loss_fn, ModelError)
+
+    def checked(outputs: Tensor, labels: Tensor) -> Tensor:
+        try:
+            value = own(outputs, labels)
+        except Exception as error:  # the user's function may raise anything
+            raise ModelError(
+                f"--loss-fn raised {type(error).__name__}: {' '.join(str(error).split())}; it is "
+                "called with the outputs and labels of a batch, and returns their summed loss."
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ModelError(
+                "--loss-fn must return one number, the summed loss, as a tensor that gradients "
+                f"can be taken of; it gave {type(value).__name__}"
+                f"{f' of shape {tuple(value.shape)}' if isinstance(value, Tensor) else ''}."
+            )
+        return value
+
+    return checked

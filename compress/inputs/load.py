@@ -1,0 +1,194 @@
+"""Reading what a run is given: checkpoint, model, images; checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.config import RunConfig
+from compress.data import ImageSet, Preprocessing, Split, check_channels, open_dataset, split
+from compress.errors import ConfigError, DataError, ModelError
+from compress.inputs.checkpoint.loading import load_into
+from compress.inputs.checkpoint.reading import read_checkpoint
+from compress.layers import kind_of
+from compress.network.sites import evaluation_mode, require_parameters, run_model
+from compress.result import SplitRecord
+from compress.specs import build_model, split_spec
+
+# Pixels a default batch holds: 16 images of 224 x 224, and at most 64 smaller ones.
+BATCH_PIXELS = 16 * 224 * 224
+LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A trained network and its images.
+
+    Attributes:
+        model: The network with its trained weights, float32, eval mode.
+        spec: The spec it was built from; ``""`` for one that a program passed in.
+        source: The checkpoint's path; ``""`` likewise.
+        sha256: Hash of the checkpoint, or of the weights.
+        dtype: The floating type of the source, which the result is saved in.
+        split: Images to fit and to validate on.
+        test: Held-out images, or None.
+        warnings: What the user should know.
+    """
+
+    model: nn.Module
+    spec: str
+    source: str
+    sha256: str
+    dtype: torch.dtype
+    split: Split
+    test: ImageSet | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> Tensor:
+        """The first image to fit on, ``[1, ...]``."""
+        return self.split.fit[0][0].unsqueeze(0)
+
+    def split_record(self) -> SplitRecord:
+        """The split as the report keeps it."""
+        record = self.split.record
+        return SplitRecord(
+            seed=record["seed"],
+            fit_images=record["fit"],
+            validation_images=record["validation"],
+            fit_indices_sha256=record["indices_sha256"],
+        )
+
+
+def load_network(config: RunConfig) -> Inputs:
+    """Read everything that a configuration names.
+
+    Raises:
+        ConfigError: Something needed is not named.
+        CheckpointError, ModelError, DataError: Something named cannot be used.
+    """
+    for name, meaning in (
+        ("checkpoint", "the trained weights"),
+        ("model", "how the network is built"),
+        ("data", "images to calibrate on"),
+    ):
+        if not getattr(config, name):
+            raise ConfigError(f"No {name} given ({meaning}); pass it, or set it with --config.")
+    model, spec_hash, dtype, preprocessing = load_model(config)
+    images = open_images(config.data, config, model, preprocessing)
+    test = open_images(config.test, config, model, preprocessing) if config.test else None
+    parts = split(images, config.calibration_images, config.seed)
+    warnings = []
+    if test is not None and test.fingerprint == images.fingerprint:
+        warnings.append(
+            "The test images are the calibration images, so the verification says nothing about "
+            "unseen ones."
+        )
+    return Inputs(
+        model, config.model, config.checkpoint, spec_hash, dtype, parts, test, tuple(warnings)
+    )
+
+
+def input_paths(config: RunConfig) -> list[str]:
+    """The files and folders that a configuration reads, which no output may replace."""
+    paths = [config.checkpoint, config.class_map, config.calibration]
+    for spec, error in (
+        (config.model, ModelError),
+        (config.data, DataError),
+        (config.test, DataError),
+    ):
+        kind, _, place = split_spec(spec, error)[0].partition(":")
+        if kind in ("imagefolder", "tensors", "idx"):
+            paths += place.split(",") if kind == "idx" else [place]
+        elif kind.endswith(".py"):
+            paths.append(kind)
+    return [path for path in paths if path]
+
+
+def open_images(
+    spec: str, config: RunConfig, model: nn.Module, preprocessing: Preprocessing
+) -> ImageSet:
+    """Open the images of a spec as a model takes them, and check their channels."""
+    channels = _image_channels(model)
+    if preprocessing.channels is None and not preprocessing.mean and channels in (1, 3):
+        preprocessing = dataclasses.replace(preprocessing, channels=channels)
+    images = open_dataset(spec, preprocessing, config.class_map)
+    try:
+        if channels is not None:
+            check_channels(images, channels)
+    except DataError:
+        # The first convolution is not always the one that sees the image: a head may be registered
+        # first, or pixels folded into channels.
+        if not _runs(model, images):
+            raise
+    return images
+
+
+def _runs(model: nn.Module, images: ImageSet) -> bool:
+    example = images[0][0].unsqueeze(0).to(next(model.parameters()))
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            run_model(model, example)
+    except ModelError:
+        return False
+    return True
+
+
+def load_model(config: RunConfig) -> tuple[nn.Module, str, torch.dtype, Preprocessing]:
+    """Build the model and load the checkpoint; also its hash, dtype and preprocessing."""
+    checkpoint = read_checkpoint(config.checkpoint)
+    built = build_model(config.model)
+    require_parameters(built.module)
+    load_into(built.module, checkpoint)
+    return built.module, checkpoint.sha256, checkpoint.dtype, preprocessing_of(config, built.preset)
+
+
+def preprocessing_of(config: RunConfig, preset: Preprocessing | None) -> Preprocessing:
+    """The user's preprocessing, on top of the model's own preset where it has one."""
+    given = {
+        name: getattr(config, name)
+        for name in ("mean", "std", "resize", "crop")
+        if getattr(config, name)
+    }
+    if preset is not None and not given:
+        return preset
+    base = preset or Preprocessing()
+    return dataclasses.replace(base, **given, from_preset=False)
+
+
+def _image_channels(model: nn.Module) -> int | None:
+    """The channels that the first convolution takes; None for a model without one."""
+    for module in model.modules():
+        kind = kind_of(module)
+        if kind is not None and kind.name == "Conv2d":
+            return kind.geometry(module).in_channels
+    return None
+
+
+def batch_size_for(config: RunConfig, example: Tensor) -> int:
+    """The configured batch size, or one that suits the image size."""
+    if config.batch_size is not None:
+        return config.batch_size
+    pixels = example.shape[-1] * (example.shape[-2] if example.dim() > 3 else 1)
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // max(pixels, 1)))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Fingerprint of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require(images: ImageSet | None, flag: str) -> ImageSet:
+    """Return the images or raise `DataError` naming the flag that brings them."""
+    if images is None:
+        raise DataError(f"No images given; pass --{flag}.")
+    return images

@@ -1,0 +1,1 @@
+"""Measuring what a rewrite did: layers, accuracy, cost, speed."""

@@ -1,0 +1,30 @@
+"""What a model costs: MACs, parameters, bytes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from compress.network.sites import find_sites
+from compress.result import Cost
+
+
+def model_cost(model: nn.Module, example: Tensor, element_size: int | None = None) -> Cost:
+    """Count a model's cost for one image.
+
+    MACs are those of its convolution and linear layers, shared ones once per call; parameters and
+    the bytes of parameters and buffers count shared tensors once.
+
+    Args:
+        model: The network.
+        example: One input with the batch axis, ``[1, ...]``.
+        element_size: Bytes a floating-point number takes where the model will be saved in another
+            dtype than its own.
+    """
+    macs = sum(site.macs for site in find_sites(model, example))
+    params = sum(p.numel() for p in model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    size = sum(
+        t.numel() * (element_size if element_size and t.is_floating_point() else t.element_size())
+        for t in tensors
+    )
+    return Cost(macs, params, size)

@@ -1,0 +1,189 @@
+"""The dense baseline: the user's model with attention unpacked, norms folded and layers found."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress.calibrate.statistics import Calibration
+from compress.errors import ModelError
+from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.network.graph import FoldedPair, fold_batch_norms, same_outputs, trace
+from compress.network.sites import (
+    LayerSite,
+    evaluation_mode,
+    find_sites,
+    require_parameters,
+    run_model,
+)
+from compress.network.standin import without_read_layers
+from compress.running.finite import check_finite
+from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to be compressed.
+
+    Attributes:
+        original: The model as given, in float32 and eval mode; never changed.
+        model: Its copy with attention unpacked and norms folded: the dense baseline.
+        graph: The baseline's graph, or None where it cannot be traced.
+        sites: The baseline's layers, in order of execution.
+        folded: Which norms went into which layers.
+        unpacked: Names of the attention modules that were rebuilt of linear layers.
+        example: One input ``[1, ...]``.
+        memory_formats: Those that its forward takes: ``"contiguous"`` always, and
+            ``"channels_last"`` unless a ``view`` or the like stands in the way.
+        warnings: What the user should know.
+    """
+
+    original: nn.Module
+    model: nn.Module
+    graph: fx.Graph | None
+    sites: tuple[LayerSite, ...]
+    folded: tuple[FoldedPair, ...]
+    unpacked: tuple[str, ...]
+    example: Tensor
+    memory_formats: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def memory_format(self) -> str:
+        """What the baseline is calibrated in: on a CPU channels_last is a third faster."""
+        last = self.example.device.type == "cpu" and "channels_last" in self.memory_formats
+        return "channels_last" if last else "contiguous"
+
+    def site(self, name: str) -> LayerSite:
+        """The site of a name."""
+        return next(s for s in self.sites if s.name == name)
+
+
+def prepare(model: nn.Module, example: Tensor) -> Network:
+    """Make the dense baseline of a model.
+
+    Args:
+        model: The user's model; it is left as it was.
+        example: One input with the batch axis.
+
+    Raises:
+        ModelError: The model cannot be copied, does not run on the example, or gives NaN.
+    """
+    require_parameters(model)
+    original = _copied(model).float().eval()
+    baseline = copy.deepcopy(original)
+    warnings = []
+    unpacked = unpack_attention(baseline)
+    graph = trace(baseline)
+    if graph is None:
+        warnings.append(
+            "The model's forward cannot be traced, so only norms that directly follow a layer in "
+            "an nn.Sequential were folded, and factors are not refitted."
+        )
+    before = _output(original, example)
+    check_finite(
+        original, example, before, "on the first image, before anything was changed",
+        "check the checkpoint and the normalisation (--mean, --std)",
+    )  # fmt: skip
+    with torch.no_grad():
+        pairs = fold_batch_norms(baseline, graph)
+    if not _gives(baseline, example, before):
+        # Folding is exact where the graph is right; a forward that bypasses its modules is not.
+        baseline = copy.deepcopy(original)
+        unpacked, pairs, graph = (), (), None
+        warnings.append("Folding the norms changed the outputs, so they were left in place.")
+    if pairs:
+        graph = trace(baseline)
+    sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
+    sites = without_read_layers(baseline, sites, example)
+    formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
+    return Network(
+        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings)
+    )
+
+
+def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
+    """Whether a model computes the same in a memory format."""
+    if memory_format == "contiguous":
+        return True
+    if example.dim() != 4:
+        return False
+    with torch.no_grad(), evaluation_mode(model):
+        expected = run_model(model, example)
+        with in_memory_format(model, memory_format):
+            try:
+                found = run_model(model, in_format(example, memory_format))
+            except ModelError:
+                return False
+    return found.shape == expected.shape and same_outputs(expected, found)
+
+
+def without_unseen(network: Network, calibration: Calibration) -> Network:
+    """Keep the layers that no calibration image reached: nothing is known of what they do."""
+    unseen = {name for name, found in calibration.statistics.items() if not found.samples}
+    reason = "no calibration image reached it (the model chooses its layers by its input)"
+    sites = tuple(replace(s, skip=reason) if s.name in unseen else s for s in network.sites)
+    return replace(network, sites=sites)
+
+
+def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+    """Check that a model runs in the type that its checkpoint has and its result will have.
+
+    Raises:
+        ModelError: Its forward fails in that type, or overflows.
+    """
+    if dtype == torch.float32:
+        return
+    name = str(dtype).removeprefix("torch.")
+    remedy = "convert the checkpoint to float32"
+    converted, given = copy.deepcopy(model).to(dtype), example.to(dtype)
+    try:
+        output = _output(converted, given)
+    except ModelError as error:
+        raise ModelError(
+            f"The checkpoint is {name} and its result would be too, but the model does not run in "
+            f"that type ({error.__cause__}); {remedy}, or let the forward make its own tensors in "
+            "the type of its input."
+        ) from error
+    check_finite(converted, given, output, f"in {name}, the checkpoint's type", remedy)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # what a module holds may refuse to be copied in any way
+        raise ModelError(
+            f"The model cannot be copied ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "let it hold no open files, locks, or activations of an earlier forward."
+        ) from error
+
+
+def _output(model: nn.Module, example: Tensor) -> Tensor:
+    # Entered anew each time: a forward that draws random numbers draws the same ones.
+    with torch.no_grad(), evaluation_mode(model):
+        return run_model(model, example)
+
+
+def _gives(model: nn.Module, example: Tensor, expected: Tensor) -> bool:
+    try:
+        return same_outputs(expected, _output(model, example))
+    except ModelError:  # it reads what a folded norm no longer has
+        return False
+
+
+class _DirectReaders:
+    """Reasons to keep layers whose parent reads their weight without calling them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reasons: dict[nn.Module, str] = {}
+        for name, parent in model.named_modules():
+            for child in reads_child_weights(parent):
+                self.reasons[parent.get_submodule(child)] = (
+                    f"its parent {name or type(parent).__name__} reads its weight directly"
+                )
+
+    def __call__(self, module: nn.Module) -> str | None:
+        return self.reasons.get(module)

@@ -1,0 +1,315 @@
+"""Finding the layers of a model: what each is, how often it runs, why it is kept."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError, ModelError
+from compress.layers import kind_of, registered
+from compress.linalg.geometry import Geometry, Pair
+from compress.linalg.schemes import SCHEME_NAMES, unavailable
+from compress.running.attributes import kept_attributes
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a layer in a forward pass over one image.
+
+    Attributes:
+        size: Height and width of its input.
+        repeats: How many such inputs an image gives (windows, tokens folded into the batch).
+    """
+
+    size: Pair
+    repeats: Fraction
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """One layer of the model.
+
+    Attributes:
+        name: Its first qualified name; ``""`` where the model itself is the layer.
+        aliases: All its names; more than one where a module is shared.
+        kind: Name of its type.
+        geometry: Its geometry.
+        biased: Whether it has a bias.
+        calls: Its uses in one forward pass, in order.
+        skip: Why it is kept whatever the rule; None where it may be rewritten.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    geometry: Geometry
+    biased: bool
+    calls: tuple[Call, ...]
+    skip: str | None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image, over all calls."""
+        return self.count_macs(lambda call: self.geometry.macs(call.size))
+
+    def count_macs(self, per_call: Callable[[Call], int]) -> int:
+        """Sum a per-call count over the calls of one image."""
+        return int(sum((c.repeats * per_call(c) for c in self.calls), Fraction(0)))
+
+    @property
+    def params(self) -> int:
+        """Number of parameters, bias included."""
+        return self.geometry.weight_numel + (self.geometry.out_channels if self.biased else 0)
+
+    @property
+    def positions(self) -> int:
+        """Output positions per image, over all calls."""
+        return self.count_macs(lambda call: math.prod(self.geometry.output_size(call.size)))
+
+    def input_shape(self, call: Call, batch: int) -> tuple[int, ...]:
+        """The shape of the layer's input at one of its calls, for a batch of images."""
+        images, channels = int(batch * call.repeats), self.geometry.in_channels
+        if self.geometry.kind == "linear":
+            positions = call.size[0]
+            return (images, positions, channels) if positions > 1 else (images, channels)
+        one = self.geometry.kind.endswith("1d")
+        return (images, channels, *(call.size[1:] if one else call.size))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes that can stand for it."""
+        if self.skip is not None:
+            return ()
+        return tuple(s for s in SCHEME_NAMES if unavailable(self.geometry, s) is None)
+
+    @property
+    def shape(self) -> str:
+        """A short description, such as ``64→128 3x3 s2 g4``."""
+        g = self.geometry
+        text = f"{g.in_channels}→{g.out_channels}"
+        if g.kind != "linear":
+            text += f" {g.kernel_size[0]}x{g.kernel_size[1]}"
+        if g.stride != (1, 1):
+            same = g.stride[0] == g.stride[1]
+            text += (
+                f" s{g.stride[1]}"
+                if same or g.kind.endswith("1d")
+                else f" s{g.stride[0]}x{g.stride[1]}"
+            )
+        if g.groups > 1:
+            text += f" g{g.groups}"
+        return text
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """All qualified names of every module, shared ones with several."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return {module: tuple(listed) for module, listed in names.items()}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode; restore training flags, buffers, plain attributes and the random state."""
+    flags = {module: module.training for module in model.modules()}
+    # Norms leave their buffers alone in eval mode, but a forward may do as it likes with its own.
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in flags
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    state = torch.get_rng_state()
+    model.eval()
+    try:
+        with kept_attributes(model):
+            yield
+    finally:
+        torch.set_rng_state(state)
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+        for module, flag in flags.items():
+            module.training = flag
+
+
+ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
+
+
+@contextmanager
+def forward_hooks(
+    hooks: dict[nn.Module, ForwardHook],
+) -> Iterator[None]:
+    """Attach forward hooks and remove them whatever happens."""
+    handles = []
+    try:
+        for module, hook in hooks.items():
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Take no gradients of parameters; restore what required them."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
+def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Run the model and return its main output tensor.
+
+    Models that return a tuple, a dict or an object with ``logits`` give their first tensor.
+
+    Raises:
+        ModelError: The forward fails, or its result holds no tensor.
+    """
+    try:
+        result = model(inputs.clone())  # a model may change its input in place
+    except CompressError:
+        raise  # of a hook of ours, which says what is wrong
+    except Exception as error:  # the user's forward may raise anything
+        text = str(error).splitlines()[0] if str(error) else ""
+        if not text or isinstance(error, KeyError | ZeroDivisionError):
+            text = f"{type(error).__name__}{f': {text}' if text else ''}"
+        raise ModelError(
+            f"The model's forward failed on an input of shape {tuple(inputs.shape)}: {text}. "
+            "Check the number of channels and the image size (--resize, --crop) against what it "
+            "was trained on."
+        ) from error
+    return main_output(result)
+
+
+def main_output(result: object) -> Tensor:
+    """Return the main tensor of what a forward returned."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, dict):
+        for key in ("logits", "out"):
+            if isinstance(result.get(key), Tensor):
+                return main_output(result[key])
+        candidates = list(result.values())
+    elif isinstance(getattr(result, "logits", None), Tensor):
+        return main_output(result.logits)  # type: ignore[attr-defined]  # just looked
+    else:
+        candidates = list(result) if isinstance(result, tuple | list) else []
+    for value in candidates:
+        if isinstance(value, Tensor):
+            return value
+    raise ModelError(
+        f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it in "
+        "a module that returns its logits."
+    )
+
+
+def require_parameters(model: nn.Module) -> None:
+    """Raise `ModelError` for a model in which there is nothing to compress."""
+    if next(model.parameters(), None) is None:
+        raise ModelError(
+            f"The model, a {type(model).__name__}, has no parameters, so that there is nothing to "
+            "compress; is it the right one?"
+        )
+
+
+def find_sites(
+    model: nn.Module, example: Tensor, keep: Callable[[nn.Module], str | None] = lambda _: None
+) -> tuple[LayerSite, ...]:
+    """Find every layer with a weight matrix, in order of execution.
+
+    Args:
+        model: The network; it is left as it was.
+        example: One input with the batch axis, ``[1, ...]``.
+        keep: Further reasons to keep a module, by module.
+
+    Returns:
+        One site per module of a registered kind (or a subclass of one), shared modules once.
+
+    Raises:
+        ModelError: The model does not run on the example.
+    """
+    names = module_names(model)
+    types = tuple(kind.module_type for kind in registered())
+    layers = [module for module in names if isinstance(module, types)]
+    calls: dict[nn.Module, list[Call]] = {}
+    by_keyword: dict[nn.Module, str] = {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        del output
+        kind = kind_of(module)
+        seen = calls.setdefault(module, [])
+        if not inputs:
+            by_keyword[module] = "it is called by keyword, where its input cannot be watched"
+        elif kind is not None:
+            images = kind.images(inputs[0])
+            repeats = Fraction(images.shape[0], example.shape[0])
+            seen.append(Call((images.shape[2], images.shape[3]), repeats))
+
+    with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):
+        run_model(model, example)
+    reasons = {**_tied(model), **by_keyword}
+    ordered = list(calls) + [m for m in layers if m not in calls]
+    return tuple(
+        _site(module, names[module], calls.get(module), keep(module) or reasons.get(module))
+        for module in ordered
+    )
+
+
+def _tied(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules whose weight is another module's too, with the reason to keep them."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[weight.data_ptr() if weight.numel() else id(weight)].append((module, name))
+    reasons = {}
+    for group in owners.values():
+        for module, _ in group if len(group) > 1 else ():
+            others = ", ".join(n for m, n in group if m is not module)
+            reasons[module] = f"its weight is tied to {others}, which rewriting would untie"
+    return reasons
+
+
+def _site(
+    module: nn.Module, names: tuple[str, ...], calls: list[Call] | None, reason: str | None
+) -> LayerSite:
+    kind = kind_of(module)
+    base = next(k for k in registered() if isinstance(module, k.module_type))
+    geometry = (kind or base).geometry(module)
+    skip = reason
+    if kind is None:
+        skip = f"a subclass of {base.name} ({type(module).__name__}) may compute something else"
+    elif calls is None:
+        skip = skip or "never called in a forward pass (its parent may read its weight directly)"
+    elif module._forward_hooks or module._forward_pre_hooks:
+        skip = skip or "it carries forward hooks, which a rewrite would lose"
+    else:
+        skip = skip or kind.unsupported(module)
+        if geometry.full_rank < 2:
+            skip = skip or "its weight has rank 1 in each group already"
+    return LayerSite(
+        name=names[0],
+        aliases=names,
+        kind=type(module).__name__,
+        geometry=geometry,
+        biased=getattr(module, "bias", None) is not None,
+        calls=tuple(calls or ()),
+        skip=skip,
+    )

@@ -1,0 +1,114 @@
+"""Which layers a chain can stand for: those that the model calls, and does nothing else with.
+
+A chain takes one tensor and is no ``nn.Linear``. A forward that reads ``self.fc.in_features``, asks
+for the type of a layer, hands it an output size, or reaches it through a plain list instead of its
+name would fail with a chain, or do something else. Each layer is therefore put into an
+``nn.Sequential`` of its own for a trial forward, which computes the same and has all that a chain
+has; where that is not the same to the model, the layer is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from compress.network.graph import replace_module, same_outputs
+from compress.network.sites import (
+    ForwardHook,
+    LayerSite,
+    evaluation_mode,
+    forward_hooks,
+    main_output,
+)
+
+_PAST_ITS_NAME = (
+    "the model reaches it past its name (from a plain list or another attribute), where a rewrite "
+    "would not be seen"
+)
+
+
+def without_read_layers(
+    model: nn.Module, sites: Sequence[LayerSite], example: Tensor
+) -> tuple[LayerSite, ...]:
+    """Return the sites, with a reason to be kept for those that no chain can stand for.
+
+    Args:
+        model: The network; it is left as it was.
+        sites: Its layers.
+        example: One input with the batch axis.
+    """
+    # Where the model itself is the layer there is nobody to do anything else with it.
+    trial = _Trial(model, example)
+    suspects = [site for site in sites if site.skip is None and site.name]
+    reasons = trial.reasons(suspects)
+    return tuple(
+        replace(site, skip=reasons[site.name]) if site.name in reasons else site for site in sites
+    )
+
+
+class _Trial:
+    """Trial forwards of one model on one input."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.model, self.example = model, example
+        self.expected = self._forward()
+
+    def reasons(self, sites: Sequence[LayerSite]) -> dict[str, str]:
+        """Reasons to keep some of the sites, by name; halves are tried until one layer is left."""
+        reason = self._reason(sites) if sites else None
+        if reason is None:
+            return {}
+        if len(sites) == 1:
+            return {sites[0].name: reason}
+        middle = len(sites) // 2
+        return self.reasons(sites[:middle]) | self.reasons(sites[middle:])
+
+    def _reason(self, sites: Sequence[LayerSite]) -> str | None:
+        """Why the model is another with stand-ins for these layers; None where it is the same."""
+        calls = dict.fromkeys([site.name for site in sites], 0)
+
+        def counter(name: str) -> ForwardHook:
+            def count(*_: object) -> None:
+                calls[name] += 1
+
+            return count
+
+        try:
+            with _stand_ins(self.model, sites) as found:
+                with forward_hooks({found[name]: counter(name) for name in calls}):
+                    output = self._forward()
+        except Exception as error:  # the user's forward may raise anything about a stand-in
+            text = " ".join(str(error).split()) or type(error).__name__
+            return f"the model does more with it than call it with one tensor ({text})"
+        if any(calls[site.name] != len(site.calls) for site in sites):
+            return _PAST_ITS_NAME
+        if output.shape != self.expected.shape or not same_outputs(self.expected, output):
+            return "the model looks at what it is, and computes something else with a chain"
+        return None
+
+    def _forward(self) -> Tensor:
+        # Entered anew each time: a forward that draws random numbers draws the same ones.
+        with torch.no_grad(), evaluation_mode(self.model):
+            return main_output(self.model(self.example.clone()))
+
+
+@contextmanager
+def _stand_ins(model: nn.Module, sites: Sequence[LayerSite]) -> Iterator[dict[str, nn.Module]]:
+    """Put each layer into a sequence of its own, under all its names; take it out afterwards."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, nn.Module] = {
+        site.name: nn.Sequential(modules[site.name]).eval() for site in sites
+    }
+    try:
+        for site in sites:
+            for alias in site.aliases:
+                replace_module(model, alias, found[site.name])
+        yield found
+    finally:
+        for site in sites:
+            for alias in site.aliases:
+                replace_module(model, alias, modules[site.name])

@@ -1,0 +1,1 @@
+"""Running a model: forward passes, evaluation mode, hooks, memory formats, what is finite."""

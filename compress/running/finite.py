@@ -1,0 +1,48 @@
+"""Saying where in a model NaN or infinite values begin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.network.sites import ForwardHook, evaluation_mode, forward_hooks, run_model
+
+
+def check_finite(model: nn.Module, inputs: Tensor, outputs: Tensor, when: str, remedy: str) -> None:
+    """Check that a model's outputs are finite.
+
+    Args:
+        model: The model; run once more where they are not, to find the layer.
+        inputs: What it was run on.
+        outputs: What it gave.
+        when: On which images, or after what, such as ``"on the first image"``.
+        remedy: What to do about it.
+
+    Raises:
+        ModelError: They are not. The module that gave the first such value is named.
+    """
+    if bool(torch.isfinite(outputs).all()):
+        return
+    name = _first_broken(model, inputs)
+    where = f"; they begin in {name}" if name else ", which no module of it gave"
+    raise ModelError(f"The model gives NaN or infinite outputs {when}{where}; {remedy}.")
+
+
+def _first_broken(model: nn.Module, inputs: Tensor) -> str:
+    """The innermost module whose output is the first that is not finite; ``""`` for none."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> ForwardHook:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            broken = isinstance(output, Tensor) and not bool(torch.isfinite(output).all())
+            if broken and not found:
+                found.append(f"{name!r} ({type(module).__name__})")
+
+        return hook
+
+    # Hooks of children fire before those of their parents, which so name the rest of a forward.
+    hooks = {module: watch(name, module) for name, module in model.named_modules() if name}
+    with torch.no_grad(), evaluation_mode(model), forward_hooks(hooks):
+        run_model(model, inputs)
+    return found[0] if found else ""

@@ -1,0 +1,322 @@
+"""From a model spec to a module: one of torchvision's, or what the user's own factory returns.
+
+The part after ``?`` holds the factory's arguments, ``&`` between them, each typed as a TOML value;
+what is no TOML value is a string, so that paths need no quotes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from compress.errors import InputError, ModelError, near_matches
+from compress.vision import pictures as vision
+from compress.vision.pictures import Preprocessing
+
+T = TypeVar("T")
+
+MODEL_FORMS = (
+    "torchvision:resnet18, torchvision:vit_b_16?num_classes=10, "
+    "package.module:factory?width=32 or path/to/file.py:factory"
+)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A network in eval mode and float32, with random weights, and what its spec says of it.
+
+    Attributes:
+        module: The network.
+        spec: The spec it was built from.
+        needs_trust: Whether building it ran the user's own code, so that loading a result that
+            names this spec must be allowed explicitly. False for torchvision and this package.
+        preset: The preprocessing of torchvision's default weights, None for other models.
+        input_shape: One input without the batch axis, ``(C, H, W)``: torchvision's preset, or the
+            module's attribute ``input_shape``; None where neither is there.
+    """
+
+    module: nn.Module
+    spec: str
+    needs_trust: bool
+    preset: Preprocessing | None
+    input_shape: tuple[int, ...] | None
+
+
+def build_model(spec: str) -> BuiltModel:
+    """Build the network that a spec names.
+
+    The global random state is left as it was, and the network is the same every time.
+
+    Raises:
+        ModelError: The spec is malformed, names nothing that exists, or its factory fails or
+            returns no ``nn.Module``. The message says which and names near matches.
+    """
+    head, arguments = split_spec(spec, ModelError)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if head.startswith("torchvision:"):
+            return _build_torchvision(spec, head.removeprefix("torchvision:"), arguments)
+        module = call_factory(head, arguments, ModelError, MODEL_FORMS)
+    if isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule):
+        # torch.compile runs a program it made of the layers, past the layers themselves.
+        module = module._modules.get("_orig_mod", module)
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"The factory {head} returned {type(module).__name__}, not an nn.Module; "
+            "let it return the network itself."
+        )
+    _check_plain(module, head)
+    hint = getattr(module, "input_shape", None)
+    return BuiltModel(
+        module=module.float().eval(),
+        spec=spec,
+        needs_trust=needs_trust(spec),
+        preset=None,
+        input_shape=tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None,
+    )
+
+
+def _check_plain(module: nn.Module, head: str) -> None:
+    """Refuse networks that have no layers to look at.
+
+    Raises:
+        ModelError: It is compiled to TorchScript, or has lazy layers.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"The factory {head} returned a TorchScript module, whose layers cannot be replaced; "
+            "let it return the network before torch.jit.script or torch.jit.trace."
+        )
+    lazy = [n for n, m in module.named_modules() if isinstance(m, LazyModuleMixin)]
+    if lazy:
+        raise ModelError(
+            f"The factory {head} returned a network with layers that wait for their first input "
+            f"({', '.join(lazy[:5])}); let it run one forward before it returns."
+        )
+
+
+def _build_torchvision(spec: str, name: str, arguments: dict[str, Any]) -> BuiltModel:
+    module = vision.torchvision_model(name, **arguments)
+    image_size = getattr(module, "image_size", None)
+    preset = vision.torchvision_preset(name, image_size if isinstance(image_size, int) else None)
+    side = preset.crop or 224
+    return BuiltModel(
+        module=module.float().eval(),
+        spec=spec,
+        needs_trust=False,
+        preset=replace(preset, channels=3),
+        input_shape=(3, side, side),
+    )
+
+
+# --- Specs and factories, for models and datasets alike ----------------------------------------
+
+
+def split_spec(spec: str, error: type[InputError]) -> tuple[str, dict[str, Any]]:
+    """Split ``head?key=value&key=value`` into the head and typed arguments.
+
+    Raises:
+        InputError: Of the type ``error``: an argument without ``=``, or given twice.
+    """
+    head, mark, query = spec.rpartition("?")
+    if not mark:
+        return spec, {}
+    arguments: dict[str, Any] = {}
+    for part in query.split("&"):
+        key, equals, text = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise error(
+                f"The arguments of {spec!r} cannot be read at {part!r}; write them as "
+                "?name=value&name=value."
+            )
+        if key in arguments:
+            raise error(f"The argument {key!r} is given twice in {spec!r}.")
+        arguments[key] = _toml_value(text)
+    return head, arguments
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        values = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return values["value"] if len(values) == 1 else text
+
+
+def needs_trust(spec: str) -> bool:
+    """Whether building a spec runs code that is neither torchvision's nor the embedded network's.
+
+    No other part of this package is exempt: ``compress.specs:build_model?spec=their.py:net``
+    would run anything, and ``compress.py:net`` is a file of the user's.
+    """
+    head = split_spec(spec, ModelError)[0]
+    return not head.startswith(("torchvision:", "compress.demo_data.network:"))
+
+
+def import_function(spec: str, error: type[InputError]) -> Callable[..., Any]:
+    """Import the function that ``package.module:function`` or ``path/file.py:function`` names.
+
+    Raises:
+        InputError: Of the type ``error``: no such file, module or function.
+    """
+    return _import_callable(spec, error, "package.module:function or path/to/file.py:function")[0]
+
+
+def call_factory(
+    head: str, arguments: dict[str, Any], error: type[InputError], forms: str
+) -> object:
+    """Import ``package.module:factory`` or ``path/to/file.py:factory`` and call it.
+
+    The working folder, or the file's own, is on ``sys.path`` while that happens, so that what
+    lies beside it can be imported.
+
+    Args:
+        head: The spec without its arguments.
+        arguments: Keyword arguments of the factory.
+        error: The exception type to raise.
+        forms: The forms a spec may take, for the message.
+
+    Raises:
+        InputError: Of the type ``error``: no such file, module or factory, a factory that takes
+            other arguments, or one that raises; the user's own exception is the cause.
+    """
+    factory, folder = _import_callable(head, error, forms)
+    with _on_path(folder):
+        return _call(factory, head, arguments, error)
+
+
+def _import_callable(
+    head: str, error: type[InputError], forms: str
+) -> tuple[Callable[..., Any], Path]:
+    """Import what a spec names; also return the folder that was on ``sys.path`` meanwhile."""
+    place, colon, name = head.rpartition(":")
+    if not colon or not place or not name:
+        raise error(f"{head!r} is no spec; write {forms}.")
+    is_file = place.endswith(".py")
+    folder = Path(place).absolute().parent if is_file else Path.cwd()
+    with _on_path(folder):
+        module = (
+            _import_file(Path(place), error) if is_file else _import_module(place, error, forms)
+        )
+    found = getattr(module, name, None)
+    if not callable(found) or isinstance(found, nn.Module):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        what = "no factory" if found is None else "no function or class"
+        raise error(
+            f"{place} has {what} {name!r}.{near_matches(name, known)} "
+            f"It must be callable without a tensor and return what is asked for."
+        )
+    return found, folder
+
+
+def _call(
+    factory: Callable[..., object], head: str, arguments: dict[str, Any], error: type[InputError]
+) -> object:
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(**arguments)
+    except TypeError as problem:
+        known = list(signature.parameters)
+        wrong = [near_matches(a, known) for a in arguments if a not in known]
+        raise error(
+            f"The factory {head} cannot be called with {arguments or 'no arguments'}: {problem}."
+            f"{''.join(wrong)} It takes {signature}."
+        ) from problem
+    except ValueError:
+        pass  # a builtin without a signature: the call itself will tell
+    try:
+        return _with_torchvision(lambda: factory(**arguments))
+    except (Exception, SystemExit) as problem:
+        raise error(f"The factory {head} raised {_described(problem)}.") from problem
+
+
+def _with_torchvision(run: Callable[[], T]) -> T:
+    """Run the user's code; again where its import of torchvision failed for lack of operators."""
+    try:
+        return run()
+    except RuntimeError as problem:
+        if "operator torchvision::" not in str(problem):
+            raise
+    vision.load_torchvision()
+    return run()
+
+
+def _import_file(path: Path, error: type[InputError]) -> ModuleType:
+    """Import a file under a name of its own, so that it shadows nothing; once while unchanged."""
+    try:
+        source = path.read_bytes()
+    except OSError as problem:
+        around = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        raise error(
+            f"The file {path} cannot be read: {problem.strerror}."
+            f"{near_matches(path.name, [p.name for p in around])} "
+            f"Paths are relative to {Path.cwd()}."
+        ) from problem
+    key = os.fsencode(path.absolute()) + b"\0" + source
+    name = f"_compress_user_{path.stem}_{hashlib.sha256(key).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path.absolute())
+    if found is None or found.loader is None:
+        raise error(f"The file {path} cannot be imported; it must be a Python source file.")
+    loader, module = found.loader, importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    try:
+        _with_torchvision(lambda: loader.exec_module(module))
+    except (Exception, SystemExit) as problem:
+        del sys.modules[name]
+        raise error(f"Importing {path} raised {_described(problem)}.") from problem
+    return module
+
+
+def _import_module(name: str, error: type[InputError], forms: str) -> ModuleType:
+    try:
+        return _with_torchvision(lambda: importlib.import_module(name))
+    except ModuleNotFoundError as problem:
+        if problem.name is None or not (name + ".").startswith(problem.name + "."):
+            raise error(f"Importing {name} raised {_described(problem)}.") from problem
+        near = near_matches(name.partition(".")[0], ["torchvision", "imagefolder", "tensors"])
+        raise error(
+            f"There is no module {problem.name!r} to import, neither installed nor in "
+            f"{Path.cwd()}.{near} A spec is {forms}."
+        ) from problem
+    except (Exception, SystemExit) as problem:
+        raise error(f"Importing {name} raised {_described(problem)}.") from problem
+
+
+def _described(problem: BaseException) -> str:
+    """Name an exception and the user's line that raised it, in one line."""
+    text = " ".join(str(problem).split()).rstrip(".")
+    traceback, where = problem.__traceback__, ""
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not code.co_filename.startswith("<") and code.co_filename != __file__:
+            where = f" at {Path(code.co_filename).name}, line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return f"{type(problem).__name__}{f': {text}' if text else ''}{where}"
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if entry in sys.path:
+            sys.path.remove(entry)

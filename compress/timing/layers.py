@@ -1,0 +1,216 @@
+"""What layers took, remembered."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import InputError
+from compress.running.memory_format import Layout, evaluating, in_format
+from compress.timing.networks import synchroniser
+from compress.timing.turns import ROUNDS, Clock, Run, measure
+
+TABLE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how something runs: what a measured time is valid for, beside the layer itself."""
+
+    device: str
+    device_name: str
+    threads: int
+    dtype: str
+    memory_format: str
+    torch_version: str
+
+    @classmethod
+    def here(
+        cls,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory_format: str = "contiguous",
+    ) -> Setting:
+        """Return the setting of this process as it is now."""
+        return cls(
+            device=str(device),
+            device_name=_device_name(torch.device(device)),
+            threads=torch.get_num_threads(),
+            dtype=str(dtype).removeprefix("torch."),
+            memory_format=memory_format,
+            torch_version=torch.__version__,
+        )
+
+
+@dataclass(frozen=True)
+class LatencyKey:
+    """What a layer's time depends on. ``input_shape`` starts with the batch."""
+
+    device_name: str
+    threads: int
+    dtype: str
+    memory_format: str
+    torch_version: str
+    input_shape: tuple[int, ...]
+    layer: str
+
+
+def describe_layer(module: nn.Module) -> str:
+    """Return what a layer's time depends on, its values left out: its printed form on one line."""
+    return " ".join(repr(module).split())
+
+
+class LatencyTable:
+    """Measured seconds of layers by `LatencyKey`, JSON both ways."""
+
+    def __init__(self, seconds: Mapping[LatencyKey, float] | None = None) -> None:
+        self._seconds = dict(seconds or {})
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def __contains__(self, key: LatencyKey) -> bool:
+        return key in self._seconds
+
+    def __getitem__(self, key: LatencyKey) -> float:
+        return self._seconds[key]
+
+    @staticmethod
+    def key(module: nn.Module, input_shape: Sequence[int], setting: Setting) -> LatencyKey:
+        """Return the key of a layer at an input shape, the batch included."""
+        return LatencyKey(
+            device_name=setting.device_name,
+            threads=setting.threads,
+            dtype=setting.dtype,
+            memory_format=setting.memory_format,
+            torch_version=setting.torch_version,
+            input_shape=tuple(input_shape),
+            layer=describe_layer(module),
+        )
+
+    def time(
+        self,
+        layers: Sequence[tuple[nn.Module, Sequence[int]]],
+        setting: Setting,
+        *,
+        rounds: int = ROUNDS,
+        min_seconds: float = 0.05,
+        clock: Clock = time.perf_counter,
+    ) -> list[float]:
+        """Return the seconds of each layer at its input shape, measuring what is not known yet.
+
+        What has to be measured takes turns in one run, so pass all that is to be compared at once.
+
+        Args:
+            layers: Modules, on the setting's device and in its dtype, with their input shapes
+                ``[N, …]``; left as they were.
+            setting: Where and how they run.
+            rounds: Turns of each, at least.
+            min_seconds: How long each is timed in all, at least.
+            clock: Seconds since some moment.
+
+        Raises:
+            ValueError: The setting's threads are not those that torch has now, or its memory
+                format is unknown.
+        """
+        if setting.threads != torch.get_num_threads():
+            raise ValueError(
+                f"the setting is for {setting.threads} threads and torch has "
+                f"{torch.get_num_threads()} now"
+            )
+        keys = [self.key(module, shape, setting) for module, shape in layers]
+        unknown = {
+            key: module
+            for key, (module, _) in zip(keys, layers, strict=True)
+            if key not in self._seconds
+        }
+        inputs = {key.input_shape: _random_input(key.input_shape, setting) for key in unknown}
+
+        def run(key: LatencyKey, module: nn.Module) -> Run:
+            return lambda: module(inputs[key.input_shape])
+
+        layout = Layout(unknown.values(), [setting.memory_format])
+        layout.use(setting.memory_format)
+        try:
+            with evaluating(unknown.values()):
+                measured = measure(
+                    [run(key, module) for key, module in unknown.items()],
+                    rounds=rounds,
+                    min_seconds=min_seconds,
+                    synchronise=synchroniser(torch.device(setting.device)),
+                    clock=clock,
+                )
+        finally:
+            layout.restore()
+        self._seconds.update(zip(unknown, measured, strict=True))
+        return [self._seconds[key] for key in keys]
+
+    def to_json(self) -> str:
+        """Write every entry; the inverse of `read`."""
+        entries = [{**asdict(key), "seconds": s} for key, s in self._seconds.items()]
+        return json.dumps({"format": TABLE_FORMAT, "entries": entries}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatencyTable:
+        """Read a table that was written by `to_json`.
+
+        Raises:
+            InputError: The file cannot be read, is damaged or of a newer format.
+        """
+        advice = "delete it to measure afresh"
+        try:
+            raw = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"The latency table {path} cannot be read: {error}.") from error
+        except ValueError as error:
+            raise InputError(f"The latency table {path} is no JSON ({error}); {advice}.") from error
+        if not isinstance(raw, dict) or raw.get("format") != TABLE_FORMAT:
+            raise InputError(
+                f"{path} is no latency table of a format that this version reads; {advice}."
+            )
+        try:
+            return cls(dict(map(_entry, raw["entries"])))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"The latency table {path} is damaged ({error!r}); {advice}."
+            ) from error
+
+
+def _entry(raw: dict[str, Any]) -> tuple[LatencyKey, float]:
+    seconds = float(raw["seconds"])
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} seconds")
+    values = {field.name: raw[field.name] for field in fields(LatencyKey)}
+    values["input_shape"] = tuple(int(size) for size in values["input_shape"])
+    return LatencyKey(**values), seconds
+
+
+def _random_input(shape: tuple[int, ...], setting: Setting) -> Tensor:
+    """Make an input without touching the global random state."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator)
+    values = values.to(setting.device, getattr(torch, setting.dtype))
+    return in_format(values, setting.memory_format)
+
+
+def _device_name(device: torch.device) -> str:
+    """Name the hardware, so that a table from another machine does not match by accident."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
