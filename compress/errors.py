@@ -90,3 +90,8 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(c) for c in close)}?"
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says on one line without a full stop, or else its type."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,5 +1,5 @@
 """Building networks from model specs; the documented face of `compress.inputs.models`."""
 
-from compress.specs import build_model
+from compress.inputs.models import build_model
 
 __all__ = ["build_model"]

@@ -22,8 +22,9 @@ from compress.errors import CalibrationError
 from compress.layers import kind_of
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
-from compress.network.sites import LayerSite, evaluation_mode, forward_hooks, frozen, run_model
+from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
+from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
 from compress.running.memory_format import in_format, in_memory_format
 
 # Layers take every position up to this many rows, however short those are: of patches, and of

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compress.linalg.moments import Moments
+from compress.network.baseline import Network
 
 # Below this many samples a dimension the covariance is shrunk and the user is warned.
 FEW_SAMPLES = 10
@@ -59,3 +60,11 @@ class Calibration:
     data_fingerprint: str = ""
     model_fingerprint: str = ""
     warnings: list[str] = field(default_factory=list)
+
+
+def without_unseen(network: Network, calibration: Calibration) -> Network:
+    """Keep the layers that no calibration image reached: nothing is known of what they do."""
+    unseen = {name for name, found in calibration.statistics.items() if not found.samples}
+    reason = "no calibration image reached it (the model chooses its layers by its input)"
+    sites = tuple(replace(s, skip=reason) if s.name in unseen else s for s in network.sites)
+    return replace(network, sites=sites)

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 @configured("model", "data", "test", "images", "evaluation", "compute")
 def evaluate(settings: Settings, terminal: Terminal, trust_code: bool) -> None:
     """Measure accuracy, MACs, parameters and latency of one model, original or compressed."""
-    from compress.pipeline.evaluate import evaluate_model, is_artefact, recorded_settings
+    from compress.artefact.manifest import is_artefact, recorded_settings
+    from compress.pipeline.evaluate import evaluate_model
 
     base = {}
     path = settings.given("checkpoint")
     if path and is_artefact(path):
-        from compress.artefact.model import read_manifest
+        from compress.artefact.manifest import read_manifest
 
         base = recorded_settings(read_manifest(path))
     found = evaluate_model(settings.config(**base), trust_code=trust_code, track=terminal.track)

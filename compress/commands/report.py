@@ -110,10 +110,10 @@ def _measure(
     settings: Settings, terminal: Terminal, before: str | None, after: str | None, trust_code: bool
 ) -> tuple[list[Report], Mapping[int, bytes]]:
     """Measure original and result on the test set, with thumbnails of what flipped."""
-    from compress.artefact.model import read_manifest
+    from compress.artefact.manifest import read_manifest, recorded_settings
     from compress.inputs.load import load_model, open_images
-    from compress.pipeline.evaluate import recorded_settings, verify_result
-    from compress.pipeline.outcome import flip_thumbnails
+    from compress.pipeline.folder import flip_thumbnails
+    from compress.pipeline.verify import verify_result
     from compress.report import build_report
 
     assert before

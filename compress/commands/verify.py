@@ -24,9 +24,9 @@ def verify(settings: Settings, terminal: Terminal, artefact: str, trust_code: bo
     Model, preprocessing and limits are those of the run unless you give others. The errors of
     layers are measured on the test images.
     """
-    from compress.artefact.model import read_manifest
+    from compress.artefact.manifest import read_manifest, recorded_settings
     from compress.commands.summary import run_summary
-    from compress.pipeline.evaluate import recorded_settings, verify_result
+    from compress.pipeline.verify import verify_result
     from compress.report import build_report, gate_sentence
 
     config = settings.config(**recorded_settings(read_manifest(artefact)))

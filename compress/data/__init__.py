@@ -3,7 +3,7 @@
 from compress.data.images import ImageSet, Source, check_channels, check_labels
 from compress.data.loading import Batches, Split, batches, split
 from compress.data.sources import DATA_FORMS, as_images, open_dataset
-from compress.vision.pictures import Preprocessing
+from compress.vision.preprocessing import Preprocessing
 
 __all__ = [
     "DATA_FORMS",

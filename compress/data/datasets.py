@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.data.images import UNLABELLED
 from compress.errors import DataError
-from compress.vision import pictures as vision
+from compress.vision.pictures import convert_image
 
 _SAMPLED_ITEMS = 1000  # how many items a fingerprint looks at
 
@@ -90,7 +90,7 @@ class DatasetSource:
         image, _ = self._item(index)
         if isinstance(image, Image.Image):
             own = 1 if image.mode in ("1", "L", "I;16") else 3
-            return vision.convert_image(image, self.channels or own)
+            return convert_image(image, self.channels or own)
         if isinstance(image, np.ndarray):
             pixels = torch.from_numpy(image.copy())
             return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from compress.errors import DataError
-from compress.vision import pictures as vision
-from compress.vision.pictures import Preprocessing
+from compress.vision.pictures import image_to_array
+from compress.vision.preprocessing import Preprocessing, image_to_tensor, pixels_to_tensor
 
 UNLABELLED = -1
 
@@ -104,7 +104,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         if isinstance(image, Tensor):
             tensor = self._from_pixels(image, self.name(index))
         else:
-            tensor = vision.image_to_tensor(image, self.preprocessing, self.name(index))
+            tensor = image_to_tensor(image, self.preprocessing, self.name(index))
         return tensor, self.label(index)
 
     def stack(self, positions: Sequence[int]) -> Tensor:
@@ -156,7 +156,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """
         image = self.source.image(self.indices[index])
         if not isinstance(image, Tensor):
-            return vision.image_to_array(image)
+            return image_to_array(image)
         pixels = image if image.ndim == 3 else image.reshape(1, 1, -1)
         pixels = pixels if pixels.shape[0] in (1, 3) else pixels[:1]
         if pixels.dtype != torch.uint8:
@@ -191,7 +191,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         default = self.preprocessing.from_preset or self.preprocessing.is_identity
         if self.source.transformed and pixels.is_floating_point() and default:
             return pixels.float()
-        return vision.pixels_to_tensor(pixels, self.preprocessing, name)
+        return pixels_to_tensor(pixels, self.preprocessing, name)
 
 
 # --- Checks ------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from compress.data.datasets import DatasetSource
 from compress.data.images import UNLABELLED, ImageSet, Source
 from compress.errors import DataError, near_matches
 from compress.specs import call_factory, split_spec
-from compress.vision import pictures as vision
-from compress.vision.pictures import Preprocessing
+from compress.vision import pictures
+from compress.vision.preprocessing import Preprocessing
+from compress.vision.torchvision import torchvision_dataset
 
 DATA_FORMS = (
     "imagefolder:DIR, torchvision:CIFAR10?root=DIR&train=true, tensors:FILE.npz, "
@@ -64,7 +65,7 @@ def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -
         first, comma, second = place.partition(",")
         source = open_idx(Path(first), Path(second) if comma else None)
     elif kind == "torchvision":
-        source = DatasetSource.of(vision.torchvision_dataset(place, **arguments), spec, wanted)
+        source = DatasetSource.of(torchvision_dataset(place, **arguments), spec, wanted)
     else:
         if ":" not in head:
             raise DataError(
@@ -118,7 +119,7 @@ class FolderSource:
 
     def image(self, index: int) -> Image.Image:
         """Read one picture as L or RGB."""
-        return vision.read_image(self.root / self.files[index], self.channels)
+        return pictures.read_image(self.root / self.files[index], self.channels)
 
     def stack(self, indices: Sequence[int]) -> None:
         """Return None: files are read one by one."""
@@ -177,7 +178,7 @@ def open_folder(root: Path, channels: int) -> FolderSource:
     if not files:
         raise DataError(
             f"The image folder {root} holds no pictures, neither in folders by class nor at its "
-            f"top; pictures end in {', '.join(vision.IMAGE_SUFFIXES)}."
+            f"top; pictures end in {', '.join(pictures.IMAGE_SUFFIXES)}."
         )
     return FolderSource(
         root, tuple(files), tuple(labels), classes, channels, whole=size <= WHOLE_BYTES
@@ -190,7 +191,7 @@ def _pictures(root: Path, folder: str) -> list[tuple[str, int]]:
     for where, folders, names in os.walk(root / folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in names:
-            if name.lower().endswith(vision.IMAGE_SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(pictures.IMAGE_SUFFIXES) and not name.startswith("."):
                 path = Path(where, name)
                 found.append((path.relative_to(root).as_posix(), path.stat().st_size))
     return sorted(found)

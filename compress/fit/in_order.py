@@ -25,8 +25,9 @@ from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.chains import Chain, build_chain
-from compress.network.sites import LayerSite, evaluation_mode
+from compress.network.sites import LayerSite
 from compress.progress import Track, silent
+from compress.running.forward import evaluation_mode
 
 # Ridge strengths tried, in units of the mean eigenvalue of the patches' covariance.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -33,8 +33,9 @@ from compress.linalg.fit import with_weights
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.chains import build_chain
-from compress.network.sites import LayerSite, evaluation_mode, frozen
+from compress.network.sites import LayerSite
 from compress.progress import Track, silent
+from compress.running.forward import evaluation_mode, frozen
 
 EPOCHS = 12
 # Images a step, whatever the batches are: results must not depend on what fits into memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -34,3 +35,13 @@ def loss_function(config: RunConfig) -> Any:
         return value
 
     return checked
+
+
+def metric_function(config: RunConfig) -> Callable[..., float] | None:
+    """The user's own measure ``(model, batches) -> number``, or None for accuracy."""
+    if not config.metric_fn:
+        return None
+    from compress.errors import ModelError
+    from compress.specs import import_function
+
+    return import_function(config.metric_fn, ModelError)

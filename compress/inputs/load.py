@@ -14,10 +14,11 @@ from compress.data import ImageSet, Preprocessing, Split, check_channels, open_d
 from compress.errors import ConfigError, DataError, ModelError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
+from compress.inputs.models import build_model
 from compress.layers import kind_of
-from compress.network.sites import evaluation_mode, require_parameters, run_model
 from compress.result import SplitRecord
-from compress.specs import build_model, split_spec
+from compress.running.forward import evaluation_mode, require_parameters, run_model
+from compress.specs import split_spec
 
 # Pixels a default batch holds: 16 images of 224 x 224, and at most 64 smaller ones.
 BATCH_PIXELS = 16 * 224 * 224

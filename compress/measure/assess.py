@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +14,12 @@ from compress.config import RunConfig
 from compress.data import ImageSet, batches
 from compress.fit.layers import Replaced
 from compress.fit.predict import PredictedError
+from compress.inputs.functions import metric_function
 from compress.inputs.load import Inputs
-from compress.measure.layers import (
-    check_gates,
-    compare,
-    measure_layers,
-    measured_losses,
-    require_labels,
-)
+from compress.measure.accuracy import compare, require_labels
+from compress.measure.gates import check_gates
+from compress.measure.layers import measure_layers, measured_losses
 from compress.network.baseline import Network
-from compress.network.sites import run_model
 from compress.plan import Choice, Plan
 from compress.progress import Track
 from compress.result import (
@@ -34,6 +30,7 @@ from compress.result import (
     LayerResult,
     MeasuredError,
 )
+from compress.running.forward import run_model
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
@@ -207,16 +204,6 @@ def _comparable(network: Network, images: ImageSet, metric: object) -> bool:
         and (metric is not None or _is_classifier(network))
         and (metric is not None or len(set(images.labels)) > 1 or min(images.labels) < 0)
     )
-
-
-def metric_function(config: RunConfig) -> Callable[..., float] | None:
-    """The user's own measure ``(model, batches) -> number``, or None for accuracy."""
-    if not config.metric_fn:
-        return None
-    from compress.errors import ModelError
-    from compress.specs import import_function
-
-    return import_function(config.metric_fn, ModelError)
 
 
 def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> float | None:

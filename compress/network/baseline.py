@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.calibrate.statistics import Calibration
 from compress.errors import ModelError
 from compress.modules.attention import reads_child_weights, unpack_attention
-from compress.network.graph import FoldedPair, fold_batch_norms, same_outputs, trace
-from compress.network.sites import (
-    LayerSite,
-    evaluation_mode,
-    find_sites,
-    require_parameters,
-    run_model,
-)
+from compress.network.graph import FoldedPair, fold_batch_norms, trace
+from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
 from compress.running.finite import check_finite
+from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
 from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
 
 
@@ -119,14 +113,6 @@ def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
             except ModelError:
                 return False
     return found.shape == expected.shape and same_outputs(expected, found)
-
-
-def without_unseen(network: Network, calibration: Calibration) -> Network:
-    """Keep the layers that no calibration image reached: nothing is known of what they do."""
-    unseen = {name for name, found in calibration.statistics.items() if not found.samples}
-    reason = "no calibration image reached it (the model chooses its layers by its input)"
-    sites = tuple(replace(s, skip=reason) if s.name in unseen else s for s in network.sites)
-    return replace(network, sites=sites)
 
 
 def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from compress.layers.registry import kind_for
 from compress.linalg.geometry import Geometry
 from compress.linalg.schemes import Ranks, stages
-from compress.network.graph import replace_module
 from compress.network.sites import LayerSite
+from compress.running.modules import replace_module
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from compress.layers import kind_of
 from compress.linalg.convolution import fold_batch_norm
-from compress.network.sites import evaluation_mode, module_names
+from compress.running.forward import evaluation_mode
+from compress.running.modules import module_names, replace_module
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Where torch.fx puts tensors that a forward makes without looking at its input.
@@ -125,12 +126,6 @@ def fold_into(layer: nn.Module, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(new_bias, requires_grad=weight.requires_grad)
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, by qualified name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def _foldable(model: nn.Module, layer: nn.Module, norm: nn.Module) -> bool:
     channels = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
     hooks = [h for m in (norm, layer) for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -191,9 +186,3 @@ def _pairs_of_sequences(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             if once and type(norm) in _NORMS and not isinstance(layer, nn.Linear):
                 pairs.append((layer, norm))
     return pairs
-
-
-def same_outputs(before: Tensor, after: Tensor) -> bool:
-    """Whether folding kept the outputs, within float32 rounding."""
-    scale = before.abs().max().clamp_min(1e-12)
-    return bool((before - after).abs().max() <= 1e-3 * scale)

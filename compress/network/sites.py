@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError, ModelError
 from compress.layers import kind_of, registered
 from compress.linalg.geometry import Geometry, Pair
 from compress.linalg.schemes import SCHEME_NAMES, unavailable
-from compress.running.attributes import kept_attributes
+from compress.running.forward import evaluation_mode, forward_hooks, run_model
+from compress.running.modules import module_names
 
 
 @dataclass(frozen=True)
@@ -106,127 +105,6 @@ class LayerSite:
         if g.groups > 1:
             text += f" g{g.groups}"
         return text
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """All qualified names of every module, shared ones with several."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module].append(name)
-    return {module: tuple(listed) for module, listed in names.items()}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode; restore training flags, buffers, plain attributes and the random state."""
-    flags = {module: module.training for module in model.modules()}
-    # Norms leave their buffers alone in eval mode, but a forward may do as it likes with its own.
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in flags
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    state = torch.get_rng_state()
-    model.eval()
-    try:
-        with kept_attributes(model):
-            yield
-    finally:
-        torch.set_rng_state(state)
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
-        for module, flag in flags.items():
-            module.training = flag
-
-
-ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
-
-
-@contextmanager
-def forward_hooks(
-    hooks: dict[nn.Module, ForwardHook],
-) -> Iterator[None]:
-    """Attach forward hooks and remove them whatever happens."""
-    handles = []
-    try:
-        for module, hook in hooks.items():
-            handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Take no gradients of parameters; restore what required them."""
-    required = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
-
-
-def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Run the model and return its main output tensor.
-
-    Models that return a tuple, a dict or an object with ``logits`` give their first tensor.
-
-    Raises:
-        ModelError: The forward fails, or its result holds no tensor.
-    """
-    try:
-        result = model(inputs.clone())  # a model may change its input in place
-    except CompressError:
-        raise  # of a hook of ours, which says what is wrong
-    except Exception as error:  # the user's forward may raise anything
-        text = str(error).splitlines()[0] if str(error) else ""
-        if not text or isinstance(error, KeyError | ZeroDivisionError):
-            text = f"{type(error).__name__}{f': {text}' if text else ''}"
-        raise ModelError(
-            f"The model's forward failed on an input of shape {tuple(inputs.shape)}: {text}. "
-            "Check the number of channels and the image size (--resize, --crop) against what it "
-            "was trained on."
-        ) from error
-    return main_output(result)
-
-
-def main_output(result: object) -> Tensor:
-    """Return the main tensor of what a forward returned."""
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, dict):
-        for key in ("logits", "out"):
-            if isinstance(result.get(key), Tensor):
-                return main_output(result[key])
-        candidates = list(result.values())
-    elif isinstance(getattr(result, "logits", None), Tensor):
-        return main_output(result.logits)  # type: ignore[attr-defined]  # just looked
-    else:
-        candidates = list(result) if isinstance(result, tuple | list) else []
-    for value in candidates:
-        if isinstance(value, Tensor):
-            return value
-    raise ModelError(
-        f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it in "
-        "a module that returns its logits."
-    )
-
-
-def require_parameters(model: nn.Module) -> None:
-    """Raise `ModelError` for a model in which there is nothing to compress."""
-    if next(model.parameters(), None) is None:
-        raise ModelError(
-            f"The model, a {type(model).__name__}, has no parameters, so that there is nothing to "
-            "compress; is it the right one?"
-        )
 
 
 def find_sites(

@@ -16,14 +16,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from compress.network.graph import replace_module, same_outputs
-from compress.network.sites import (
+from compress.network.sites import LayerSite
+from compress.running.forward import (
     ForwardHook,
-    LayerSite,
     evaluation_mode,
     forward_hooks,
     main_output,
+    same_outputs,
 )
+from compress.running.modules import replace_module
 
 _PAST_ITS_NAME = (
     "the model reaches it past its name (from a plain list or another attribute), where a rewrite "

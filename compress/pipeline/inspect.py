@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import layer_problem
+from compress.calibrate.statistics import without_unseen
 from compress.choose import break_even
 from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.config import RunConfig
@@ -18,12 +19,12 @@ from compress.errors import ConfigError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
 from compress.inputs.load import batch_size_for, load_network
+from compress.inputs.models import build_model
 from compress.measure.cost import model_cost
-from compress.network.baseline import Network, prepare, without_unseen
+from compress.network.baseline import Network, prepare
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
 from compress.result import Cost
-from compress.specs import build_model
 
 THRESHOLDS = (1e-3, 1e-2)
 ENERGIES = (0.99, 0.9999)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from compress import __version__
-from compress.artefact.model import MODEL_FILE, Manifest, Replacement, load, save, versions
+from compress.artefact.manifest import Manifest, Replacement, versions
 from compress.calibrate.statistics import Calibration
 from compress.config import RunConfig
-from compress.data import ImageSet
-from compress.errors import ArtefactError
-from compress.files import atomic_folder, write_atomically
 from compress.inputs.load import Inputs
 from compress.measure.assess import Assessment
 from compress.network.baseline import Network
-from compress.network.sites import evaluation_mode, run_model
 from compress.plan import Plan
-from compress.report import build_report, gate_sentence, write_report
+from compress.report import gate_sentence
 from compress.result import CostSummary, Result, Versions
 
 
@@ -72,57 +66,6 @@ class Compressed:
             for g in self.result.gates
             if not g.passed
         )
-
-
-def save_result(compressed: Compressed, config: RunConfig, test: ImageSet | None = None) -> None:
-    """Write a result folder: model, reports, plan and configuration, all or nothing.
-
-    Raises:
-        ArtefactError: The folder cannot be written, or the model read back differs.
-    """
-    with atomic_folder(config.output, config.force) as folder:
-        if not compressed.failed_gates:
-            save(compressed.model, compressed.manifest, folder / MODEL_FILE)
-            check_reload(compressed, folder / MODEL_FILE)
-        write_atomically(folder / "plan.json", compressed.plan.to_json())
-        write_atomically(folder / "config.toml", config.to_toml())
-        report = build_report(compressed.result)
-        write_report(report, folder, flip_thumbnails(compressed.result, test))
-
-
-def check_reload(compressed: Compressed, path: Path) -> None:
-    """Load a saved model and compare it with the one in memory, bit by bit.
-
-    Raises:
-        ArtefactError: They differ.
-    """
-    reloaded = load(path, model=copy.deepcopy(compressed.network.original).cpu())
-    example = compressed.network.example
-    reference = next(compressed.model.parameters())
-    images = example.to(reference)
-    reloaded = reloaded.to(reference.device)
-    # Each in its own block: both draw the same random numbers, and count no calls in buffers.
-    with torch.no_grad(), evaluation_mode(compressed.model):
-        expected = run_model(compressed.model, images)
-    with torch.no_grad(), evaluation_mode(reloaded):
-        found = run_model(reloaded, images)
-    own, loaded = compressed.model.state_dict(), reloaded.state_dict()
-    same = own.keys() == loaded.keys() and all(torch.equal(own[k], loaded[k]) for k in own)
-    if not same or not torch.equal(expected, found):
-        raise ArtefactError(
-            "The saved model, read back, does not equal the one in memory; nothing was kept. "
-            "This is a defect of compress or of the disk: please report it."
-        )
-
-
-def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> dict[int, bytes]:
-    """Small PNG pictures of the test images whose verdict changed, by index."""
-    if images is None or result.test is None:
-        return {}
-    from compress.vision.pictures import thumbnail
-
-    flips = (*result.test.to_wrong[: most // 2], *result.test.to_right[: most // 2])
-    return {flip.index: thumbnail(images.raw(flip.index)) for flip in flips}
 
 
 # Settings that are paths or decide only speed: equal models must come out as equal bytes.

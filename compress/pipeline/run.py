@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
-from compress.calibrate.statistics import Calibration
+from compress.calibrate.statistics import Calibration, without_unseen
 from compress.choose import check_plan, make_plan
 from compress.choose.by_time.plan import timed_plan
 from compress.config import SCHEMES, RunConfig, make_config
@@ -24,13 +24,14 @@ from compress.inputs.functions import loss_function
 from compress.inputs.load import Inputs, batch_size_for, input_paths, load_network, weights_hash
 from compress.measure.assess import assess
 from compress.measure.speed import costs
-from compress.network.baseline import Network, check_runs_in, prepare, without_unseen
+from compress.network.baseline import Network, check_runs_in, prepare
 from compress.network.chains import as_saved
-from compress.network.sites import evaluation_mode
-from compress.pipeline.outcome import Clock, Compressed, make_manifest, make_result, save_result
+from compress.pipeline.folder import save_result
+from compress.pipeline.outcome import Clock, Compressed, make_manifest, make_result
 from compress.pipeline.target_drop import searched_plan
 from compress.plan import Plan
 from compress.progress import Track, silent
+from compress.running.forward import evaluation_mode
 from compress.running.memory_format import put_in_format
 
 

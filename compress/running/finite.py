@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
-from compress.network.sites import ForwardHook, evaluation_mode, forward_hooks, run_model
+from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
 
 
 def check_finite(model: nn.Module, inputs: Tensor, outputs: Tensor, when: str, remedy: str) -> None:

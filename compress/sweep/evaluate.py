@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from compress.config import RunConfig
 from compress.data import Batches, ImageSet, batches
-from compress.measure.assess import metric_function
-from compress.measure.layers import all_logits, compare
+from compress.inputs.functions import metric_function
+from compress.measure.accuracy import all_logits, compare
 from compress.progress import Track
 from compress.result import EndMetric
 

@@ -12,7 +12,8 @@ from compress.config import RULES, RunConfig
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import check_apart, write_atomically
 from compress.inputs.load import Inputs, input_paths, load_network
-from compress.pipeline.outcome import Compressed, save_result
+from compress.pipeline.folder import save_result
+from compress.pipeline.outcome import Compressed
 from compress.pipeline.run import compress_network
 from compress.progress import Track, silent
 from compress.report import build_sweep_report, write_report

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from compress import __version__
-from compress.calibrate.statistics import Calibration
+from compress.calibrate.statistics import Calibration, without_unseen
 from compress.choose import Budgets, make_plan
 from compress.config import RunConfig
 from compress.data import Split
@@ -21,7 +21,7 @@ from compress.errors import DataError
 from compress.fit.layers import fit_plan
 from compress.inputs.load import Inputs, batch_size_for
 from compress.measure.cost import model_cost
-from compress.network.baseline import Network, prepare, without_unseen
+from compress.network.baseline import Network, prepare
 from compress.pipeline.run import calibrated
 from compress.plan import Plan
 from compress.progress import Track, silent

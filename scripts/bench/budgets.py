@@ -21,7 +21,7 @@ from compress.choose import make_plan
 from compress.config import RunConfig
 from compress.fit.layers import fit_plan
 from compress.inputs.load import batch_size_for, load_network
-from compress.measure.layers import compare
+from compress.measure.accuracy import compare
 from compress.network.baseline import prepare
 from compress.pipeline.run import calibrated
 from compress.progress import silent

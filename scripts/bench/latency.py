@@ -18,7 +18,7 @@ import click
 import torch
 
 import compress
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 
 @click.command()

@@ -28,10 +28,10 @@ from compress.config import RunConfig
 from compress.data import as_images, split
 from compress.fit.layers import fit_plan
 from compress.network.baseline import Network, prepare
-from compress.network.sites import evaluation_mode
 from compress.progress import silent
+from compress.running.forward import evaluation_mode
 from compress.running.memory_format import in_format, in_memory_format
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 
 def batches(count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress.modules.flat import FlatModule
 from compress.modules.hypernet import hypernetize
 from compress.modules.overparam import OverparamConv2d, OverparamLinear, collapse, overparameterize
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 Step = Callable[[], None]
 

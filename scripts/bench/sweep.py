@@ -31,7 +31,7 @@ from compress.config import RunConfig, make_config
 from compress.data import ImageSet, batches
 from compress.fit.layers import fit_plan
 from compress.inputs.load import batch_size_for, load_network
-from compress.measure.layers import all_logits
+from compress.measure.accuracy import all_logits
 from compress.network.baseline import prepare
 from compress.pipeline.run import calibrated
 from compress.progress import silent

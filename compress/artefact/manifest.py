@@ -1,0 +1,177 @@
+"""The manifest: how a compressed model is rebuilt and where it came from."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from compress import __version__
+from compress.errors import ArtefactError
+from compress.inputs.checkpoint.reading import ARTEFACT_KEY
+
+MODEL_FILE = "model.safetensors"
+
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One layer that was replaced by a chain.
+
+    Attributes:
+        name: Its qualified name; ``aliases`` are all of them.
+        scheme: The scheme's name.
+        ranks: Ranks per group.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    scheme: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How to rebuild a compressed model, and where it came from.
+
+    Attributes:
+        model: The model spec; ``""`` where the model was passed in by a program.
+        source_sha256: Hash of the checkpoint file.
+        dtype: The floating type of the tensors.
+        unpacked: Attention modules rebuilt of linear layers.
+        folded: Pairs of (layer, norm) names.
+        replacements: Chains by layer.
+        tied: Names of tensors that share another's storage, with that name.
+        settings: What decided the outcome, paths left out.
+        calibration: Fingerprint of the calibration images, their number and the seed.
+        verified: The end metric on the test set; empty for an unverified model.
+        channels_last: Whether the model ran faster in that memory format when measured.
+        versions: Of compress and torch.
+    """
+
+    model: str
+    source_sha256: str
+    dtype: str
+    unpacked: tuple[str, ...] = ()
+    folded: tuple[tuple[str, str], ...] = ()
+    replacements: tuple[Replacement, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    verified: dict[str, Any] = field(default_factory=dict)
+    channels_last: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """Write the manifest on one line, keys sorted, so that equal manifests are equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"compress": __version__, "torch": torch.__version__}
+
+
+def result_file(path: str | Path) -> Path:
+    """Return the model file of a result: the file itself, or the one in a result folder.
+
+    Raises:
+        ArtefactError: There is none.
+    """
+    path = Path(path)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        where = f"The folder {path} holds no {MODEL_FILE}" if path.is_dir() else f"No file {path}"
+        raise ArtefactError(
+            f"{where}; pass a result of `compress run`, or run it again where its gates failed."
+        )
+    return file
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of a result.
+
+    Raises:
+        ArtefactError: No compressed model, truncated, tampered with, or of a newer format.
+    """
+    file = result_file(path)
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as error:
+        raise ArtefactError(
+            f"{file} is no readable safetensors file ({error}); it is truncated or damaged. Copy "
+            "it again, or run `compress run` again."
+        ) from error
+    if ARTEFACT_KEY not in metadata:
+        raise ArtefactError(
+            f"{file} holds no compress manifest: it is a plain checkpoint. Pass a result of "
+            "`compress run`."
+        )
+    return _parse(metadata[ARTEFACT_KEY], file)
+
+
+def _parse(text: str, file: Path) -> Manifest:
+    damaged = f"The manifest of {file} is damaged; run `compress run` again."
+    try:
+        raw = json.loads(text)
+        if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+            raise ArtefactError(damaged)
+        if raw["format"] > FORMAT:
+            raise ArtefactError(
+                f"{file} has format {raw['format']} and this version of compress reads up to "
+                f"{FORMAT}; update compress."
+            )
+        raw["replacements"] = tuple(
+            Replacement(str(r["name"]), tuple(r["aliases"]), str(r["scheme"]), tuple(r["ranks"]))
+            for r in raw["replacements"]
+        )
+        raw["folded"] = tuple((str(a), str(b)) for a, b in raw["folded"])
+        raw["unpacked"] = tuple(raw["unpacked"])
+        manifest = Manifest(**raw)
+        dtype = getattr(torch, manifest.dtype, None)
+        numbers = [n for r in manifest.replacements for n in r.ranks]
+        plain = (manifest.tied, manifest.settings, manifest.calibration, manifest.verified)
+        if any(type(n) is not int for n in numbers) or any(type(d) is not dict for d in plain):
+            raise ArtefactError(damaged)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError(damaged) from error
+    if not isinstance(dtype, torch.dtype):
+        raise ArtefactError(damaged)
+    return manifest
+
+
+def is_artefact(path: str | Path) -> bool:
+    """Whether a path is a result folder or a safetensors file with this package's manifest."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        return (path / MODEL_FILE).is_file()
+    try:
+        with safe_open(path, "pt") as opened:
+            return ARTEFACT_KEY in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def recorded_settings(manifest: Manifest) -> dict[str, Any]:
+    """What a result says of its images and gates, as defaults for measuring it again."""
+    names = (
+        "mean", "std", "resize", "crop", "max_drop", "max_layer_relative_mse", "min_agreement",
+    )  # fmt: skip
+    settings = manifest.settings
+    return {name: settings[name] for name in names if settings.get(name) not in (None, [], ())}
+
+
+def memory_format(manifest: Manifest) -> str:
+    """The memory format that a result was saved with."""
+    return "channels_last" if manifest.channels_last else "contiguous"
