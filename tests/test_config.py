@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from compress.config import RunConfig, make_config, read_toml
 from compress.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
 def test_the_rule_is_threshold_unless_another_is_given() -> None:

@@ -1,27 +1,22 @@
-"""A tiny trained network and images on disk, and the command line run on them.
-
-Test modules import the fixture `bench` by name.
-"""
+"""A tiny trained network and images on disk, and the command line run on them."""
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner, Result
 from networks.tiny import tiny
+from places import NETWORKS
 from safetensors.torch import save_file
-from stopwatch import stop_the_clock
 
 from compress.commands import cli
 
-SOURCE = Path(__file__).parent / "networks" / "tiny.py"
+SOURCE = NETWORKS / "tiny.py"
 SPEC = f"{SOURCE}:tiny"
 
 
@@ -52,19 +47,6 @@ def trained(seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.grad = None
         return model.eval()
-
-
-@functools.cache
-def _trained() -> torch.nn.Module:
-    return trained()
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
-    """A workbench with the trained network, and networks timed without spending seconds on it."""
-
-    stop_the_clock(monkeypatch)
-    return Workbench.make(tmp_path, _trained())
 
 
 @dataclass(frozen=True)

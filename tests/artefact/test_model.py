@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from workbench import SPEC, made_images
 
 import compress
-from compress.artefact.model import Manifest, load, read_manifest, save
+from compress.artefact.manifest import Manifest, read_manifest
+from compress.artefact.model import load, save
 from compress.errors import ArtefactError, CheckpointError
 
 EXAMPLE = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -299,7 +300,7 @@ def test_models_that_ask_for_their_version_load(tmp_path: Path) -> None:
     """torchvision's MNASNet reads the version that a state dict carries, and refuses without."""
     from compress.inputs.checkpoint.loading import load_into
     from compress.inputs.checkpoint.reading import read_checkpoint
-    from compress.specs import build_model
+    from compress.inputs.models import build_model
 
     model = build_model("torchvision:mnasnet0_5?num_classes=4").module
     for name, write in (("w.pt", torch.save), ("w.safetensors", safetensors.torch.save_file)):

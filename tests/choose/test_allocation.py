@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_data import SHARED
 
 from compress.choose.knapsack import UnreachableBudgetError, allocate, frontier
 from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.errors import BudgetError, CalibrationError
 from compress.plan import Candidate
 
-SPECTRA = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist-width32-spectra.json"
+SPECTRA = SHARED / "data" / "mnist-width32-spectra.json"
 
 
 def candidate(loss: float, macs: int, seconds: float | None = None) -> Candidate:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from stopwatch import stop_the_clock
 from torch import Tensor, nn
-from workbench import Workbench, bench, paragraph
+from workbench import Workbench, paragraph
 
-from compress.artefact.model import read_manifest
+from compress.artefact.manifest import read_manifest
 from compress.choose import problems
 from compress.choose.by_time.candidates import TimedBudgets, thinned, timed_candidates
 from compress.choose.by_time.rounding import fastest_multiple
@@ -23,12 +23,11 @@ from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import BudgetError
 from compress.network.chains import random_chain
-from compress.network.sites import find_sites, forward_hooks
+from compress.network.sites import find_sites
 from compress.plan import Candidate, Choice
+from compress.running.forward import forward_hooks
 from compress.timing.layers import LatencyTable, Setting
 from compress.timing.networks import Timing
-
-__all__ = ["bench"]  # the fixture
 
 
 class ParameterTable(LatencyTable):

@@ -8,7 +8,7 @@ import pytest
 
 from compress.choose import Budgets
 from compress.errors import ConfigError
-from compress.pipeline.within_drop import cheapest_within_drop
+from compress.pipeline.target_drop import cheapest_within_drop
 from compress.plan import Choice
 
 

@@ -17,9 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from workbench import SOURCE, SPEC, Workbench, bench, command, made_images, paragraph, trained
-
-__all__ = ["bench"]  # the fixture
+from workbench import SOURCE, SPEC, Workbench, command, made_images, paragraph, trained
 
 NETWORK = trained()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from places import ROOT
 from workbench import command, paragraph
 
 from compress import __version__
@@ -19,7 +20,6 @@ from compress.commands.options import GROUPS, Settings
 from compress.config import RunConfig
 from compress.errors import CompressError
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(cli.commands)
 ARGUMENTS = {"checkpoint"}
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import NETWORKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from workbench import SPEC, Workbench, bench, command, made_images, paragraph, trained
+from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
 import compress
 from compress.config import make_config, read_toml
-
-__all__ = ["bench"]  # the fixture
 
 NETWORK = trained()
 RANKS = ("--rank", "conv1=3", "--rank", "conv2=4")
@@ -146,7 +145,7 @@ def test_half_precision_is_saved_in_its_own_type(bench: Workbench, dtype: torch.
 
 
 def test_networks_that_are_no_classifiers_take_a_metric_and_a_loss(bench: Workbench) -> None:
-    folder = Path(__file__).parent / "networks"
+    folder = NETWORKS
     spec = f"{folder / 'tiny.py'}:sequence"
     from networks.tiny import sequence
 

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from workbench import SPEC, bench, command, paragraph
+from places import ROOT
+from workbench import SPEC, command, paragraph
 
 from compress.demo_data import network as demo_network
 from compress.report.schema import report_schema
-
-__all__ = ["bench"]
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def arguments(bench, *flags: str, output: str = "sweep") -> list[str]:

@@ -17,7 +17,7 @@ from compress.demo_data.network import width32
 from compress.errors import DataError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
-from compress.vision import pictures as vision
+from compress.vision.torchvision import load_torchvision
 
 PLAIN = Preprocessing()
 DEMO = Path(demo_data.__file__).parent
@@ -105,7 +105,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
 @pytest.mark.parametrize("crop", [None, 5, 6])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_files_are_transformed_as_torchvision_does(tmp_path, resize, crop, interpolation):
-    torchvision, _ = vision.load_torchvision()
+    torchvision, _ = load_torchvision()
     transforms = torchvision.transforms
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     steps = [transforms.ToTensor(), transforms.Normalize(mean, std)]
@@ -125,7 +125,7 @@ def test_files_are_transformed_as_torchvision_does(tmp_path, resize, crop, inter
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 def test_arrays_are_resized_as_torchvision_does(tmp_path, size):
-    torchvision, _ = vision.load_torchvision()
+    torchvision, _ = load_torchvision()
     array = pixels(2, 3, *size)
     for resize in (5, 28):
         images = open_dataset(arrays(tmp_path, array), Preprocessing(resize=resize))
@@ -419,7 +419,7 @@ def test_users_datasets_that_cannot_be_used(users, name, message):
 def test_torchvision_sets_by_name():
     spec = "torchvision:FakeData?size=20&num_classes=3&image_size=[3, 9, 8]&stop=5"
     images = open_dataset(spec, Preprocessing((0.5,) * 3, (0.5,) * 3))
-    torchvision, _ = vision.load_torchvision()
+    torchvision, _ = load_torchvision()
     picture, label = torchvision.datasets.FakeData(20, (3, 9, 8), 3)[4]
     assert len(images) == 5
     assert images[4][1] == int(label)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_refit import Residual, factors_of, rewritten
+from refitting import Residual, factors_of, rewritten
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 

@@ -14,14 +14,9 @@ from workbench import made_images
 from compress.config import RunConfig
 from compress.data import as_images, batches
 from compress.errors import DataError, ModelError
-from compress.measure.layers import (
-    all_logits,
-    check_gates,
-    compare,
-    measure_layers,
-    measured_losses,
-    require_labels,
-)
+from compress.measure.accuracy import all_logits, compare, require_labels
+from compress.measure.gates import check_gates
+from compress.measure.layers import measure_layers, measured_losses
 from compress.result import EndMetric, LayerErrors, LayerResult, MeasuredError
 
 

@@ -24,7 +24,7 @@ from compress.modules.attention import (
     unpack,
     unpack_attention,
 )
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

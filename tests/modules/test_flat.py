@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parameters_to_vector
 
 from compress.modules.flat import FlatModule
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

@@ -25,7 +25,7 @@ from compress.modules.hypernet import (
     find_modules_of_type,
     hypernetize,
 )
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 SHAPES = {"b.weight": (4, 3), "a.bias": (4,), "c": ()}
 

@@ -29,7 +29,7 @@ from compress.modules.hypernet import (
     hypernetize,
     hypernetize_single,
 )
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 
 class Plain(nn.Module):

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = [
     pytest.param(code, id=f"{page}-{index}")
     for page in ("overparam", "flat", "hypernet")

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.errors import UnsupportedLayer
 from compress.modules.overparam import OverparamConv2d, OverparamLinear, collapse, overparameterize
-from compress.vision.pictures import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 

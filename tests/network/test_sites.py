@@ -15,17 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
-from compress.network.sites import (
-    Call,
-    LayerSite,
-    evaluation_mode,
-    find_sites,
-    forward_hooks,
-    frozen,
-    main_output,
-    module_names,
-    run_model,
-)
+from compress.network.sites import Call, LayerSite, find_sites
+from compress.running.forward import evaluation_mode, forward_hooks, frozen, main_output, run_model
+from compress.running.modules import module_names
 
 
 class Network(nn.Module):

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from networks import awkward
+from places import NETWORKS
 from safetensors.torch import load_file, save_file
 from torch import nn
-from workbench import Workbench, bench, command, made_images, paragraph
+from workbench import Workbench, command, made_images, paragraph
 
 import compress
 
-__all__ = ["bench"]  # the fixture
-
-SOURCE = Path(__file__).parent / "networks" / "awkward.py"
+SOURCE = NETWORKS / "awkward.py"
 RANKS = ("--rank", "*=3", "--force-rank")
 
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from stopwatch import stop_the_clock
-from workbench import bench, command
+from workbench import command
 
 import compress
+from compress.inputs.models import build_model
 from compress.report import read_report
-from compress.specs import build_model
-
-__all__ = ["bench"]  # the fixture
 
 # Spec, side of the images, how many layers at least are rewritten, further flags.
 FAMILIES = [

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from stopwatch import stop_the_clock
 from torch import Tensor, nn
-from workbench import SPEC, Workbench, bench, made_images, trained
+from workbench import SPEC, Workbench, made_images, trained
 
 import compress
 from compress.errors import ArtefactError, ConfigError, GateError, ModelError
 from compress.pipeline.run import compress_model
-
-__all__ = ["bench"]  # the fixture
 
 NETWORK = trained()
 RANKS: dict[str, Any] = {"rank": {"conv1": "3", "conv2": "4"}}
@@ -118,9 +117,9 @@ def test_a_failed_gate_raises_and_writes_only_the_report(tmp_path: Path) -> None
 def test_a_saved_model_that_differs_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress.pipeline import outcome
+    from compress.pipeline import folder
 
-    real = outcome.save
+    real = folder.save
 
     def flipped(model: nn.Module, *rest: Any) -> Any:
         other = copy.deepcopy(model)
@@ -128,7 +127,7 @@ def test_a_saved_model_that_differs_is_an_error(
             next(other.parameters()).view(-1)[0] += 1e-6
         return real(other, *rest)
 
-    monkeypatch.setattr(outcome, "save", flipped)
+    monkeypatch.setattr(folder, "save", flipped)
     with pytest.raises(ArtefactError, match="read back, does not equal"):
         compress_model(NETWORK, images(24, 1), output=str(tmp_path / "out"), **RANKS)
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +155,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["docs/index.md"])
 def test_the_documented_calls_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).resolve().parents[1] / page).read_text()
+    text = (ROOT / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
     for block in blocks:

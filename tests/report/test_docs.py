@@ -7,13 +7,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import report_examples as examples
+from places import DOCS
 
 from compress import report
 from compress.report import LIMITS, build_report, write_report
 from compress.report.page import SCRIPTS
 from compress.report.schema import report_schema
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.mark.parametrize(

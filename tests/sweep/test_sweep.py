@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import DOCS
 from safetensors.torch import load_file, save_file
 from small_network import write_network
 from stopwatch import stop_the_clock
@@ -456,7 +457,7 @@ def test_a_grid_is_a_rule_of_its_own(config):
 
 
 def test_the_example_on_the_page_runs(capsys):
-    page = (Path(__file__).resolve().parents[1] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    page = (DOCS / "sweep.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(compile(block, "sweep.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
