@@ -1,7 +1,7 @@
 """From a data spec to images: reading, checking, splitting and batching them."""
 
 from compress.data.images import ImageSet, Source, check_channels, check_labels
-from compress.data.loading import Batches, Split, batches, split
+from compress.data.loading import Batches, Loader, Split, batches, split
 from compress.data.sources import DATA_FORMS, as_images, open_dataset
 from compress.vision.preprocessing import Preprocessing
 
@@ -9,6 +9,7 @@ __all__ = [
     "DATA_FORMS",
     "Batches",
     "ImageSet",
+    "Loader",
     "Preprocessing",
     "Source",
     "Split",

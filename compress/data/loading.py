@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from compress.data.images import ImageSet
 from compress.errors import DataError
+from compress.running.memory_format import in_format
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,33 @@ class Batches:
                 yield stacked, torch.tensor([self.images.label(p) for p in chunk])
         finally:
             del stacks  # ends the workers now, not when a traceback that holds them is let go
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How images reach a network, made once and handed on.
+
+    Attributes:
+        batch_size: How many images a batch holds; the last may hold fewer.
+        workers: Processes that decode images; 0 decodes in this one.
+        device: Where inputs are put.
+        memory_format: What four-dimensional inputs are put in, ``"contiguous"`` or
+            ``"channels_last"``.
+    """
+
+    batch_size: int
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    memory_format: str = "contiguous"
+
+    def batches(self, images: ImageSet) -> Batches:
+        """Return the batches of a set, as they come from the disk."""
+        return Batches(images, self.batch_size, self.workers)
+
+    def placed(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches with their inputs on the device and in the memory format."""
+        for inputs, labels in self.batches(images):
+            yield in_format(inputs.to(self.device), self.memory_format), labels
 
 
 def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
