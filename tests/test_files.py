@@ -1,14 +1,27 @@
 import errno
 import hashlib
 import os
+import re
 import resource
+import signal
 import stat
 from pathlib import Path
 
 import pytest
+from interruptions import signalled
 
 from compress.errors import ArtefactError
-from compress.files import atomic_folder, check_output, sha256_file, write_atomically
+from compress.files import (
+    SWEEP,
+    atomic_folder,
+    atomic_update,
+    check_apart,
+    check_output,
+    sha256_file,
+    write_atomically,
+)
+from compress.files.exchange import exchange
+from compress.files.leftovers import clear_leftovers
 
 
 @pytest.fixture
@@ -121,8 +134,8 @@ def test_only_a_finished_result_needs_force(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     check_output(target, force=False)
-    (target / "report.json").write_text("{}")
-    (target / "report.md").write_text("")
+    for name in ("report.json", "report.md", "report.html", "plan.json", "config.toml"):
+        (target / name).write_text("{}")
     check_output(target, force=False)  # the report of a failed run
     (target / "model.safetensors").write_text("")
     with pytest.raises(ArtefactError, match="already holds a result; pass --force"):
@@ -164,6 +177,11 @@ def test_a_result_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     assert entries(tmp_path) == ["out"]
 
 
+def no_exchange(*_):
+    """A file system that cannot exchange two names."""
+    return False
+
+
 def test_a_swap_that_fails_puts_the_old_result_back(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
@@ -175,9 +193,181 @@ def test_a_swap_that_fails_puts_the_old_result_back(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, to)
 
+    monkeypatch.setattr("compress.files.atomic.exchange", no_exchange)
     monkeypatch.setattr("pathlib.Path.rename", refuse_the_new)
     with pytest.raises(ArtefactError, match="Input/output error"):
         with atomic_folder(target, force=True):
             pass
     assert (target / "model.safetensors").read_text() == "old"
     assert entries(tmp_path) == ["out"]
+
+
+def test_names_trade_places_in_one_step(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "x").write_text("one")
+    second.mkdir()
+    (second / "x").write_text("two")
+    if not exchange(first, second):
+        pytest.skip("this file system cannot exchange names")
+    assert (first / "x").read_text() == "two"
+    assert (second / "x").read_text() == "one"
+    with pytest.raises(FileNotFoundError):
+        exchange(first, tmp_path / "none")
+
+
+def test_a_finished_sweep_is_not_a_failed_run(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    for name in ("report.json", "report.md", "report.html", "config.toml", "sweep.csv"):
+        (target / name).write_text("{}")
+    for force in (False, True):
+        with pytest.raises(ArtefactError, match=r"holds sweep\.csv, which would be lost"):
+            check_output(target, force=force)
+    check_output(target, force=True, kind=SWEEP)
+    with pytest.raises(ArtefactError, match="already holds a sweep; pass --resume"):
+        check_output(target, force=False, kind=SWEEP)
+
+
+@pytest.mark.parametrize(
+    "name", ["report.pdf", "report.docx", "sweep.xlsx", "report.d/notes", "model.safetensors/x"]
+)
+def test_files_with_names_like_ours_are_somebodys(tmp_path, name):
+    target = tmp_path / "out"
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("years")
+    with pytest.raises(ArtefactError, match=re.escape(name.split("/")[0])):
+        check_output(target, force=True)
+
+
+def test_somebodys_file_in_the_chosen_result_of_a_sweep_is_not_lost(tmp_path):
+    target = tmp_path / "out"
+    (target / "chosen").mkdir(parents=True)
+    (target / "chosen" / "model.safetensors").write_text("")
+    check_output(target, force=True, kind=SWEEP)
+    (target / "chosen" / "notes.txt").write_text("years")
+    with pytest.raises(ArtefactError, match=r"holds chosen/notes\.txt"):
+        check_output(target, force=True, kind=SWEEP)
+
+
+def test_long_names_are_refused_before_the_work(tmp_path):
+    check_output(tmp_path / ("n" * 237), force=False)
+    with pytest.raises(ArtefactError, match=r"has 240 bytes.*at most 237; pass a shorter one"):
+        check_output(tmp_path / ("n" * 240), force=False)
+    with atomic_folder(tmp_path / ("n" * 237), force=False):
+        pass
+
+
+def test_an_output_inside_an_input_folder_is_refused(tmp_path):
+    images = tmp_path / "images"
+    (images / "cat").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match="would read it as data"):
+        check_apart(images / "result", [images])
+    with pytest.raises(ArtefactError, match="would replace the input"):
+        check_apart(tmp_path, [images])
+    check_apart(tmp_path / "result", [images])
+
+
+def test_an_update_keeps_what_else_is_there(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "model").write_bytes(b"large")
+    (folder / "inner" / "kept").write_text("kept")
+    (folder / "report").write_text("old")
+
+    def fail():
+        with atomic_update(folder) as new:
+            write_atomically(new / "report", "new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (folder / "report").read_text() == "old"
+    with atomic_update(folder) as new:
+        write_atomically(new / "report", "new")
+    assert (folder / "report").read_text() == "new"
+    assert (folder / "model").read_bytes() == b"large"
+    assert (folder / "inner" / "kept").read_text() == "kept"
+    assert entries(tmp_path) == ["out"]
+
+
+# --- Killed at every change of a file ------------------------------------------------------------
+
+
+def replace_folder(folder):
+    with atomic_folder(folder / "out", force=True) as new:
+        write_atomically(new / "model.safetensors", "new")
+        write_atomically(new / "report.json", "new")
+
+
+def update_folder(folder):
+    with atomic_update(folder / "out") as new:
+        write_atomically(new / "model.safetensors", "new")
+        write_atomically(new / "report.json", "new")
+
+
+def write_file(folder):
+    write_atomically(folder / "out" / "report.json", "new")
+
+
+def make_old(folder):
+    (folder / "out").mkdir()
+    for name in ("model.safetensors", "report.json"):
+        (folder / "out" / name).write_text("old")
+
+
+def contents(folder):
+    out = folder / "out"
+    return {name: (out / name).read_text() for name in entries(out)} if out.exists() else None
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("work", [replace_folder, update_folder, write_file])
+def test_a_signal_at_any_change_leaves_the_old_or_the_new(tmp_path, work, exchanging, sent):
+    """The process gets the signal just before its n-th change of a file, for every n."""
+    reached, n = True, 0
+    outcomes = set()
+    while reached:
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        make_old(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            if not exchanging:
+                patch.setattr("compress.files.atomic.exchange", no_exchange)
+            reached = signalled(lambda folder=folder: work(folder), folder, n, sent)
+        old = {"model.safetensors": "old", "report.json": "old"}
+        new = old | {"report.json": "new"} if work is write_file else dict.fromkeys(old, "new")
+        left = [e for e in entries(folder / "out") if e.startswith(".")] if contents(folder) else []
+        found = {k: v for k, v in (contents(folder) or {}).items() if not k.startswith(".")}
+        if found or exchanging:  # between two renames only the next to write there sees it
+            assert found in (old, new), (n, found)
+        if sent == signal.SIGINT:
+            assert entries(folder) == ["out"], (n, entries(folder))
+            assert left == []
+            assert found in (old, new)
+        clear_leftovers(folder / "out")
+        clear_leftovers(folder / "out" / "report.json")
+        assert contents(folder) in (old, new), n
+        assert entries(folder) == ["out"], (n, entries(folder))
+        outcomes.add(found == new)
+        n += 1
+    assert outcomes == {True, False}
+    assert n > 4
+
+
+def test_what_another_process_is_writing_is_not_cleared(tmp_path):
+    with atomic_folder(tmp_path / "out", force=False) as new:
+        write_atomically(new / "report.json", "mine")
+        clear_leftovers(tmp_path / "out")  # another descriptor, as another process would have
+        assert (new / "report.json").read_text() == "mine"
+    assert entries(tmp_path) == ["out"]
+
+
+def test_what_is_not_ours_is_not_cleared(tmp_path):
+    for name in (".out.partial", ".out.1234567g.partial", ".other.12345678.partial", "out.old"):
+        (tmp_path / name).write_text("somebody's")
+    (tmp_path / ".out.12345678.old").symlink_to(tmp_path / "out.old")
+    before = entries(tmp_path)
+    clear_leftovers(tmp_path / "out")
+    assert entries(tmp_path) == before

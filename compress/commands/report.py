@@ -193,7 +193,7 @@ def _without(made: Report, limits: Mapping[str, float]) -> Report:
 def _write(
     made: Report, settings: Settings, junit: str | None, thumbnails: Mapping[int, bytes]
 ) -> None:
-    from compress.files import atomic_folder, write_atomically
+    from compress.files import atomic_update, write_atomically
     from compress.report import render_junit, write_report
 
     if junit:
@@ -204,27 +204,41 @@ def _write(
     output = settings.given("output")
     if not output:
         return
-    folder = Path(output)
-    if (folder / "report.json").exists() and not settings.given("force"):
+    _check_report_folder(Path(output), force=bool(settings.given("force")))
+    with atomic_update(output) as folder:  # perhaps the result's own: what else is in it stays
+        write_report(made, folder, thumbnails)
+
+
+def _check_report_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that is somebody's, or that holds a report already.
+
+    Raises:
+        ArtefactError: It is, and what to do.
+    """
+    from compress.files import REPORT, RESULT, SWEEP, check_output, kind_of_folder
+
+    if (folder / "report.json").exists() and not force:
         raise ArtefactError(
             f"{folder} already holds a report; pass --force to replace it, or another folder."
         )
-    if folder.is_dir():  # perhaps the result's own: what else is in it stays
-        write_report(made, folder, thumbnails)
-        return
-    with atomic_folder(folder, force=False) as new:
-        write_report(made, new, thumbnails)
+    check_output(folder, force=True, kind=kind_of_folder(folder, (REPORT, RESULT, SWEEP)))
 
 
 def _check_junit(path: Path) -> None:
-    """Refuse to write over what is no XML: CI writes the same file each time, but only that."""
+    """Refuse to write over anything but an earlier JUnit file of this command, as CI does.
+
+    Raises:
+        ArtefactError: Another file stands there.
+    """
     try:
         with open(path, "rb") as file:
-            other = not file.read(5).lstrip().startswith(b"<")
+            ours = b'<testsuites name="compress report"' in file.read(200)
     except OSError:
         return  # not there, or writing says what is wrong with it
-    if other:
-        raise ArtefactError(f"{path} exists and is no JUnit file; pass another file to --junit.")
+    if not ours:
+        raise ArtefactError(
+            f"{path} exists and was not written by compress report; pass another file to --junit."
+        )
 
 
 def _lines(made: Report, where: str) -> list[str]:

@@ -25,7 +25,7 @@ def save_result(compressed: Compressed, config: RunConfig, test: ImageSet | None
     Raises:
         ArtefactError: The folder cannot be written, or the model read back differs.
     """
-    with atomic_folder(config.output, config.force) as folder:
+    with atomic_folder(config.output, force=config.force) as folder:
         if not compressed.failed_gates:
             save(compressed.model, compressed.manifest, folder / MODEL_FILE)
             check_reload(compressed, folder / MODEL_FILE)

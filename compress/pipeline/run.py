@@ -195,7 +195,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
     """
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the result folder.")
-    check_output(config.output, config.force)
+    check_output(config.output, force=config.force)
     check_apart(config.output, input_paths(config))
     clock = Clock()
     with clock.stage("read"):
@@ -247,7 +247,7 @@ def compress_model(
     """
     config = make_config({**settings, "model": spec})
     if config.output:
-        check_output(config.output, config.force)
+        check_output(config.output, force=config.force)
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     given = as_images(images)
     inputs = Inputs(
