@@ -15,8 +15,9 @@ from typing import Any
 import tomli_w
 
 from compress.errors import ConfigError, near_matches
+from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
+from compress.plan import DENSE
 
-SCHEMES = ("output", "input", "two_sided", "spatial")
 METRICS = ("loss", "mse")
 RULES = ("threshold", "energy", "macs", "params", "latency", "target_drop")
 
@@ -63,7 +64,7 @@ class RunConfig:
     target_drop: float | None = None
 
     # What the rule may choose from.
-    schemes: tuple[str, ...] = SCHEMES
+    schemes: tuple[str, ...] = SCHEME_NAMES
     rank: dict[str, str] = field(default_factory=dict)  # glob -> "R" or "R1,R2"
     scheme: dict[str, str] = field(default_factory=dict)  # glob -> scheme
     keep: tuple[str, ...] = ()
@@ -103,11 +104,11 @@ class RunConfig:
     @property
     def schemes_in_play(self) -> tuple[str, ...]:
         """The schemes that the rule may come to use: a spectrum's cut is the output scheme's."""
-        asked = {s for s in self.scheme.values() if s != "dense"}
-        if any("," in ranks for ranks in self.rank.values()):
-            asked.add("two_sided")
-        free = {"output"} if self.rule in ("threshold", "energy", "rank") else set(self.schemes)
-        return tuple(s for s in SCHEMES if s in asked | free)
+        asked = {s for s in self.scheme.values() if s != DENSE}
+        counts = {len(ranks.split(",")) for ranks in self.rank.values()}
+        asked |= {s.name for s in SCHEMES if s.rank_count > 1 and s.rank_count in counts}
+        free = {OUTPUT.name} if self.rule in ("threshold", "energy", "rank") else set(self.schemes)
+        return tuple(s for s in SCHEME_NAMES if s in asked | free)
 
     @property
     def pools(self) -> bool:
@@ -164,15 +165,16 @@ def _check(config: RunConfig) -> None:
     if config.metric not in METRICS:
         problems.append(f"metric = {config.metric!r} is not one of {', '.join(METRICS)}")
     for scheme in (*config.schemes, *config.scheme.values()):
-        if scheme not in (*SCHEMES, "dense"):
+        if scheme not in (*SCHEME_NAMES, DENSE):
             problems.append(
-                f"scheme {scheme!r} is unknown; the schemes are {', '.join(SCHEMES)} and dense."
-                + near_matches(scheme, SCHEMES)
+                f"scheme {scheme!r} is unknown; the schemes are {', '.join(SCHEME_NAMES)} and "
+                f"{DENSE}." + near_matches(scheme, SCHEME_NAMES)
             )
     if not config.schemes:
-        problems.append("schemes is empty; name at least one of " + ", ".join(SCHEMES))
+        problems.append("schemes is empty; name at least one of " + ", ".join(SCHEME_NAMES))
     for pattern, ranks in config.rank.items():
-        if not all(part.strip().isdigit() and int(part) > 0 for part in ranks.split(",")):
+        parts, counts = ranks.split(","), {scheme.rank_count for scheme in SCHEMES}
+        if len(parts) not in counts or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
             problems.append(
                 f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
             )

@@ -24,9 +24,7 @@ from compress.linalg.schemes import (
     SCHEME_NAMES,
     chain_macs,
     chain_params,
-    full_ranks,
-    stages,
-    unavailable,
+    scheme_named,
 )
 from compress.network.chains import Chain, rewrite
 from compress.network.sites import LayerSite, find_sites
@@ -89,7 +87,7 @@ def prepared(case: Case) -> Prepared:
 def fits(case: Case, scheme: str) -> list[Fit]:
     """Fits over a grid of ranks, up to full, ascending."""
     problem = prepared(case).problem
-    limits = full_ranks(problem.geometry, scheme)
+    limits = scheme_named(scheme).full_ranks(problem.geometry)
     grids = [rank_grid(limit, 99 if scheme == "output" else 4) for limit in limits]
     if scheme == "two_sided":
         ranks = [
@@ -112,7 +110,7 @@ PAIRS = [
     pytest.param(case, scheme, id=f"{case.id}-{scheme}")
     for case in CASES
     for scheme in SCHEME_NAMES
-    if unavailable(geometry_of(case), scheme) is None
+    if scheme_named(scheme).unavailable(geometry_of(case)) is None
 ]
 each_pair = pytest.mark.parametrize(("case", "scheme"), PAIRS)
 
@@ -173,7 +171,7 @@ def test_any_batch_split_gives_the_same_moments(case: Case) -> None:
 @each_pair
 def test_full_rank_is_the_identity(case: Case, scheme: str) -> None:
     p, full = prepared(case), fits(case, scheme)[-1]
-    assert full.ranks == full_ranks(p.problem.geometry, scheme)
+    assert full.ranks == scheme_named(scheme).full_ranks(p.problem.geometry)
     assert full.loss == full.mse == 0.0
     with torch.no_grad():
         torch.testing.assert_close(p.rewritten(full)(p.x), p.layer(p.x), **EXACT)
@@ -201,7 +199,7 @@ def test_the_mean_output_stays(case: Case, scheme: str) -> None:
 @each_pair
 def test_predicted_loss_never_rises_with_rank(case: Case, scheme: str) -> None:
     p = prepared(case)
-    limits = full_ranks(p.problem.geometry, scheme)
+    limits = scheme_named(scheme).full_ranks(p.problem.geometry)
     losses = grid_losses(p.problem, scheme, rank_grid(limits[0], 99))
     slack = 1e-10 * p.total
     assert losses[limits] == pytest.approx(0, abs=slack)
@@ -218,7 +216,7 @@ def test_predicted_loss_never_rises_with_rank(case: Case, scheme: str) -> None:
 @each_pair
 def test_fits_warmed_by_smaller_ones_never_rise(case: Case, scheme: str) -> None:
     p = prepared(case)
-    ranks = full_ranks(p.problem.geometry, scheme)
+    ranks = scheme_named(scheme).full_ranks(p.problem.geometry)
     warm = None
     for step in (0.25, 0.5, 0.75, 1.0):
         size = tuple(max(1, round(r * step)) for r in ranks)
@@ -231,15 +229,13 @@ def test_fits_warmed_by_smaller_ones_never_rise(case: Case, scheme: str) -> None
 def test_cost_agrees_with_torchs_counter(case: Case, scheme: str) -> None:
     p = prepared(case)
     found = fits(case, scheme)[len(fits(case, scheme)) // 2]
-    image = p.x[:1]
+    image, chain = p.x[:1], scheme_named(scheme).stages(p.site.geometry, found.ranks)
     for module, macs, params in (
         (p.layer, p.site.macs, p.site.params),
         (
             p.rewritten(found),
-            p.site.count_macs(
-                lambda call: chain_macs(stages(p.site.geometry, scheme, found.ranks), call.size)
-            ),
-            chain_params(stages(p.site.geometry, scheme, found.ranks)),
+            p.site.count_macs(lambda call: chain_macs(chain, call.size)),
+            chain_params(chain),
         ),
     ):
         with FlopCounterMode(display=False) as counter, torch.no_grad():

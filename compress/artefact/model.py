@@ -22,7 +22,7 @@ from compress.inputs.checkpoint.loading import versioned
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 from compress.inputs.models import build_model
 from compress.layers import kind_of
-from compress.linalg.schemes import SCHEME_NAMES, full_ranks
+from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
 from compress.network.chains import empty_chain
 from compress.running.memory_format import put_in_format
@@ -172,7 +172,7 @@ def _replaced(model: nn.Module, replacement: Replacement) -> nn.Module:
     if kind is None or replacement.scheme not in SCHEME_NAMES:
         raise ValueError(f"layer {replacement.name!r} is a {type(old).__name__}")
     geometry = kind.geometry(old)
-    limits = full_ranks(geometry, replacement.scheme)
+    limits = scheme_named(replacement.scheme).full_ranks(geometry)
     fits = len(limits) == len(replacement.ranks) and all(
         1 <= r <= limit for r, limit in zip(replacement.ranks, limits, strict=True)
     )

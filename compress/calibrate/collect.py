@@ -22,6 +22,7 @@ from compress.errors import CalibrationError
 from compress.layers import kind_of
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
+from compress.linalg.schemes import OUTPUT, scheme_named
 from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
@@ -44,7 +45,7 @@ def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
     geometry = site.geometry
     if geometry.in_features < geometry.out_features:
         return True
-    needed = set(schemes) & set(site.schemes) - {"output"}
+    needed = {s for s in schemes if s in site.schemes and not scheme_named(s).closed_form}
     # For one-tap layers `input` can do nothing that `output` does not do better.
     taps = math.prod(geometry.kernel_size)
     return bool(needed) and taps > 1 and geometry.in_features <= LONGEST_PATCH
@@ -169,7 +170,7 @@ def calibrate(
     batches: Iterable[tuple[Tensor, Tensor]],
     images: int,
     *,
-    schemes: Iterable[str] = ("output",),
+    schemes: Iterable[str] = (OUTPUT.name,),
     weigh: bool = True,
     pool: bool = False,
     loss: LossFunction | None = None,

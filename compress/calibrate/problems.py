@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from compress.calibrate.pooled import pooled_covariance
 from compress.calibrate.statistics import FEW_SAMPLES, LayerStatistics
 from compress.layers import kind_of
-from compress.linalg.fit import Fit, Problem
+from compress.linalg.fit import Covariances, Fit, Problem
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import shrink, shrinkage
 from compress.network.sites import LayerSite
@@ -31,7 +31,7 @@ def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistic
     weighting = statistics.weighting
     metric = weighting.second_moment if weighting is not None and weighting.count else None
     mean = None if statistics.inputs is None else statistics.inputs.mean
-    return Problem(site.geometry, weight, outputs, inputs, metric, mean)
+    return Problem(site.geometry, weight, Covariances(outputs, inputs, mean), metric)
 
 
 def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
@@ -54,7 +54,8 @@ def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics)
     metric = plain.weighting / trace * share * (channels * len(site.calls) / site.positions)
     outputs = found if plain.input_covariance is None else plain.matrix @ found @ plain.matrix.mT
     inputs = None if plain.input_covariance is None else found
-    return Problem(site.geometry, plain.weight, outputs, inputs, metric, plain.input_mean)
+    covariances = Covariances(outputs, inputs, plain.input_mean)
+    return Problem(site.geometry, plain.weight, covariances, metric)
 
 
 def _robust(moments: Moments) -> Tensor:

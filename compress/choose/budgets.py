@@ -22,7 +22,7 @@ from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import BudgetError
 from compress.linalg.fit import Problem, grid_losses, rank_grid
-from compress.linalg.schemes import Ranks, full_ranks
+from compress.linalg.schemes import OUTPUT, Ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Candidate, Choice
 from compress.progress import Track, silent
@@ -145,7 +145,7 @@ def plan_within(
         if candidate is None:
             choices.append(kept(site, overrides.kept(site) or "no candidate"))
             continue
-        by_scheme = candidate.scheme if candidate.scheme != DENSE else "output"
+        by_scheme = candidate.scheme if candidate.scheme != DENSE else OUTPUT.name
         limit = break_even(site, by_scheme, measure) if site.geometry.full_rank > 1 else 0
         reason = why or f"best within {rule} {fraction:g}"
         if candidate.scheme == DENSE:
@@ -172,7 +172,7 @@ def candidates(
     found = [] if fixed else [Candidate(DENSE, (), 0.0, site.macs, site.params)]
     dense = measure(scheme_cost(site, DENSE, ()))
     for scheme in schemes:
-        full = full_ranks(site.geometry, scheme)
+        full = scheme_named(scheme).full_ranks(site.geometry)
         if fixed is not None:
             if len(fixed) != len(full):
                 continue
@@ -202,7 +202,7 @@ def _grid(
 ) -> list[int]:
     if len(full) == 2:
         grid = rank_grid(full[0], GRID_POINTS_PAIRS)
-    elif scheme == "output":
+    elif scheme_named(scheme).closed_form:  # the loss of every rank is known at once
         grid = list(range(1, break_even(site, scheme, measure) + 1))
     else:
         grid = rank_grid(break_even(site, scheme, measure), GRID_POINTS)

@@ -11,7 +11,7 @@ from torch import nn
 from compress.calibrate.problems import fit_problem, layer_problem
 from compress.calibrate.statistics import Calibration
 from compress.linalg.fit import Problem
-from compress.linalg.schemes import Ranks, chain_macs, chain_params, full_ranks, stages
+from compress.linalg.schemes import Ranks, chain_macs, chain_params, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice
 
@@ -28,7 +28,7 @@ def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
     """Cost of a layer rewritten by a scheme; ``dense`` is the layer as it is."""
     if scheme == DENSE:
         return SchemeCost(site.macs, site.params)
-    chain = stages(site.geometry, scheme, ranks)
+    chain = scheme_named(scheme).stages(site.geometry, ranks)
     macs = site.count_macs(lambda call: chain_macs(chain, call.size))
     return SchemeCost(macs, chain_params(chain))
 
@@ -36,10 +36,11 @@ def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
 def break_even(site: LayerSite, scheme: str, measure: Callable[[SchemeCost], int]) -> int:
     """Largest rank at which a scheme of one rank still saves; 0 where none does."""
     dense = measure(scheme_cost(site, DENSE, ()))
-    low, high = 0, full_ranks(site.geometry, scheme)[0] + 1
+    limits = scheme_named(scheme).full_ranks(site.geometry)
+    low, high = 0, limits[0] + 1
     while high - low > 1:
         middle = (low + high) // 2
-        ranks = (middle,) * len(full_ranks(site.geometry, scheme))
+        ranks = (middle,) * len(limits)
         saves = measure(scheme_cost(site, scheme, ranks)) < dense
         low, high = (middle, high) if saves else (low, middle)
     return low
@@ -68,7 +69,9 @@ def kept(site: LayerSite, reason: str) -> Choice:
 def make_choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int) -> Choice:
     """Record a choice; ``limit`` is the break-even rank."""
     cost = scheme_cost(site, scheme, ranks)
-    full = site.geometry.full_rank if scheme == DENSE else full_ranks(site.geometry, scheme)[0]
+    full = site.geometry.full_rank
+    if scheme != DENSE:
+        full = scheme_named(scheme).full_ranks(site.geometry)[0]
     return Choice(
         name=site.name,
         kind=site.kind,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from compress.choose.choices import make_choice
 from compress.errors import PlanError, near_matches
-from compress.linalg.schemes import full_ranks
+from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice, Plan
 
@@ -57,7 +57,7 @@ def _misfit(choice: Choice, site: LayerSite) -> str | None:
         return f"no scheme {choice.scheme!r} for it ({', '.join(names)})" + near_matches(
             choice.scheme, names
         )
-    full = full_ranks(site.geometry, choice.scheme)
+    full = scheme_named(choice.scheme).full_ranks(site.geometry)
     if len(choice.ranks) != len(full):
         return f"scheme {choice.scheme!r} takes {len(full)} rank(s), not {len(choice.ranks)}"
     if any(not 1 <= r <= f for r, f in zip(choice.ranks, full, strict=True)):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from compress.config import RunConfig
 from compress.errors import ConfigError, near_matches
-from compress.linalg.schemes import Ranks, full_ranks, unavailable
+from compress.linalg.schemes import Ranks, scheme_for_ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE
 
@@ -72,8 +72,8 @@ class Overrides:
         scheme, ranks = self.scheme(site), self.ranks(site)
         if site.skip is not None:
             return
-        if scheme not in (None, DENSE):
-            reason = unavailable(site.geometry, str(scheme))
+        if scheme is not None and scheme != DENSE:
+            reason = scheme_named(scheme).unavailable(site.geometry)
             exact = any(p in site.aliases for p in self.config.scheme)
             if reason is not None and exact:
                 raise ConfigError(f"Layer {site.name!r} cannot take {scheme!r}: {reason}.")
@@ -81,9 +81,9 @@ class Overrides:
             return
         if any(self._matches(p, site) for p in self.config.keep):
             raise ConfigError(f"Layer {site.name!r} is both kept and given a rank.")
-        wanted = scheme or ("two_sided" if len(ranks) == 2 else "output")
-        if wanted != DENSE and len(ranks) != len(full_ranks(site.geometry, wanted)):
+        wanted = scheme or scheme_for_ranks(ranks).name
+        if wanted != DENSE and len(ranks) != scheme_named(wanted).rank_count:
             raise ConfigError(
-                f"Layer {site.name!r} takes {len(full_ranks(site.geometry, wanted))} rank(s) in "
+                f"Layer {site.name!r} takes {scheme_named(wanted).rank_count} rank(s) in "
                 f"scheme {wanted!r}; --rank gives {len(ranks)}."
             )

@@ -14,7 +14,7 @@ from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.config import RunConfig
 from compress.errors import ConfigError
 from compress.linalg.fit import Problem
-from compress.linalg.schemes import Ranks, full_ranks, unavailable
+from compress.linalg.schemes import OUTPUT, Ranks, scheme_for_ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice, Plan
 from compress.progress import Track, silent
@@ -62,14 +62,15 @@ def _by_spectrum(
     if reason is not None:
         return kept(site, reason)
     asked = overrides.ranks(site)
-    scheme = overrides.scheme(site) or ("two_sided" if asked and len(asked) == 2 else "output")
+    scheme = overrides.scheme(site) or (scheme_for_ranks(asked) if asked else OUTPUT).name
     if asked is None and config.rule == "rank":
         return kept(site, "no rank given")
-    if asked is None and (scheme != "output" or scheme not in config.schemes):
+    if asked is None and (scheme != OUTPUT.name or scheme not in config.schemes):
         return kept(site, f"the {config.rule} rule chooses ranks for the output scheme alone")
-    if unavailable(site.geometry, scheme) is not None:
-        return kept(site, f"{scheme}: {unavailable(site.geometry, scheme)}")
-    full = full_ranks(site.geometry, scheme)
+    why_not = scheme_named(scheme).unavailable(site.geometry)
+    if why_not is not None:
+        return kept(site, f"{scheme}: {why_not}")
+    full = scheme_named(scheme).full_ranks(site.geometry)
     if asked is None:
         spectra = [s.tolist() for s in problem(site).plain_spectrum]
         by_rule = rank_by_threshold if config.rule == "threshold" else rank_by_energy

@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from compress.commands.terminal import Terminal
-from compress.config import METRICS, RULES, SCHEMES, RunConfig, make_config, read_toml
+from compress.config import METRICS, RULES, RunConfig, make_config, read_toml
 from compress.errors import ConfigError
+from compress.linalg.schemes import SCHEME_NAMES
 
 Command = Callable[..., None]
 Decorator = Callable[[Any], Any]
@@ -110,7 +111,7 @@ _RULES = (
     _o("--keep", metavar="GLOB", multiple=True, callback=_listed, text="Leave these layers as "
        "they are. Repeatable."),
     _o("--scheme", metavar="GLOB=NAME", multiple=True, callback=_pairs, text="Scheme of these "
-       f"layers: {', '.join(SCHEMES)} or dense. Repeatable."),
+       f"layers: {', '.join(SCHEME_NAMES)} or dense. Repeatable."),
     _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N (with "
        "--latency by default what this device is fast at)."),
     _o("--latency-table", metavar="FILE", text="Measured times of layers: written once, and "

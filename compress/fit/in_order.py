@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 
 from compress.fit.lockstep import Frontier, Lockstep, Pair, residual_partner, spill_folder
 from compress.layers import kind_of
-from compress.linalg.fit import Fit, Problem, refine
+from compress.linalg.fit import Covariances, Fit, Problem, refine
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
+from compress.linalg.schemes import scheme_named
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.chains import Chain, build_chain
 from compress.network.sites import LayerSite
@@ -265,7 +266,7 @@ def solve(
         wanted = weight + solve_psd(padded, missing)
         outputs = wanted @ padded @ wanted.mT
         problem = Problem(
-            site.geometry, wanted.reshape(shape), outputs, padded, old.weighting, roots=roots
+            site.geometry, wanted.reshape(shape), Covariances(outputs, padded), old.weighting, roots
         )
         found = refine(problem, old.fit, rounds)
         bias = train.bias(found.matrix)
@@ -274,7 +275,7 @@ def solve(
 
     trials = {ridge: attempt(ridge, 0) for ridge in RIDGES}
     ridge = min(trials, key=lambda r: trials[r][0])
-    alternates = iterations and old.fit.scheme != "output"
+    alternates = iterations and not scheme_named(old.fit.scheme).closed_form
     for error, found in (
         trials[ridge],
         attempt(ridge, iterations) if alternates else trials[ridge],

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.statistics import Calibration, LayerStatistics
-from compress.config import SCHEMES, RunConfig
+from compress.config import RunConfig
 from compress.data import ImageSet, batches
 from compress.layers import kind_of
 from compress.linalg.fit import Fit, Problem
 from compress.linalg.moments import Moments
+from compress.linalg.schemes import SCHEME_NAMES
 from compress.network.baseline import Network
 
 
@@ -51,7 +52,7 @@ def held_out_statistics(
     """Statistics of some layers on held-out images, of the same side as on the fit images."""
     patches = [n for n in names if calibration.statistics[n].inputs is not None]
     found: dict[str, LayerStatistics] = {}
-    for group, schemes in ((patches, SCHEMES), ([n for n in names if n not in patches], ())):
+    for group, schemes in ((patches, SCHEME_NAMES), ([n for n in names if n not in patches], ())):
         sites = [site for site in network.sites if site.name in group]
         if sites:
             loaded = batches(images, batch_size, config.workers)

@@ -18,10 +18,11 @@ from compress.linalg.alternation import Alternation
 from compress.linalg.balance import balance, balance_three
 from compress.linalg.geometry import Geometry
 from compress.linalg.grid import grid_losses, rank_grid
-from compress.linalg.problem import Problem, Split, combine_factors
-from compress.linalg.schemes import Ranks, full_ranks, split_weight, stage_weights
+from compress.linalg.problem import Covariances, Problem, Split, combine_factors
+from compress.linalg.schemes import OUTPUT, Ranks, scheme_named
 
 __all__ = [
+    "Covariances",
     "Fit",
     "Problem",
     "chain_matrix",
@@ -76,13 +77,14 @@ def fit(
     Raises:
         ValueError: A rank below 1, too few or too many of them, or an unknown scheme.
     """
-    limits = full_ranks(problem.geometry, scheme)
+    made = scheme_named(scheme)
+    limits = made.full_ranks(problem.geometry)
     if len(ranks) != len(limits) or min(ranks) < 1:
         raise ValueError(
             f"{scheme} takes {len(limits)} positive whole rank(s), and got {tuple(ranks)}"
         )
     ranks = tuple(min(r, limit) for r, limit in zip(ranks, limits, strict=True))
-    if scheme == "output":
+    if made.closed_form:
         return _fit_output(problem, ranks[0])
     if ranks == limits:
         return _exact(problem, scheme, ranks)
@@ -90,7 +92,7 @@ def fit(
     starts = _starts(problem, split, ranks[0])
     if warm is not None:
         starts.append(_extended(split, warm, ranks[0]))
-    second = ranks[1] if scheme == "two_sided" else None
+    second = ranks[1] if made.cored else None
     best = min((Alternation(split, start, second) for start in starts), key=Alternation.error)
     if ranks[0] < limits[0]:
         best.run(iterations)
@@ -103,10 +105,11 @@ def refine(problem: Problem, warm: Fit, iterations: int) -> Fit:
     With ``iterations`` 0 only the last factor (for ``two_sided``: the last two) is solved.
     """
     scheme, ranks = warm.scheme, warm.ranks
-    if scheme == "output" or ranks == full_ranks(problem.geometry, scheme):
+    made = scheme_named(scheme)
+    if made.closed_form or ranks == made.full_ranks(problem.geometry):
         return fit(problem, scheme, ranks)
     split = problem.split(scheme)
-    second = ranks[1] if scheme == "two_sided" else None
+    second = ranks[1] if made.cored else None
     run = Alternation(split, warm.weights[0].flatten(2).to(split.dtype), second)
     run.run(iterations)
     return _finish(problem, scheme, ranks, run)
@@ -154,7 +157,7 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
     """
     geometry = problem.geometry
     if rank >= geometry.full_rank:
-        return _exact(problem, "output", (rank,))
+        return _exact(problem, OUTPUT.name, (rank,))
     spectrum = problem.spectrum
     basis = spectrum.eigenvectors[:, :, :rank]
     rest = spectrum.eigenvectors[:, :, rank:]
@@ -162,17 +165,17 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
     up, left_over = (
         (basis, rest) if problem.plain else (problem.roots[1] @ b for b in (basis, rest))
     )
-    weights = stage_weights(geometry, "output", *balance(first, up.unsqueeze(-1)))
+    weights = OUTPUT.stage_weights(geometry, *balance(first, up.unsqueeze(-1)))
     tail = spectrum.eigenvalues[:, rank:]
     mse = float((tail * (left_over**2).sum(1)).sum()) / geometry.out_channels
     projection = up @ problem.rooted(basis).mT
-    return Fit("output", (rank,), weights, float(tail.sum()), mse, up @ first, projection)
+    return Fit(OUTPUT.name, (rank,), weights, float(tail.sum()), mse, up @ first, projection)
 
 
 def _exact(problem: Problem, scheme: str, ranks: Ranks) -> Fit:
     """Factor a weight without any loss at full rank, by identities alone."""
-    geometry, weight = problem.geometry, problem.weight
-    ordered = split_weight(weight, scheme)
+    geometry, weight, made = problem.geometry, problem.weight, scheme_named(scheme)
+    ordered = made.split_weight(weight)
     groups, out, outer, inner = ordered.shape
 
     def identity(size: int) -> Tensor:
@@ -185,7 +188,7 @@ def _exact(problem: Problem, scheme: str, ranks: Ranks) -> Fit:
         first = ordered.reshape(groups, out * outer, inner)
         last = identity(out * outer).reshape(groups, out, outer, -1).transpose(2, 3)
     up = None
-    if scheme == "two_sided":
+    if made.cored:
         rank = first.shape[1]
         if out <= rank * outer:
             up = identity(out)
@@ -213,20 +216,16 @@ def _balanced_stages(
         first, last = balance(first, last)
     else:
         first, last, up = balance_three(first, last, up)
-    return tuple(w.contiguous() for w in stage_weights(geometry, scheme, first, last, up))
+    return tuple(
+        w.contiguous() for w in scheme_named(scheme).stage_weights(geometry, first, last, up)
+    )
 
 
 def chain_matrix(geometry: Geometry, scheme: str, weights: tuple[Tensor, ...]) -> Tensor:
     """``Ŵ [groups, out, d]`` of a chain's stage weights."""
     first = weights[0].flatten(2)
     last = weights[1].flatten(3)
-    if scheme == "two_sided":
+    made = scheme_named(scheme)
+    if made.cored:
         last = torch.einsum("gpc,gcro->gpro", weights[2].flatten(2), last)
-    full = combine_factors(first, last)  # [g, out, outer, inner]
-    groups, out = full.shape[:2]
-    k_h, k_w = geometry.kernel_size
-    if scheme == "output":
-        return full.flatten(2)
-    if scheme == "spatial":
-        return full.reshape(groups, out, k_w, -1, k_h).permute(0, 1, 3, 4, 2).flatten(2)
-    return full.reshape(groups, out, k_h, k_w, -1).permute(0, 1, 4, 2, 3).flatten(2)
+    return made.joined(geometry, combine_factors(first, last))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.linalg.alternation import Alternation
 from compress.linalg.problem import Problem, Split, cholesky_psd
-from compress.linalg.schemes import Ranks, full_ranks
+from compress.linalg.schemes import Ranks, scheme_named
 from compress.linalg.spectrum import eigenbasis
 
 _SECOND_RANKS = 24
@@ -49,17 +49,18 @@ def grid_losses(
     Returns:
         ``tr(G Δ C Δᵀ)`` by ranks.
     """
-    if scheme == "output":
+    made = scheme_named(scheme)
+    if made.closed_form:
         tail = problem.spectrum.tail()
         return {(r,): float(tail[r]) for r in ranks}
-    limits = full_ranks(problem.geometry, scheme)
+    limits = made.full_ranks(problem.geometry)
     split = problem.split(scheme)
     shares = (
         _alternated(split, ranks, iterations) if iterations else _nested(split, ranks, limits[0])
     )
     losses: dict[Ranks, float] = {}
     for rank, (base, explained) in zip(ranks, shares, strict=True):
-        if scheme != "two_sided":
+        if not made.cored:
             losses[(rank,)] = base
             continue
         tail = eigenbasis(explained).tail()

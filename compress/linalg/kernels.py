@@ -6,6 +6,8 @@ differentiable and works under `torch.func`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,14 +125,29 @@ def push_bias(
     return pushed if second is None else pushed + second.to(wide)
 
 
+@dataclass(frozen=True)
+class BatchNorm:
+    """The evaluation form of a BatchNorm, one entry an output channel of the layer before it.
+
+    Attributes:
+        mean: Running mean ``[c_out]``.
+        variance: Running variance ``[c_out]``.
+        gamma: Its weight ``[c_out]``, or None for one.
+        beta: Its bias ``[c_out]``, or None for zero.
+        eps: Its own ``eps``.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
 def fold_batch_norm(
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
+    norm: BatchNorm,
     *,
     transposed: bool = False,
     groups: int = 1,
@@ -143,11 +160,7 @@ def fold_batch_norm(
         weight: Linear or convolution ``[c_out, c_in / groups, ...]``; a transposed convolution's
             ``[c_in, c_out / groups, ...]``.
         bias: ``[c_out]``, or None for zero.
-        running_mean: ``[c_out]``.
-        running_var: ``[c_out]``.
-        gamma: The BatchNorm's weight ``[c_out]``, or None for one.
-        beta: Its bias ``[c_out]``, or None for zero.
-        eps: Its own ``eps``.
+        norm: The BatchNorm's statistics and parameters.
         transposed: Whether ``weight`` is a transposed convolution's.
         groups: Groups of the layer; only transposed convolutions need it.
 
@@ -158,24 +171,25 @@ def fold_batch_norm(
         UnsupportedLayer: The statistics do not have one entry an output channel.
     """
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    if running_var.shape != (channels,):
+    if norm.variance.shape != (channels,):
         raise UnsupportedLayer(
-            f"A BatchNorm of {tuple(running_var.shape)} channels cannot be folded into a layer "
+            f"A BatchNorm of {tuple(norm.variance.shape)} channels cannot be folded into a layer "
             f"with {channels} output channels; they do not follow each other."
         )
     wide = wide_dtype(weight)
-    scale = (running_var.to(wide) + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.to(wide)
+    scale = (norm.variance.to(wide) + norm.eps).rsqrt()
+    if norm.gamma is not None:
+        scale = scale * norm.gamma.to(wide)
     if transposed:
         blocks = weight.to(wide).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         folded = (blocks * scale.reshape(groups, 1, -1, 1)).reshape(weight.shape)
     else:
         folded = weight.to(wide) * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean.to(wide)
+    mean = norm.mean.to(wide)
+    shift = -mean if bias is None else bias.to(wide) - mean
     shift = shift * scale
-    if beta is not None:
-        shift = shift + beta.to(wide)
+    if norm.beta is not None:
+        shift = shift + norm.beta.to(wide)
     return folded.to(weight.dtype), shift.to(weight.dtype)
 
 

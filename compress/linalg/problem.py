@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from compress.linalg.geometry import Geometry
-from compress.linalg.schemes import split_covariance, split_weight
+from compress.linalg.schemes import scheme_named
+from compress.linalg.schemes.record import Scheme
 from compress.linalg.spectrum import Spectrum, eigenbasis, regularise, square_roots
 
 # Beyond this patch length the alternating fits run in float32: half the memory and time.
 FLOAT32_BEYOND = 1200
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """What is known of a layer's rows.
+
+    Attributes:
+        outputs: Covariance of its outputs ``[groups, out, out]``.
+        inputs: Covariance of its patches ``[groups, d, d]``; None where only ``output`` is wanted.
+        input_mean: Mean patch ``[groups, d]``; None where it is not known.
+    """
+
+    outputs: Tensor
+    inputs: Tensor | None = None
+    input_mean: Tensor | None = None
 
 
 class Problem:
@@ -22,10 +39,8 @@ class Problem:
     Args:
         geometry: The layer's geometry.
         weight: ``[groups, out, in, k_h, k_w]``.
-        output_covariance: ``[groups, out, out]``.
-        input_covariance: ``[groups, d, d]`` over patches; None where only ``output`` is wanted.
+        covariances: Of the layer's rows.
         weighting: ``G [groups, out, out]``; None for the plain mean squared error.
-        input_mean: Mean patch ``[groups, d]``; None where it is not known.
         roots: `roots` of another problem with the same weighting, which take a while to compute.
     """
 
@@ -33,17 +48,15 @@ class Problem:
         self,
         geometry: Geometry,
         weight: Tensor,
-        output_covariance: Tensor,
-        input_covariance: Tensor | None = None,
+        covariances: Covariances,
         weighting: Tensor | None = None,
-        input_mean: Tensor | None = None,
         roots: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.geometry = geometry
         self.weight = weight.double()
-        self.output_covariance = output_covariance
-        self.input_covariance = input_covariance
-        self.input_mean = input_mean
+        self.output_covariance = covariances.outputs
+        self.input_covariance = covariances.inputs
+        self.input_mean = covariances.input_mean
         eye = torch.eye(geometry.out_features, dtype=torch.float64, device=weight.device)
         self.weighting = (
             eye.expand(geometry.groups, -1, -1) if weighting is None else regularise(weighting)
@@ -51,7 +64,7 @@ class Problem:
         self.plain = weighting is None
         if roots is not None:
             self.__dict__["roots"] = roots  # as the cached property would
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[tuple[tuple[int, ...], ...], Split] = {}
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -135,11 +148,12 @@ class Problem:
         plain = float(gram.diagonal(dim1=-2, dim2=-1).sum()) / self.geometry.out_channels
         return max(loss, 0.0), max(plain, 0.0)
 
-    def split(self, scheme: str) -> Split:
+    def split(self, name: str) -> Split:
         """Return the problem reordered for a scheme, cached."""
-        key = "input" if scheme == "two_sided" else scheme
+        scheme = scheme_named(name)
+        key = (scheme.inner, scheme.outer)  # a core changes nothing about the order
         if key not in self._splits:
-            self._splits[key] = Split(self, key)
+            self._splits[key] = Split(self, scheme)
         return self._splits[key]
 
     def release(self) -> None:
@@ -157,15 +171,15 @@ class Split:
         weighting: ``G [groups, out, out]``.
     """
 
-    def __init__(self, problem: Problem, scheme: str) -> None:
+    def __init__(self, problem: Problem, scheme: Scheme) -> None:
         if problem.input_covariance is None:
-            raise ValueError(f"the {scheme} scheme needs the patches' covariance")
+            raise ValueError(f"the {scheme.name} scheme needs the patches' covariance")
         geometry = problem.geometry
         long = geometry.in_features > FLOAT32_BEYOND
         self.dtype = torch.float32 if long else torch.float64
-        self.weight = split_weight(problem.weight, scheme).to(self.dtype)
+        self.weight = scheme.split_weight(problem.weight).to(self.dtype)
         self.groups, self.out, self.outer, self.inner = self.weight.shape
-        ordered = split_covariance(problem.input_covariance.to(self.dtype), geometry, scheme)
+        ordered = scheme.split_covariance(problem.input_covariance.to(self.dtype), geometry)
         self.covariance = ordered.reshape(self.groups, self.outer, self.inner, -1)
         self.weighting = problem.weighting.to(self.dtype)
         # A strong reference would be a cycle, and covariances would wait for the collector.

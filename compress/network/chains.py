@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.layers.registry import kind_for
 from compress.linalg.geometry import Geometry
-from compress.linalg.schemes import Ranks, stages
+from compress.linalg.schemes import Ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.running.modules import replace_module
 
@@ -37,7 +37,7 @@ def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequent
     """Build the plain layers, in the dtype, on the device and with the flags of ``like``."""
     reference = next(like.parameters())
     layers = []
-    parts = stages(geometry, chain.scheme, chain.ranks)
+    parts = scheme_named(chain.scheme).stages(geometry, chain.ranks)
     for index, (stage, weight) in enumerate(zip(parts, chain.weights, strict=True)):
         bias = chain.bias.to(reference, copy=True) if index == len(parts) - 1 else None
         layers.append(kind_for(stage).build(stage, weight.to(reference, copy=True), bias))
@@ -56,7 +56,7 @@ def empty_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) 
     reference = next(like.parameters())
     weights = tuple(
         torch.empty(g.groups, g.out_features, g.in_channels // g.groups, *g.kernel_size)
-        for g in stages(geometry, scheme, ranks)
+        for g in scheme_named(scheme).stages(geometry, ranks)
     )
     bias = torch.empty(geometry.out_channels)
     return build_chain(geometry, Chain(scheme, ranks, weights, bias.to(reference)), like)

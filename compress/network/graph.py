@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from compress.layers import kind_of
-from compress.linalg.convolution import fold_batch_norm
+from compress.linalg.kernels import BatchNorm, fold_batch_norm
 from compress.running.forward import evaluation_mode
 from compress.running.modules import module_names, replace_module
 
@@ -111,14 +111,17 @@ def fold_into(layer: nn.Module, norm: nn.Module) -> None:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
     transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
-    new_weight, new_bias = fold_batch_norm(
-        weight.detach(),
-        None if bias is None else bias.detach(),
+    statistics = BatchNorm(
         norm.running_mean,
         norm.running_var,
         None if norm.weight is None else norm.weight.detach(),
         None if norm.bias is None else norm.bias.detach(),
         norm.eps,
+    )
+    new_weight, new_bias = fold_batch_norm(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        statistics,
         transposed=transposed,
         groups=getattr(layer, "groups", 1),
     )

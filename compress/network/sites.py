@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.layers import kind_of, registered
 from compress.linalg.geometry import Geometry, Pair
-from compress.linalg.schemes import SCHEME_NAMES, unavailable
+from compress.linalg.schemes import SCHEMES
 from compress.running.forward import evaluation_mode, forward_hooks, run_model
 from compress.running.modules import module_names
 
@@ -86,7 +86,7 @@ class LayerSite:
         """The schemes that can stand for it."""
         if self.skip is not None:
             return ()
-        return tuple(s for s in SCHEME_NAMES if unavailable(self.geometry, s) is None)
+        return tuple(s.name for s in SCHEMES if s.unavailable(self.geometry) is None)
 
     @property
     def shape(self) -> str:

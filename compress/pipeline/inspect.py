@@ -20,6 +20,7 @@ from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
 from compress.inputs.load import batch_size_for, load_network
 from compress.inputs.models import build_model
+from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network, prepare
 from compress.network.sites import LayerSite
@@ -181,8 +182,8 @@ def _layer(site: LayerSite) -> InspectedLayer:
     limit = 0
     if site.skip is None:
         limit = min(
-            break_even(site, "output", lambda c: c.macs),
-            break_even(site, "output", lambda c: c.params),
+            break_even(site, OUTPUT.name, lambda c: c.macs),
+            break_even(site, OUTPUT.name, lambda c: c.params),
         )
     return InspectedLayer(
         name=site.name,
@@ -210,7 +211,7 @@ def _with_spectra(
         network.sites,
         track(loaded, "calibrate", len(loaded)),
         len(loaded.images),
-        schemes=("output",),
+        schemes=(OUTPUT.name,),
         weigh=False,
         samples_per_dimension=config.samples_per_dimension,
         seed=config.seed,

@@ -15,13 +15,14 @@ from compress.calibrate.file import CalibrationKey, read_calibration, write_cali
 from compress.calibrate.statistics import Calibration, without_unseen
 from compress.choose import check_plan, make_plan
 from compress.choose.by_time.plan import timed_plan
-from compress.config import SCHEMES, RunConfig, make_config
+from compress.config import RunConfig, make_config
 from compress.data import ImageSet, as_images, batches, split
 from compress.errors import ArtefactError, ConfigError, GateError, PlanError
 from compress.files import check_apart, check_output
 from compress.fit.layers import fit_layers, replace_layers
 from compress.inputs.functions import loss_function
 from compress.inputs.load import Inputs, batch_size_for, input_paths, load_network, weights_hash
+from compress.linalg.schemes import SCHEME_NAMES
 from compress.measure.assess import assess
 from compress.measure.speed import costs
 from compress.network.baseline import Network, check_runs_in, prepare
@@ -65,7 +66,7 @@ def compress_network(
         if plan is not None:
             # With those that the rule had in play, so that the plan's calibration file serves.
             used = {c.scheme for c in plan.choices}
-            schemes = tuple(s for s in SCHEMES if s in used or s in schemes)
+            schemes = tuple(s for s in SCHEME_NAMES if s in used or s in schemes)
         calibration = calibrated(network, inputs, config, schemes, batch_size, track)
         network = without_unseen(network, calibration)
     with clock.stage("plan"):

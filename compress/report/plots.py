@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from compress.linalg.schemes import SCHEMES
 from compress.report import points, text
 from compress.report.build import Report, end_metric
 from compress.report.rows import worst_first
@@ -84,7 +85,9 @@ def _spectrum(layer: dict[str, Any]) -> Data:
     """Return a spectrum relative to its largest eigenvalue, thinned evenly in the logarithm."""
     values = layer["eigenvalues"]
     count = layer["eigenvalue_count"] or len(values)
-    cut = max(layer["ranks"]) if layer["scheme"] == "output" and layer["ranks"] else None
+    # A closed form cuts this very spectrum; the ranks of other schemes are of something else.
+    of_outputs = layer["scheme"] in [scheme.name for scheme in SCHEMES if scheme.closed_form]
+    cut = max(layer["ranks"]) if of_outputs and layer["ranks"] else None
     top = values[0] or 0.0
     kept = {0, len(values) - 1, *((cut - 1,) if cut and cut <= len(values) else ())}
     for i in range(SPECTRUM_POINTS):

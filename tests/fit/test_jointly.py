@@ -17,7 +17,7 @@ from compress.fit.cuts import Segment, find_segments, join
 from compress.fit.in_order import Factors
 from compress.fit.jointly import Improved, refit_segments
 from compress.fit.lockstep import Frontier
-from compress.linalg.fit import Problem, chain_matrix, fit, with_weights
+from compress.linalg.fit import Covariances, Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
 from compress.network.baseline import Network, prepare
 
@@ -245,7 +245,7 @@ def test_other_factors_are_balanced_and_multiply_to_the_same(
     weight = torch.randn(1, 5, 4, 3, 3, generator=generator, dtype=torch.float64)
     eye = torch.eye(36, dtype=torch.float64).unsqueeze(0)
     outputs = weight.flatten(2) @ weight.flatten(2).mT
-    old = fit(Problem(geometry, weight, outputs, eye), scheme, ranks)
+    old = fit(Problem(geometry, weight, Covariances(outputs, eye)), scheme, ranks)
     changed = tuple(w * (10.0 ** (1 - k)) + 0.1 for k, w in enumerate(old.weights))
     new = with_weights(geometry, old, changed)
     torch.testing.assert_close(new.matrix, chain_matrix(geometry, scheme, changed))

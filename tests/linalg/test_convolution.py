@@ -13,7 +13,7 @@ from torch import nn
 import compress
 from compress.errors import UnsupportedLayer
 from compress.linalg.convolution import combine, fold_batch_norm
-from compress.linalg.kernels import compose_kernels, dirac, regroup
+from compress.linalg.kernels import BatchNorm, compose_kernels, dirac, regroup
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -211,10 +211,10 @@ def test_fold_batch_norm(kind: str, affine: bool, bias: bool) -> None:
     if affine:
         norm.weight.data[0] = 0  # a dead channel
     expected = norm(layer(x))
+    statistics = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     weight, shift = fold_batch_norm(
-        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-        norm.eps, transposed=kind == "transposed", groups=groups,
-    )  # fmt: skip
+        layer.weight, layer.bias, statistics, transposed=kind == "transposed", groups=groups
+    )
     layer.weight = nn.Parameter(weight)
     layer.bias = nn.Parameter(shift)
     torch.testing.assert_close(layer(x), expected, **EXACT)
@@ -222,7 +222,9 @@ def test_fold_batch_norm(kind: str, affine: bool, bias: bool) -> None:
 
 def test_fold_batch_norm_refuses_other_channels() -> None:
     with pytest.raises(UnsupportedLayer, match="6 output channels"):
-        fold_batch_norm(torch.ones(6, 3), None, torch.zeros(5), torch.ones(5), None, None, 1e-5)
+        fold_batch_norm(
+            torch.ones(6, 3), None, BatchNorm(torch.zeros(5), torch.ones(5), None, None, 1e-5)
+        )
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -15,10 +15,19 @@ from torch import Tensor
 from compress.linalg import problem as problem_module
 from compress.linalg.alternation import Alternation, conjugate_gradients
 from compress.linalg.balance import balance, balance_three
-from compress.linalg.fit import Fit, Problem, chain_matrix, fit, grid_losses, rank_grid, refine
+from compress.linalg.fit import (
+    Covariances,
+    Fit,
+    Problem,
+    chain_matrix,
+    fit,
+    grid_losses,
+    rank_grid,
+    refine,
+)
 from compress.linalg.geometry import Geometry
 from compress.linalg.problem import cholesky_psd, orthogonal_rows, solve_psd
-from compress.linalg.schemes import SCHEME_NAMES, full_ranks, split_weight
+from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 
 ALTERNATED = ("input", "two_sided", "spatial")
 GEOMETRY = Geometry("conv2d", 4, 5, (3, 2), padding=(1, 0))
@@ -45,7 +54,9 @@ class Data:
         gradients = random(groups, 3 * out, out) * torch.arange(1.0, out + 1)
         covariance = self.rows.mT @ self.rows / count
         outputs = self.matrix @ covariance @ self.matrix.mT
-        self.problem = Problem(geometry, self.weight, outputs, covariance, gradients.mT @ gradients)
+        self.problem = Problem(
+            geometry, self.weight, Covariances(outputs, covariance), gradients.mT @ gradients
+        )
         # Rows of the error are weighted by any root of G.
         self.root = torch.linalg.cholesky(self.problem.weighting)
 
@@ -63,7 +74,9 @@ class Data:
         geometry = self.problem.geometry
         basis = torch.eye(geometry.in_features, dtype=torch.float64)
         basis = basis.reshape(1, -1, *self.weight.shape[2:]).expand(geometry.groups, -1, -1, -1, -1)
-        order = split_weight(basis, scheme)  # [groups, d, outer, inner]: where feature d goes
+        order = scheme_named(scheme).split_weight(
+            basis
+        )  # [groups, d, outer, inner]: where feature d goes
         return torch.cat(
             [self.rows @ order[:, :, tap] @ first.mT for tap in range(order.shape[2])], dim=2
         )
@@ -107,7 +120,7 @@ def test_spectrum_and_output_fits_are_the_optimum(data: Data) -> None:
 
 def test_the_plain_error_for_no_weighting_is_the_familiar_tail() -> None:
     data = Data(GEOMETRY)
-    problem = Problem(GEOMETRY, data.weight, data.problem.output_covariance)
+    problem = Problem(GEOMETRY, data.weight, Covariances(data.problem.output_covariance))
     for rank in range(1, 5):
         found = fit(problem, "output", (rank,))
         assert found.mse == pytest.approx(float(problem.plain_spectrum[0, rank:].sum()) / 5)
@@ -119,7 +132,7 @@ def test_full_rank_is_exact(data: Data, scheme: str) -> None:
     if data.problem.geometry is WIDE and scheme == "spatial":
         scheme = "input"
     found = fit(data.problem, scheme, (99,) * (2 if scheme == "two_sided" else 1))
-    assert found.ranks == full_ranks(data.problem.geometry, scheme)
+    assert found.ranks == scheme_named(scheme).full_ranks(data.problem.geometry)
     product = chain_matrix(data.problem.geometry, scheme, found.weights)
     torch.testing.assert_close(product, data.matrix, rtol=1e-13, atol=1e-13)
 
@@ -143,7 +156,7 @@ def test_grid_losses_equal_least_squares_on_the_rows(data: Data, scheme: str) ->
     """The last factor solved at each rank of the nested start, second ranks cut by SVD."""
     geometry = data.problem.geometry
     start = data.problem.split(scheme).start
-    limit = full_ranks(geometry, scheme)[0]
+    limit = scheme_named(scheme).full_ranks(geometry)[0]
     losses = grid_losses(data.problem, scheme, list(range(1, limit + 1)))
     assert len(losses) >= limit
     for ranks, loss in losses.items():
@@ -158,7 +171,7 @@ def test_grid_losses_equal_least_squares_on_the_rows(data: Data, scheme: str) ->
 @pytest.mark.parametrize("scheme", ALTERNATED)
 def test_alternated_grids_fall_with_rank_and_beat_plain_ones(scheme: str) -> None:
     data = Data(GEOMETRY)
-    ranks = list(range(1, full_ranks(GEOMETRY, scheme)[0] + 1))
+    ranks = list(range(1, scheme_named(scheme).full_ranks(GEOMETRY)[0] + 1))
     plain = grid_losses(data.problem, scheme, ranks)
     better = grid_losses(data.problem, scheme, ranks, iterations=4)
     assert better.keys() == plain.keys()
@@ -249,7 +262,7 @@ def test_refining_keeps_the_first_factor_or_improves_it(scheme: str) -> None:
     covariance = data.problem.input_covariance
     assert covariance is not None
     target.problem = Problem(
-        GEOMETRY, weight, target.matrix @ covariance @ target.matrix.mT, covariance
+        GEOMETRY, weight, Covariances(target.matrix @ covariance @ target.matrix.mT, covariance)
     )
     target.root = torch.eye(5, dtype=torch.float64)[None]
     once, more = refine(target.problem, warm, 0), refine(target.problem, warm, 30)
@@ -268,8 +281,8 @@ def test_refining_keeps_the_first_factor_or_improves_it(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_refining_an_exact_fit_follows_the_new_target(scheme: str) -> None:
     data = Data(GEOMETRY)
-    exact = fit(data.problem, scheme, full_ranks(GEOMETRY, scheme))
-    other = Problem(GEOMETRY, 2 * data.weight, data.problem.output_covariance)
+    exact = fit(data.problem, scheme, scheme_named(scheme).full_ranks(GEOMETRY))
+    other = Problem(GEOMETRY, 2 * data.weight, Covariances(data.problem.output_covariance))
     torch.testing.assert_close(refine(other, exact, 2).matrix, 2 * data.matrix)
 
 
@@ -313,9 +326,10 @@ def test_dead_channels_and_a_dead_group_cost_nothing(scheme: str) -> None:
     data.rows[0, :, :6] = 0.0  # the first input channel
     covariance = data.rows.mT @ data.rows / data.rows.shape[1]
     outputs = data.matrix @ covariance @ data.matrix.mT
-    data.problem = Problem(GROUPED, data.weight, outputs, covariance)
+    data.problem = Problem(GROUPED, data.weight, Covariances(outputs, covariance))
     data.root = torch.eye(4, dtype=torch.float64).expand(2, -1, -1)
-    lone = Problem(Geometry("conv2d", 3, 4, (2, 3)), data.weight[:1], outputs[:1], covariance[:1])
+    one = Covariances(outputs[:1], covariance[:1])
+    lone = Problem(Geometry("conv2d", 3, 4, (2, 3)), data.weight[:1], one)
     ranks = (2, 2) if scheme == "two_sided" else (2,)
     found, alone = fit(data.problem, scheme, ranks), fit(lone, scheme, ranks)
     assert all(torch.isfinite(weight).all() for weight in found.weights)
@@ -335,7 +349,7 @@ def test_errors_are_those_of_the_rows(data: Data) -> None:
 
 def test_what_needs_patches_says_so() -> None:
     data = Data(GEOMETRY)
-    problem = Problem(GEOMETRY, data.weight, data.problem.output_covariance)
+    problem = Problem(GEOMETRY, data.weight, Covariances(data.problem.output_covariance))
     with pytest.raises(ValueError, match="patches' covariance"):
         problem.errors(data.matrix)
     with pytest.raises(ValueError, match="spatial scheme needs the patches"):
@@ -355,7 +369,9 @@ def test_all_bonds_are_balanced_and_zero_components_survive(scheme: str) -> None
     data = Data(GROUPED)
     data.weight[1] = 0.0
     problem = Problem(
-        GROUPED, data.weight, data.problem.output_covariance, data.problem.input_covariance
+        GROUPED,
+        data.weight,
+        Covariances(data.problem.output_covariance, data.problem.input_covariance),
     )
     for ranks in ((1, 2), (2, 1), (3, 4)):
         found = fit(problem, scheme, ranks if scheme == "two_sided" else ranks[:1])

@@ -16,12 +16,7 @@ from compress.linalg.schemes import (
     SCHEME_NAMES,
     chain_macs,
     chain_params,
-    full_ranks,
-    split_covariance,
-    split_weight,
-    stage_weights,
-    stages,
-    unavailable,
+    scheme_named,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -48,7 +43,7 @@ POSSIBLE = [
     pytest.param(geometry, scheme, id=f"{name}-{scheme}")
     for name, geometry in GEOMETRIES.items()
     for scheme in SCHEME_NAMES
-    if unavailable(geometry, scheme) is None
+    if scheme_named(scheme).unavailable(geometry) is None
 ]
 
 
@@ -68,7 +63,7 @@ def random_factors(geometry: Geometry, scheme: str) -> tuple[tuple[int, ...], tu
     ranks = (2, 3) if scheme == "two_sided" else (2,)
     return ranks, tuple(
         random(g.groups, g.out_features, g.in_channels // g.groups, *g.kernel_size)
-        for g in stages(geometry, scheme, ranks)
+        for g in scheme_named(scheme).stages(geometry, ranks)
     )
 
 
@@ -81,7 +76,7 @@ def run_chain(geometry: Geometry, scheme: str, x: Tensor) -> tuple[Tensor, Tenso
     bias = random(geometry.out_channels)
     whole = kind_for(geometry).build(geometry, weight, bias)
     y = x
-    parts = stages(geometry, scheme, ranks)
+    parts = scheme_named(scheme).stages(geometry, ranks)
     for index, (stage, factor) in enumerate(zip(parts, weights, strict=True)):
         last = index == len(parts) - 1
         y = kind_for(stage).build(stage, factor, bias if last else None)(y)
@@ -98,7 +93,7 @@ def test_a_chain_is_the_layer_of_its_product(geometry: Geometry, scheme: str) ->
 @pytest.mark.parametrize(("geometry", "scheme"), POSSIBLE)
 def test_costs_of_a_chain(geometry: Geometry, scheme: str) -> None:
     ranks, weights = random_factors(geometry, scheme)
-    chain = stages(geometry, scheme, ranks)
+    chain = scheme_named(scheme).stages(geometry, ranks)
     x = inputs(geometry)[:1]
     y = x
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -123,7 +118,9 @@ def test_the_specifications_table() -> None:
     }
     for scheme, macs in wanted.items():
         ranks = (r, r2) if scheme == "two_sided" else (r,)
-        assert chain_macs(stages(geometry, scheme, ranks), (12, 14)) == macs * positions
+        assert (
+            chain_macs(scheme_named(scheme).stages(geometry, ranks), (12, 14)) == macs * positions
+        )
     assert geometry.macs((12, 14)) == 8 * 9 * 10 * positions
 
 
@@ -136,9 +133,12 @@ def test_factors_and_covariances_agree_on_the_split(geometry: Geometry, scheme: 
     rows = random(groups, 50, geometry.in_features)
     covariance = rows.mT @ rows
     wanted = weight.flatten(2) @ covariance @ weight.flatten(2).mT
-    split = split_weight(weight, scheme)
+    split = scheme_named(scheme).split_weight(weight)
     found = torch.einsum(
-        "gaoi,goipj,gbpj->gab", split, split_covariance(covariance, geometry, scheme), split
+        "gaoi,goipj,gbpj->gab",
+        split,
+        scheme_named(scheme).split_covariance(covariance, geometry),
+        split,
     )
     torch.testing.assert_close(found, wanted)
     first, last = random(groups, 2, split.shape[3]), random(groups, out, 2, split.shape[2])
@@ -147,8 +147,10 @@ def test_factors_and_covariances_agree_on_the_split(geometry: Geometry, scheme: 
     if scheme == "two_sided":
         up, last = random(groups, out, 3), last[:, :3]
         product = torch.einsum("gcs,gsro,gri->gcoi", up, last, first)
-    stored = chain_matrix(geometry, scheme, stage_weights(geometry, scheme, first, last, up))
-    back = split_weight(stored.reshape(weight.shape), scheme)
+    stored = chain_matrix(
+        geometry, scheme, scheme_named(scheme).stage_weights(geometry, first, last, up)
+    )
+    back = scheme_named(scheme).split_weight(stored.reshape(weight.shape))
     torch.testing.assert_close(back, product)
 
 
@@ -163,7 +165,7 @@ def test_factors_and_covariances_agree_on_the_split(geometry: Geometry, scheme: 
 )
 def test_what_a_scheme_cannot_do(geometry: Geometry, reasons: dict[str, str]) -> None:
     for scheme in SCHEME_NAMES:
-        found = unavailable(geometry, scheme)
+        found = scheme_named(scheme).unavailable(geometry)
         if scheme in reasons:
             assert found is not None
             assert reasons[scheme] in found
@@ -171,7 +173,10 @@ def test_what_a_scheme_cannot_do(geometry: Geometry, reasons: dict[str, str]) ->
             assert found is None
 
 
-@pytest.mark.parametrize("call", [lambda g, s: full_ranks(g, s), lambda g, s: stages(g, s, (1,))])
+@pytest.mark.parametrize(
+    "call",
+    [lambda g, s: scheme_named(s).full_ranks(g), lambda g, s: scheme_named(s).stages(g, (1,))],
+)
 def test_unknown_schemes(call: Any) -> None:
     with pytest.raises(ValueError, match="'tucker'"):
         call(Geometry("linear", 4, 4), "tucker")
@@ -180,4 +185,4 @@ def test_unknown_schemes(call: Any) -> None:
 def test_two_sided_needs_its_last_projection() -> None:
     geometry = Geometry("conv2d", 4, 4, (3, 3))
     with pytest.raises(ValueError, match="last projection"):
-        stage_weights(geometry, "two_sided", random(1, 2, 4), random(1, 2, 2, 9))
+        scheme_named("two_sided").stage_weights(geometry, random(1, 2, 4), random(1, 2, 2, 9))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import kind_of
-from compress.linalg.fit import fit
+from compress.linalg.fit import Covariances, fit
 from compress.linalg.problem import Problem
-from compress.linalg.schemes import Ranks, full_ranks
+from compress.linalg.schemes import Ranks, scheme_named
 from compress.network.chains import Chain, as_saved, build_chain, empty_chain, rewrite
 from compress.network.sites import LayerSite, find_sites
 
@@ -36,8 +36,8 @@ def chain_of(module: nn.Module, scheme: str = "output", ranks: Ranks | None = No
     geometry, weight = kind.geometry(module), kind.weight(module).double()
     eye = torch.eye(geometry.in_features, dtype=torch.float64).expand(geometry.groups, -1, -1)
     matrix = weight.flatten(2)
-    problem = Problem(geometry, weight, matrix @ matrix.mT, eye)
-    found = fit(problem, scheme, ranks or full_ranks(geometry, scheme))
+    problem = Problem(geometry, weight, Covariances(matrix @ matrix.mT, eye))
+    found = fit(problem, scheme, ranks or scheme_named(scheme).full_ranks(geometry))
     bias = module._parameters.get("bias")
     zero = torch.zeros(geometry.out_channels, dtype=torch.float64)
     return Chain(scheme, found.ranks, found.weights, zero if bias is None else bias.detach())

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from compress.choose.choices import break_even
+from compress.linalg.schemes import OUTPUT
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
 from compress.timing.layers import LatencyTable, Setting
@@ -44,14 +45,14 @@ def fastest_multiple(
         One of `MULTIPLES`, or 1.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    able = [s for s in sites if "output" in s.schemes and s.calls]
+    able = [s for s in sites if OUTPUT.name in s.schemes and s.calls]
     slower: dict[int, list[float]] = {m: [] for m in MULTIPLES}
     for site in sorted(able, key=lambda s: -s.macs)[:LAYERS]:
-        top = MULTIPLES[0] * (break_even(site, "output", lambda c: c.macs) // (2 * MULTIPLES[0]))
+        top = MULTIPLES[0] * (break_even(site, OUTPUT.name, lambda c: c.macs) // (2 * MULTIPLES[0]))
         if not top:
             continue
         ranks = [top, *(top - m + 1 for m in MULTIPLES)]
-        layers = [random_chain(site.geometry, "output", (r,), modules[site.name]) for r in ranks]
+        layers = [random_chain(site.geometry, OUTPUT.name, (r,), modules[site.name]) for r in ranks]
         shape = site.input_shape(site.calls[0], batch)
         rounded, *short = table.time(
             [(layer, shape) for layer in layers], setting, min_seconds=MIN_SECONDS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.linalg.kernels import fold_batch_norm, wide_dtype
+from compress.linalg.kernels import BatchNorm, fold_batch_norm, wide_dtype
 from compress.modules.overparam.chain import Chain, compose_chain
 
 
@@ -130,10 +130,10 @@ class OverparamLayer(nn.Module):
             bias = layer.bias
             if len(self.norms):
                 norm: Any = self.norms[position]
-                weight, bias = fold_batch_norm(
-                    weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                    norm.eps,
-                )  # fmt: skip
+                folded = BatchNorm(
+                    norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+                )
+                weight, bias = fold_batch_norm(weight, bias, folded)
             weights.append(weight if weight.dim() == 4 else weight[:, :, None, None])
             biases.append(bias)
         weight, bias = compose_chain(self.chain, weights, biases)

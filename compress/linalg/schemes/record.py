@@ -1,0 +1,183 @@
+"""What a scheme is: how the chain of narrower layers that stands for one layer is put together.
+
+A scheme splits the layer's patch index ``(channel, row, column)`` into an *inner* part, which the
+first factor ``A [r, inner]`` reads, and an *outer* part, the taps of the last factor
+``B [out, r, outer]``.
+Everything else follows from that: the chain's layers, its full ranks, and where the weights go.
+
+Nothing here imports torch, so that the command line can name the schemes without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.linalg.geometry import Geometry, Pair
+
+Ranks = tuple[int, ...]
+# The axes of a patch, in the order in which a weight ``[groups, out, in, k_h, k_w]`` has them.
+CHANNEL, ROW, COLUMN = 0, 1, 2
+_WHOLE = (CHANNEL, ROW, COLUMN)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to replace a layer by a chain.
+
+    Attributes:
+        name: What it is called on the command line, in plans and in artefacts.
+        summary: The chain in a few words.
+        inner: The patch axes that the first factor reads, ascending.
+        outer: The patch axes that the last factor reads, ascending; empty where it is pointwise.
+        cored: Whether the last factor is itself of low rank (Tucker-2): a third layer and a
+            second rank.
+        unsuited: Why it is of no use for a layer's geometry, or None where it is.
+    """
+
+    name: str
+    summary: str
+    inner: tuple[int, ...]
+    outer: tuple[int, ...]
+    cored: bool
+    unsuited: Callable[[Geometry], str | None]
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the best factors have a closed form, which the outputs' statistics give alone."""
+        return not self.outer
+
+    @property
+    def rank_count(self) -> int:
+        """How many ranks it takes."""
+        return 2 if self.cored else 1
+
+    def unavailable(self, geometry: Geometry) -> str | None:
+        """Return why the scheme cannot stand for this layer exactly, or None where it can."""
+        if geometry.full_rank < 2:
+            return "its weight has rank 1 in each group already"
+        return self.unsuited(geometry)
+
+    def full_ranks(self, geometry: Geometry) -> Ranks:
+        """Return the ranks (per group) at which the scheme is the identity on every weight."""
+        inner, outer = self._size(geometry, self.inner), self._size(geometry, self.outer)
+        first = min(inner, geometry.out_features * outer)
+        return (first, min(geometry.out_features, inner * outer)) if self.cored else (first,)
+
+    def stages(self, geometry: Geometry, ranks: Ranks) -> tuple[Geometry, ...]:
+        """Return the geometry of every layer of the chain, first to last."""
+        wide = [r * geometry.groups for r in ranks]
+        inputs, outputs = geometry.in_channels, geometry.out_channels
+        first = _stage(geometry, self.inner, inputs, wide[0])
+        if not self.cored:
+            return first, _stage(geometry, self.outer, wide[0], outputs)
+        core = _stage(geometry, self.outer, wide[0], wide[1])
+        return first, core, _stage(geometry, (), wide[1], outputs)
+
+    def split_weight(self, weight: Tensor) -> Tensor:
+        """Reorder a weight ``[groups, out, in, k_h, k_w]`` to ``[groups, out, outer, inner]``."""
+        groups, out, *sizes = weight.shape
+        order = (*self.outer, *self.inner)
+        outer, inner = (math.prod(sizes[a] for a in axes) for axes in (self.outer, self.inner))
+        return weight.permute(0, 1, *(2 + a for a in order)).reshape(groups, out, outer, inner)
+
+    def split_covariance(self, covariance: Tensor, geometry: Geometry) -> Tensor:
+        """Reorder ``[groups, d, d]`` over patches to ``[groups, outer, inner, outer, inner]``."""
+        groups, sizes = covariance.shape[0], self._sizes(geometry)
+        order = (*self.outer, *self.inner)
+        outer, inner = (self._size(geometry, axes) for axes in (self.outer, self.inner))
+        full = covariance.reshape(groups, *sizes, *sizes)
+        ordered = full.permute(0, *(1 + a for a in order), *(4 + a for a in order))
+        return ordered.reshape(groups, outer, inner, outer, inner)
+
+    def stage_weights(
+        self, geometry: Geometry, first: Tensor, last: Tensor, up: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Turn factors into the layers' weights ``[groups, out, in, k_h, k_w]``.
+
+        Args:
+            geometry: The layer that the chain replaces.
+            first: ``A [groups, r, inner]``.
+            last: ``B [groups, out, r, outer]``; for a cored scheme the core, with ``out = r2``.
+            up: For a cored scheme, the last projection ``[groups, out, r2]``.
+
+        Raises:
+            ValueError: The scheme is cored and there is no ``up``.
+        """
+        groups, rank, _ = first.shape
+        channels, k_h, k_w = self._sizes(geometry)
+        kernels = [
+            tuple(k if axis in axes else 1 for axis, k in ((ROW, k_h), (COLUMN, k_w)))
+            for axes in (self.inner, self.outer)
+        ]
+        weights = (
+            first.reshape(groups, rank, channels, *kernels[0]),
+            last.reshape(groups, last.shape[1], rank, *kernels[1]),
+        )
+        if not self.cored:
+            return weights
+        if up is None:
+            raise ValueError(f"{self.name} needs its last projection")
+        return *weights, up.reshape(*up.shape, 1, 1)
+
+    def joined(self, geometry: Geometry, full: Tensor) -> Tensor:
+        """Reorder ``Ŵ [groups, out, outer, inner]`` to rows of patches, ``[groups, out, d]``."""
+        sizes, order = self._sizes(geometry), (*self.outer, *self.inner)
+        apart = full.reshape(*full.shape[:2], *(sizes[a] for a in order))
+        return apart.permute(0, 1, *(2 + order.index(a) for a in _WHOLE)).flatten(2)
+
+    @staticmethod
+    def _sizes(geometry: Geometry) -> tuple[int, int, int]:
+        return geometry.in_channels // geometry.groups, *geometry.kernel_size
+
+    def _size(self, geometry: Geometry, axes: tuple[int, ...]) -> int:
+        sizes = self._sizes(geometry)
+        return math.prod(sizes[axis] for axis in axes)
+
+
+def _stage(geometry: Geometry, axes: tuple[int, ...], inputs: int, outputs: int) -> Geometry:
+    """Return the layer that acts along some axes of the kernel and is pointwise elsewhere."""
+    rows, columns = ROW in axes, COLUMN in axes
+    if rows and columns:
+        return geometry.with_(in_channels=inputs, out_channels=outputs)
+
+    def only(pair: Pair, otherwise: int) -> Pair:
+        return (pair[0] if rows else otherwise, pair[1] if columns else otherwise)
+
+    plain = not (rows or columns)
+    padding = geometry.padding
+    kind = {"conv_transpose1d": "conv1d", "conv_transpose2d": "conv2d"}.get(geometry.kind)
+    return geometry.with_(
+        kind=(kind or geometry.kind) if plain else geometry.kind,
+        in_channels=inputs,
+        out_channels=outputs,
+        kernel_size=only(geometry.kernel_size, 1),
+        stride=only(geometry.stride, 1),
+        padding=padding if isinstance(padding, str) and not plain else only(_pair(padding), 0),
+        dilation=only(geometry.dilation, 1),
+        padding_mode="zeros" if plain else geometry.padding_mode,
+        output_padding=only(geometry.output_padding, 0),
+    )
+
+
+def _pair(padding: Pair | str) -> Pair:
+    return (0, 0) if isinstance(padding, str) else padding
+
+
+def chain_macs(chain: tuple[Geometry, ...], size: Pair) -> int:
+    """Multiply-accumulates of a chain for one input of height and width ``size``."""
+    total = 0
+    for stage in chain:
+        total += stage.macs(size)
+        size = stage.output_size(size)
+    return total
+
+
+def chain_params(chain: tuple[Geometry, ...], *, biased: bool = True) -> int:
+    """Number of parameters of a chain in which only the last layer has a bias."""
+    return sum(stage.weight_numel for stage in chain) + (chain[-1].out_channels if biased else 0)
