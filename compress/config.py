@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +19,137 @@ import tomli_w
 from compress.errors import ConfigError, near_matches
 from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
 from compress.plan import DENSE
+from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, RULES, Rule, rule_named
 
 METRICS = ("loss", "mse")
-RULES = ("threshold", "energy", "macs", "params", "latency", "target_drop")
+LARGEST_SEED = (1 << 32) - 1
+
+
+class Role(Enum):
+    """What a setting is for, from which every list of settings follows."""
+
+    PLACE = auto()  # names something to read or write: what is there counts, not its name
+    SPEED = auto()  # how it computes, which changes nothing about the outcome
+    PERMISSION = auto()  # what may be overwritten
+    PICTURES = auto()  # how pictures become inputs
+    TIMING = auto()  # what is timed
+    GATE = auto()  # what the result must satisfy before it is saved
+    RULE = auto()  # the rank rule
+    OUTCOME = auto()  # all else that decides the outcome
+
+
+Problem = Callable[[Any], str | None]
+
+
+def _setting(role: Role, default: Any, problem: Problem = lambda _: None) -> Any:
+    """A field with its role, and what is wrong with a value, to be read after ``name = value``."""
+    metadata = {"role": role, "problem": problem}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _positive(value: int | None) -> str | None:
+    return None if value is None or value >= 1 else "is not a positive number"
+
+
+def _points(value: float | None) -> str | None:
+    inside = value is None or 0 <= value <= 100
+    return None if inside else "is not a number of points from 0 to 100"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None or 0 <= value <= 1 else "is outside [0, 1]"
+
+
+def _from_zero(value: float | None) -> str | None:
+    return None if value is None or value >= 0 else "is not a number from 0"
+
+
+def _seed(value: int) -> str | None:
+    return None if 0 <= value <= LARGEST_SEED else f"is outside 0 to {LARGEST_SEED}"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the outcome of a run. Fractions are in (0, 1], drops in points."""
+    """Everything that decides the outcome of a run. Fractions are in (0, 1], drops in points.
+
+    The rank rule stands in `rules` by its name; files, flags and `settings` have it as a setting
+    like any other, such as ``macs = 0.5``.
+    """
 
     # What goes in and where the result goes.
-    checkpoint: str = ""
-    model: str = ""
-    data: str = ""
-    test: str = ""
-    output: str = ""
+    checkpoint: str = _setting(Role.PLACE, "")
+    model: str = _setting(Role.PLACE, "")
+    data: str = _setting(Role.PLACE, "")
+    test: str = _setting(Role.PLACE, "")
+    output: str = _setting(Role.PLACE, "")
 
-    # How images become tensors; empty means the model's own preset, or [0, 1] scaling alone.
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    resize: int | None = None
-    crop: int | None = None
-    class_map: str = ""
+    # How images become tensors; empty means the model's own preset, or only scaling to [0, 1].
+    mean: tuple[float, ...] = _setting(Role.PICTURES, ())
+    std: tuple[float, ...] = _setting(Role.PICTURES, ())
+    resize: int | None = _setting(Role.PICTURES, None, _positive)
+    crop: int | None = _setting(Role.PICTURES, None, _positive)
+    class_map: str = _setting(Role.PLACE, "")
 
-    # Where and how it computes.
-    device: str = "cpu"
-    threads: int | None = None
-    batch_size: int | None = None  # None: by image size
-    workers: int = 0
-    seed: int = 0
+    # Where and how it computes. The batch size is by default chosen by the image size.
+    device: str = _setting(Role.SPEED, "cpu")
+    threads: int | None = _setting(Role.SPEED, None, _positive)
+    batch_size: int | None = _setting(Role.SPEED, None, _positive)
+    workers: int = _setting(Role.SPEED, 0, lambda n: None if n >= 0 else "is negative")
+    seed: int = _setting(Role.OUTCOME, 0, _seed)
 
     # Calibration. Of the images taken from `data`, a quarter validates and the rest fits.
-    calibration_images: int = 1000
-    calibration: str = ""
-    samples_per_dimension: int = 64
-    metric: str = "loss"
-    metric_fn: str = ""
-    loss_fn: str = ""
+    calibration_images: int = _setting(Role.OUTCOME, 1000, _positive)
+    calibration: str = _setting(Role.PLACE, "")
+    samples_per_dimension: int = _setting(Role.OUTCOME, 64, _positive)
+    metric: str = _setting(Role.OUTCOME, "loss")
+    metric_fn: str = _setting(Role.OUTCOME, "")
+    loss_fn: str = _setting(Role.OUTCOME, "")
 
-    # Which rule chooses the ranks; at most one, threshold when none is given.
-    threshold: float | None = None
-    energy: float | None = None
-    macs: float | None = None
-    params: float | None = None
-    latency: float | None = None
-    target_drop: float | None = None
+    # Which rule chooses the ranks; at most one, the threshold when none is given.
+    rules: Mapping[str, float] = _setting(Role.RULE, {})
 
-    # What the rule may choose from.
-    schemes: tuple[str, ...] = SCHEME_NAMES
-    rank: dict[str, str] = field(default_factory=dict)  # glob -> "R" or "R1,R2"
-    scheme: dict[str, str] = field(default_factory=dict)  # glob -> scheme
-    keep: tuple[str, ...] = ()
-    force_rank: bool = False
-    round_to: int | None = None
-    refit: bool = True
-    latency_batch: int = 8
-    latency_table: str = ""
+    # What the rule may choose from: ranks are "R" or "R1,R2" and schemes are names, both by glob.
+    schemes: tuple[str, ...] = _setting(Role.OUTCOME, SCHEME_NAMES)
+    rank: dict[str, str] = _setting(Role.OUTCOME, {})
+    scheme: dict[str, str] = _setting(Role.OUTCOME, {})
+    keep: tuple[str, ...] = _setting(Role.OUTCOME, ())
+    force_rank: bool = _setting(Role.OUTCOME, False)
+    round_to: int | None = _setting(Role.OUTCOME, None, _positive)
+    refit: bool = _setting(Role.OUTCOME, True)
+    latency_batch: int = _setting(Role.TIMING, 8, _positive)
+    latency_table: str = _setting(Role.PLACE, "")
 
     # What the result must satisfy on the test set before it is saved.
-    max_drop: float | None = None
-    max_layer_relative_mse: float | None = None
-    min_agreement: float | None = None
+    max_drop: float | None = _setting(Role.GATE, None, _points)
+    max_layer_relative_mse: float | None = _setting(Role.GATE, None, _from_zero)
+    min_agreement: float | None = _setting(Role.GATE, None, _share)
 
-    force: bool = False
+    force: bool = _setting(Role.PERMISSION, False)
 
     def __post_init__(self) -> None:
-        _check(self)
+        problems = [*_contradictions(self), *_wrong_values(self), *_wrong_names(self)]
+        problems += _wrong_preprocessing(self)
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
+
+    @property
+    def chosen_rule(self) -> Rule:
+        """The rank rule in force; where only ranks are given by hand, that of ranks by hand."""
+        for name in self.rules:
+            return rule_named(name) or DEFAULT_RULE
+        return BY_HAND if self.rank else DEFAULT_RULE
 
     @property
     def rule(self) -> str:
-        """The name of the rank rule in force.
-
-        ``"rank"`` where ranks are given by hand and no rule: every other layer is then kept.
-        """
-        given = [r for r in RULES if getattr(self, r) is not None]
-        return given[0] if given else "rank" if self.rank else "threshold"
+        """The name of the rank rule in force."""
+        return self.chosen_rule.name
 
     @property
     def rule_value(self) -> float | None:
-        """The value of the rule in force; by default threshold 1e-3. Ranks by hand have none."""
-        if self.rule == "rank":
-            return None
-        value = getattr(self, self.rule)
-        return 1e-3 if value is None else float(value)
+        """The value of the rule in force. Ranks by hand have none."""
+        return self.rules.get(self.rule, self.chosen_rule.default)
 
     @property
     def schemes_in_play(self) -> tuple[str, ...]:
@@ -107,90 +157,106 @@ class RunConfig:
         asked = {s for s in self.scheme.values() if s != DENSE}
         counts = {len(ranks.split(",")) for ranks in self.rank.values()}
         asked |= {s.name for s in SCHEMES if s.rank_count > 1 and s.rank_count in counts}
-        free = {OUTPUT.name} if self.rule in ("threshold", "energy", "rank") else set(self.schemes)
+        free = set(self.schemes) if self.chosen_rule.weighs_layers else {OUTPUT.name}
         return tuple(s for s in SCHEME_NAMES if s in asked | free)
 
     @property
     def pools(self) -> bool:
         """Whether errors are measured in the metric of whole weight gradients.
 
-        See `compress.calibrate.pooled`.
-
         By the rules that weigh layers against each other; a spectrum's rank is a matter of the
-        outputs alone.
+        outputs alone. See `compress.calibrate.pooled`.
         """
-        return self.metric == "loss" and self.rule not in ("threshold", "energy", "rank")
+        return self.metric == "loss" and self.chosen_rule.weighs_layers
 
     def replace(self, **changes: Any) -> RunConfig:
         """Return a copy with ``changes`` applied and checked."""
         return dataclasses.replace(self, **changes)
 
+    def with_rule(self, name: str, value: float) -> RunConfig:
+        """Return a copy with this rank rule, and no other.
+
+        Raises:
+            ConfigError: There is no such rule, or the value is out of its range.
+        """
+        return self.replace(rules={name: value})
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting that is not None, by the names that files and flags have."""
+        flat: dict[str, Any] = {}
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.metadata["role"] is Role.RULE:
+                flat |= {name: value[name] for name in RULE_NAMES if name in value}
+            elif value is not None:
+                flat[spec.name] = dict(value) if isinstance(value, dict) else value
+        return flat
+
     def to_toml(self) -> str:
         """Write every setting that is not None as TOML."""
-        values = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-            if value is not None
-        }
-        return tomli_w.dumps(values)
+        return tomli_w.dumps(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings().items()}
+        )
 
 
-def _check(config: RunConfig) -> None:
-    """Raise `ConfigError` with every problem found, not only the first."""
-    problems = []
-    given = [r for r in RULES if getattr(config, r) is not None]
-    if len(given) > 1:
-        problems.append(f"{' and '.join(given)} contradict each other: give one rank rule")
-    for name in ("energy", "macs", "params", "latency"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value <= 1:
-            problems.append(f"{name} = {value} is outside (0, 1]")
-    if config.threshold is not None and not 0 <= config.threshold < 1:
-        problems.append(f"threshold = {config.threshold} is outside [0, 1)")
-    for name in ("target_drop", "max_drop"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 100:
-            problems.append(f"{name} = {value} is not a number of points from 0 to 100")
-    if config.min_agreement is not None and not 0 <= config.min_agreement <= 1:
-        problems.append(f"min_agreement = {config.min_agreement} is outside [0, 1]")
-    for name in (
-        "batch_size", "calibration_images", "samples_per_dimension", "latency_batch",
-        "threads", "round_to", "resize", "crop",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"{name} = {value} is not a positive number")
-    if config.workers < 0:
-        problems.append(f"workers = {config.workers} is negative")
+def settings_of(*roles: Role) -> tuple[str, ...]:
+    """Names of the settings of some roles, in their order; rules by their own names."""
+    names: list[str] = []
+    for spec in dataclasses.fields(RunConfig):
+        role = spec.metadata["role"]
+        if role in roles:
+            names += RULE_NAMES if role is Role.RULE else [spec.name]
+    return tuple(names)
+
+
+def _contradictions(config: RunConfig) -> Iterable[str]:
+    if len(config.rules) > 1:
+        given = " and ".join(name for name in RULE_NAMES if name in config.rules)
+        yield f"{given} contradict each other: give one rank rule"
+    for name in config.rules:
+        if name not in RULE_NAMES:
+            yield f"there is no rank rule {name!r}{near_matches(name, RULE_NAMES)}"
+
+
+def _wrong_values(config: RunConfig) -> Iterable[str]:
+    for rule in RULES:
+        if rule.name in config.rules:
+            value = config.rules[rule.name]
+            problem = rule.problem(value)
+            if problem is not None:
+                yield f"{rule.name} = {value} {problem}"
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        problem = spec.metadata["problem"](value)
+        if problem is not None:
+            yield f"{spec.name} = {value} {problem}"
     if config.metric not in METRICS:
-        problems.append(f"metric = {config.metric!r} is not one of {', '.join(METRICS)}")
+        yield f"metric = {config.metric!r} is not one of {', '.join(METRICS)}"
+
+
+def _wrong_names(config: RunConfig) -> Iterable[str]:
     for scheme in (*config.schemes, *config.scheme.values()):
         if scheme not in (*SCHEME_NAMES, DENSE):
-            problems.append(
+            yield (
                 f"scheme {scheme!r} is unknown; the schemes are {', '.join(SCHEME_NAMES)} and "
-                f"{DENSE}." + near_matches(scheme, SCHEME_NAMES)
+                f"{DENSE}.{near_matches(scheme, SCHEME_NAMES)}"
             )
     if not config.schemes:
-        problems.append("schemes is empty; name at least one of " + ", ".join(SCHEME_NAMES))
+        yield "schemes is empty; name at least one of " + ", ".join(SCHEME_NAMES)
+    counts = {scheme.rank_count for scheme in SCHEMES}
     for pattern, ranks in config.rank.items():
-        parts, counts = ranks.split(","), {scheme.rank_count for scheme in SCHEMES}
+        parts = ranks.split(",")
         if len(parts) not in counts or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-            problems.append(
-                f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
-            )
-    if not 0 <= config.seed < 1 << 32:
-        problems.append(f"seed = {config.seed} is outside 0 to {(1 << 32) - 1}")
-    relative = config.max_layer_relative_mse
-    if relative is not None and not relative >= 0:
-        problems.append(f"max_layer_relative_mse = {relative} is not a number from 0")
+            yield f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
+
+
+def _wrong_preprocessing(config: RunConfig) -> Iterable[str]:
     if not all(math.isfinite(number) for number in (*config.mean, *config.std)):
-        problems.append("mean or std holds a number that is not finite")
+        yield "mean or std holds a number that is not finite"
     if len(config.mean) != len(config.std):
-        problems.append(f"mean has {len(config.mean)} numbers and std has {len(config.std)}")
+        yield f"mean has {len(config.mean)} numbers and std has {len(config.std)}"
     if any(s <= 0 for s in config.std):
-        problems.append("std holds a number that is not positive")
-    if problems:
-        raise ConfigError("; ".join(problems) + ".")
+        yield "std holds a number that is not positive"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -200,7 +266,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         The settings it holds, ready to be overridden by flags and passed to `make_config`.
 
     Raises:
-        ConfigError: The file is missing, is no TOML or holds an unknown key.
+        ConfigError: The file is missing, is not TOML or holds an unknown key.
     """
     try:
         with open(path, "rb") as file:
@@ -209,15 +275,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"The configuration file {path} cannot be read: {error.strerror}."
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
     check_keys(values, f"the configuration file {path}")
     return values
 
 
-def check_keys(values: dict[str, Any], where: str) -> None:
-    """Raise `ConfigError` for keys that are no settings, with near matches and the valid ones."""
-    valid = [f.name for f in dataclasses.fields(RunConfig)]
+def check_keys(values: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` for keys that are not settings, with near matches and the valid ones."""
+    valid = settings_of(*Role)
     for key in values:
         if key not in valid:
             raise ConfigError(
@@ -226,7 +292,7 @@ def check_keys(values: dict[str, Any], where: str) -> None:
             )
 
 
-def make_config(values: dict[str, Any]) -> RunConfig:
+def make_config(values: Mapping[str, Any]) -> RunConfig:
     """Build a checked `RunConfig` from plain values; lists become tuples.
 
     Raises:
@@ -234,8 +300,10 @@ def make_config(values: dict[str, Any]) -> RunConfig:
     """
     check_keys(values, "the settings")
     ready: dict[str, Any] = {}
+    rules = {name: _typed(name, "float | None", values.get(name)) for name in RULE_NAMES}
+    ready["rules"] = {name: value for name, value in rules.items() if value is not None}
     for spec in dataclasses.fields(RunConfig):
-        if spec.name not in values:
+        if spec.name not in values or spec.name == "rules":
             continue
         value = values[spec.name]
         if isinstance(value, list):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from compress import __version__
+from compress.config import Role, settings_of
 from compress.errors import ArtefactError
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 
@@ -164,11 +165,9 @@ def is_artefact(path: str | Path) -> bool:
 
 
 def recorded_settings(manifest: Manifest) -> dict[str, Any]:
-    """What a result says of its images and gates, as defaults for measuring it again."""
-    names = (
-        "mean", "std", "resize", "crop", "max_drop", "max_layer_relative_mse", "min_agreement",
-    )  # fmt: skip
+    """What a result says of its images and limits, as defaults for measuring it again."""
     settings = manifest.settings
+    names = settings_of(Role.PICTURES, Role.GATE)
     return {name: settings[name] for name in names if settings.get(name) not in (None, [], ())}
 
 

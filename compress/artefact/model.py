@@ -68,7 +68,9 @@ def _untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return kept, tied
 
 
-def load(path: str | Path, model: nn.Module | None = None, trust_code: bool = False) -> nn.Module:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False
+) -> nn.Module:
     """Load a compressed model as plain ``nn`` modules.
 
     Args:
@@ -186,7 +188,7 @@ def _replaced(model: nn.Module, replacement: Replacement) -> nn.Module:
     return model
 
 
-def load_result(path: str, model: str, trust_code: bool) -> tuple[nn.Module, str]:
+def load_result(path: str, model: str, *, trust_code: bool) -> tuple[nn.Module, str]:
     """Load a result by a spec that the user gave, else by its own.
 
     Args:

@@ -10,19 +10,20 @@ at once: later in-place operations change the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate.fisher import LossFunction, Objective
-from compress.calibrate.pooled import channel_sketch, pooled_rows
-from compress.calibrate.statistics import Calibration, LayerStatistics
+from compress.calibrate.fisher import Objective
+from compress.calibrate.pooled import Pool, channel_sketch
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, LayerStatistics, Source
 from compress.errors import CalibrationError
-from compress.layers import kind_of
+from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
-from compress.linalg.schemes import OUTPUT, scheme_named
+from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
@@ -76,29 +77,30 @@ class _Positions:
 
 
 class _Collector:
-    """The hook of one site."""
+    """The hook of one site.
+
+    Args:
+        site: The layer.
+        module: The same in the network.
+        recipe: Which statistics are taken.
+        positions: Which output positions of each image.
+    """
 
     def __init__(
-        self,
-        site: LayerSite,
-        module: nn.Module,
-        patches: bool,
-        positions: _Positions,
-        weigh: bool,
-        sketch: Tensor | None,
+        self, site: LayerSite, module: nn.Module, recipe: Recipe, positions: _Positions
     ) -> None:
-        kind = kind_of(module)
-        assert kind is not None
-        self.site, self.kind, self.positions = site, kind, positions
-        g = site.geometry
+        self.site, self.kind, self.positions = site, registered_kind(module), positions
+        g, patches = site.geometry, wants_patches(site, recipe.schemes)
         device = next(module.parameters()).device
         self.statistics = LayerStatistics(
             inputs=Moments(g.groups, g.in_features, device) if patches else None,
             outputs=None if patches else Moments(g.groups, g.out_features, device),
-            weighting=Moments(g.groups, g.out_features, device) if weigh else None,
+            weighting=Moments(g.groups, g.out_features, device) if recipe.weigh else None,
         )
-        self.sketch = sketch
-        if sketch is not None:
+        self.pool: Pool | None = None
+        if recipe.weigh and recipe.pool:
+            sketch = channel_sketch(g, positions.images, recipe.seed).to(device)
+            self.pool = Pool(g, sketch, patches=patches)
             length = g.in_features if patches else g.out_features
             self.statistics.pooled = Moments(g.groups, length + 1, device)
         self.start = self.batch = self.call = 0
@@ -129,16 +131,20 @@ class _Collector:
             if moments.pooled is not None and y.shape[0] % self.batch == 0:
                 # A copy: what is changed in place later must not reach the gradient's hook.
                 rows = (inputs[0] if moments.inputs is not None else output).detach().clone()
-            self._watch(output, taken, rows)
+            self._watch(output, moments.weighting, taken, rows)
         self.call += 1
 
-    def _watch(self, output: Tensor, taken: Tensor | None, rows: Tensor | None) -> None:
-        images = self.batch
+    def _watch(
+        self, output: Tensor, weighting: Moments, taken: Tensor | None, rows: Tensor | None
+    ) -> None:
+        images, pooled, pool = self.batch, self.statistics.pooled, self.pool
 
         def hook(gradient: Tensor) -> None:
-            self._weigh(gradient, taken)
-            if rows is not None:
-                self._pool(rows, gradient, images)
+            g = self.kind.images(gradient)
+            weighting.update(output_rows(g, self.site.geometry, taken))
+            if rows is not None and pooled is not None and pool is not None:
+                for pooled_rows in pool.rows(self.kind.images(rows), g, images):
+                    pooled.update(pooled_rows)
 
         output.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -149,79 +155,42 @@ class _Collector:
         taken = self.positions.take(self.call, self.start, self.batch, positions)
         return None if taken is None else taken.to(y.device)
 
-    def _weigh(self, gradient: Tensor, taken: Tensor | None) -> None:
-        moments = self.statistics.weighting
-        assert moments is not None
-        moments.update(output_rows(self.kind.images(gradient), self.site.geometry, taken))
-
-    def _pool(self, activation: Tensor, gradient: Tensor, images: int) -> None:
-        pooled, sketch = self.statistics.pooled, self.sketch
-        assert pooled is not None
-        assert sketch is not None
-        x, g = self.kind.images(activation), self.kind.images(gradient)
-        patches = self.statistics.inputs is not None
-        for rows in pooled_rows(x, g, self.site.geometry, patches, images, sketch):
-            pooled.update(rows)
-
 
 def calibrate(
     model: nn.Module,
     sites: Iterable[LayerSite],
     batches: Iterable[tuple[Tensor, Tensor]],
-    images: int,
-    *,
-    schemes: Iterable[str] = (OUTPUT.name,),
-    weigh: bool = True,
-    pool: bool = False,
-    loss: LossFunction | None = None,
-    samples_per_dimension: int = 64,
-    seed: int = 0,
-    memory_format: str = "contiguous",
+    source: Source,
+    recipe: Recipe = Recipe(),
 ) -> Calibration:
     """Stream images through the model and accumulate every layer's statistics.
 
     Args:
         model: The network, norms folded; left as it was, whatever happens.
         sites: Its layers; kept ones are passed over.
-        batches: Inputs ``[B, ...]`` and labels ``[B]`` (not looked at unless ``loss`` does).
-        images: How many images the batches hold.
-        schemes: The schemes in play; they decide which layers' patches are accumulated.
-        weigh: Whether to accumulate the weighting ``G``.
-        pool: Whether to accumulate rows pooled by gradient too, which `fit_problem` then uses.
-        loss: ``(output, labels) -> summed loss`` for outputs that are no logits.
-        samples_per_dimension: Sample budget of a layer, in multiples of its row length.
-        seed: Decides the random signs and positions.
-        memory_format: What the model runs in meanwhile, as `Network.memory_format`.
+        batches: Inputs ``[B, ...]`` and labels ``[B]`` (not looked at unless the recipe's loss
+            does).
+        source: How many images the batches hold, and what they and the model are.
+        recipe: Which statistics are taken, and how.
 
     Raises:
         CalibrationError: An activation is NaN or infinite; the layer is named.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    schemes = tuple(schemes)
-    device = next(model.parameters()).device
-    collectors: dict[nn.Module, _Collector] = {}
-    for index, site in enumerate(s for s in sites if s.skip is None):
-        patches = wants_patches(site, schemes)
-        length = site.geometry.in_features if patches else site.geometry.out_features
-        wide = patches and math.prod(site.geometry.kernel_size) > 1
-        free = FREE_PATCHES if wide else FREE_OUTPUTS
-        budget = max(free, samples_per_dimension * length) // max(len(site.calls), 1)
-        positions = _Positions(images, budget, seed * 1_000_003 + index)
-        module = modules[site.name]
-        sketch = channel_sketch(site.geometry, images, seed).to(device) if weigh and pool else None
-        collectors[module] = _Collector(site, module, patches, positions, weigh, sketch)
-    objective, start = Objective(images, seed, loss), 0
+    collectors = _collectors(model, sites, source.images, recipe)
+    seen = 0
     with (
         evaluation_mode(model),
         frozen(model),
         forward_hooks(dict(collectors)),
-        in_memory_format(model, memory_format),
+        in_memory_format(model, source.memory_format),
     ):
+        objective = Objective(source.images, recipe.seed, recipe.loss)
+        device = next(model.parameters()).device
         for inputs, labels in batches:
             for collector in collectors.values():
-                collector.begin(start, len(inputs))
-            inputs = in_format(inputs.to(device), memory_format)
-            if weigh:
+                collector.begin(seen, len(inputs))
+            inputs = in_format(inputs.to(device), source.memory_format)
+            if recipe.weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
                 output = run_model(model, inputs.detach().requires_grad_())
                 check_finite(model, inputs, output.detach(), WHEN, REMEDY)
@@ -229,8 +198,30 @@ def calibrate(
             else:
                 with torch.no_grad():
                     run_model(model, inputs)
-            start += len(inputs)
+            seen += len(inputs)
     statistics = {c.site.name: c.statistics for c in collectors.values()}
+    _check_moments(statistics)
+    return Calibration(statistics, source, "loss" if recipe.weigh else "mse")
+
+
+def _collectors(
+    model: nn.Module, sites: Iterable[LayerSite], images: int, recipe: Recipe
+) -> dict[nn.Module, _Collector]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    collectors: dict[nn.Module, _Collector] = {}
+    for index, site in enumerate(s for s in sites if s.skip is None):
+        patches = wants_patches(site, recipe.schemes)
+        length = site.geometry.in_features if patches else site.geometry.out_features
+        wide = patches and math.prod(site.geometry.kernel_size) > 1
+        free = FREE_PATCHES if wide else FREE_OUTPUTS
+        budget = max(free, recipe.samples_per_dimension * length) // max(len(site.calls), 1)
+        positions = _Positions(images, budget, recipe.seed * 1_000_003 + index)
+        module = modules[site.name]
+        collectors[module] = _Collector(site, module, recipe, positions)
+    return collectors
+
+
+def _check_moments(statistics: Mapping[str, LayerStatistics]) -> None:
     for name, found in statistics.items():
         for role, moments in found.moments().items():
             if not moments.is_finite():
@@ -239,7 +230,6 @@ def calibrate(
                     "images: the loss has no finite gradient there, or squares overflow. Check the "
                     "checkpoint and the normalisation (--mean, --std), or use --metric mse."
                 )
-    return Calibration(statistics, start, "loss" if weigh else "mse")
 
 
 def _backward(value: Tensor) -> None:

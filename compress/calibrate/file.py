@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.calibrate.statistics import Calibration, LayerStatistics
+from compress.calibrate.statistics import Calibration, LayerStatistics, Source
 from compress.errors import CalibrationError
 from compress.files import write_atomically
 from compress.linalg.moments import Moments
@@ -48,7 +48,7 @@ def write_calibration(path: str | Path, calibration: Calibration, key: Calibrati
         "model": key.model,
         "data": key.data,
         "settings": dict(key.settings),
-        "images": calibration.images,
+        "images": calibration.source.images,
         "metric": calibration.metric,
     }
     metadata = {_KEY: json.dumps(header, sort_keys=True)}
@@ -94,13 +94,8 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
         grouped.setdefault((site, role), {})[part] = tensor
     for (site, role), parts in grouped.items():
         setattr(statistics.setdefault(site, LayerStatistics()), role, Moments.from_tensors(parts))
-    return Calibration(
-        statistics,
-        int(header["images"]),
-        str(header["metric"]),
-        data_fingerprint=key.data,
-        model_fingerprint=key.model,
-    )
+    source = Source(int(header["images"]), key.data, key.model)
+    return Calibration(statistics, source, str(header["metric"]))
 
 
 def _differences(found: Any, wanted: Any) -> str:

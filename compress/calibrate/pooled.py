@@ -14,6 +14,7 @@ Koroko et al. 2022).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -45,40 +46,49 @@ def channel_sketch(geometry: Geometry, images: int, seed: int) -> Tensor:
     return scaled
 
 
-def pooled_rows(
-    activation: Tensor,
-    gradient: Tensor,
-    geometry: Geometry,
-    patches: bool,
-    images: int,
-    sketch: Tensor,
-) -> Iterator[Tensor]:
-    """Rows ``Σ_p g_p [x_p, 1]`` of each image and channel, ``[groups, images * k, features + 1]``.
+@dataclass(frozen=True)
+class Pool:
+    """How a layer's rows are pooled.
 
-    Args:
-        activation: The layer's input where ``patches``, else its output; ``[batch, ...]``.
-        gradient: At the layer's output ``[batch, out_channels, height, width]``.
+    Attributes:
         geometry: The layer.
-        patches: Whether ``x`` are patches or outputs.
-        images: How many images the batch holds; what else its axis counts is pooled.
         sketch: See `channel_sketch`.
+        patches: Whether rows are patches or outputs.
     """
-    each = gradient.shape[0] // images
-    length = geometry.in_features if patches else geometry.out_features
-    size = each * gradient.shape[2] * gradient.shape[3] * geometry.groups * length
-    step = max(_CHUNK // max(size, 1), 1)
-    for start in range(0, images, step):
-        part = slice(start * each, (start + step) * each)
-        count = min(step, images - start)
-        if patches:
-            x = patch_rows(activation[part], geometry)
-        else:
-            x = output_rows(activation[part], geometry)
-        g = output_rows(gradient[part], geometry) @ sketch.to(gradient)
-        x, g = (rows.reshape(len(rows), count, -1, rows.shape[2]) for rows in (x.to(g), g))
-        pooled = g.mT @ x
-        total = g.sum(2).unsqueeze(-1)
-        yield torch.cat([pooled, total], dim=3).flatten(1, 2)
+
+    geometry: Geometry
+    sketch: Tensor
+    _: KW_ONLY
+    patches: bool
+
+    def rows(self, activation: Tensor, gradient: Tensor, images: int) -> Iterator[Tensor]:
+        """Rows ``Σ_p g_p [x_p, 1]`` of each image and channel.
+
+        Args:
+            activation: The layer's input where ``patches``, else its output; ``[batch, ...]``.
+            gradient: At the layer's output ``[batch, out_channels, height, width]``.
+            images: How many images the batch holds; what else its axis counts is pooled.
+
+        Yields:
+            ``[groups, images * k, features + 1]`` of some images at a time.
+        """
+        geometry = self.geometry
+        each = gradient.shape[0] // images
+        length = geometry.in_features if self.patches else geometry.out_features
+        size = each * gradient.shape[2] * gradient.shape[3] * geometry.groups * length
+        step = max(_CHUNK // max(size, 1), 1)
+        for start in range(0, images, step):
+            part = slice(start * each, (start + step) * each)
+            count = min(step, images - start)
+            if self.patches:
+                x = patch_rows(activation[part], geometry)
+            else:
+                x = output_rows(activation[part], geometry)
+            g = output_rows(gradient[part], geometry) @ self.sketch.to(gradient)
+            x, g = (rows.reshape(len(rows), count, -1, rows.shape[2]) for rows in (x.to(g), g))
+            pooled = g.mT @ x
+            total = g.sum(2).unsqueeze(-1)
+            yield torch.cat([pooled, total], dim=3).flatten(1, 2)
 
 
 def pooled_covariance(pooled: Moments, mean: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compress.calibrate.pooled import pooled_covariance
 from compress.calibrate.statistics import FEW_SAMPLES, LayerStatistics
-from compress.layers import kind_of
+from compress.layers import registered_kind
 from compress.linalg.fit import Covariances, Fit, Problem
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import shrink, shrinkage
@@ -18,16 +18,12 @@ def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistic
 
     Covariances from fewer than `FEW_SAMPLES` rows a dimension are shrunk first.
     """
-    kind = kind_of(module)
-    assert kind is not None
+    kind = registered_kind(module)
     weight = kind.weight(module).double()
     matrix = weight.flatten(2)
+    inputs, outputs = None, _robust(statistics.rows)
     if statistics.inputs is not None:
-        inputs = _robust(statistics.inputs)
-        outputs = matrix @ inputs @ matrix.mT
-    else:
-        assert statistics.outputs is not None
-        inputs, outputs = None, _robust(statistics.outputs)
+        inputs, outputs = outputs, matrix @ outputs @ matrix.mT
     weighting = statistics.weighting
     metric = weighting.second_moment if weighting is not None and weighting.count else None
     mean = None if statistics.inputs is None else statistics.inputs.mean
@@ -44,10 +40,8 @@ def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics)
     plain = layer_problem(site, module, statistics)
     if statistics.pooled is None or not statistics.pooled.count:
         return plain
-    moments = statistics.inputs or statistics.outputs
-    assert moments is not None
     seen = plain.output_covariance if plain.input_covariance is None else plain.input_covariance
-    found, share = pooled_covariance(statistics.pooled, moments.mean, seen)
+    found, share = pooled_covariance(statistics.pooled, statistics.rows.mean, seen)
     channels = site.geometry.out_features
     trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.
@@ -70,8 +64,7 @@ def absorbed_bias(module: nn.Module, statistics: LayerStatistics, fit: Fit) -> T
 
     Where only the outputs' mean ``μ`` was taken it is the same ``μ + P (b - μ)``.
     """
-    kind = kind_of(module)
-    assert kind is not None
+    kind = registered_kind(module)
     matrix = kind.weight(module).double().flatten(2)
     bias = module._parameters.get("bias")
     groups, out = matrix.shape[:2]

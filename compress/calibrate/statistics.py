@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from compress.linalg.moments import Moments
 from compress.network.baseline import Network
@@ -28,10 +29,26 @@ class LayerStatistics:
     pooled: Moments | None = None
 
     @property
+    def rows(self) -> Moments:
+        """The moments of whichever rows were taken.
+
+        Raises:
+            ValueError: There are none.
+        """
+        moments = self.inputs or self.outputs
+        if moments is None:
+            raise ValueError("no rows of this layer were taken")
+        return moments
+
+    @property
     def samples(self) -> int:
         """Rows seen."""
-        moments = self.inputs or self.outputs
-        return 0 if moments is None else moments.count
+        return self.rows.count
+
+    @property
+    def samples_per_dimension(self) -> float:
+        """Rows seen, over their length."""
+        return self.samples / self.rows.mean.shape[1]
 
     def moments(self) -> dict[str, Moments]:
         """The moments there are, by role."""
@@ -43,23 +60,37 @@ class LayerStatistics:
         }
         return {role: m for role, m in roles.items() if m is not None}
 
-    def merge(self, other: LayerStatistics) -> None:
-        """Add the statistics of another process or an earlier run."""
-        theirs = other.moments()
-        for role, moments in self.moments().items():
-            moments.merge(theirs[role])
 
+@dataclass(frozen=True)
+class Source:
+    """What statistics are taken from.
 
-@dataclass
-class Calibration:
-    """Statistics by site name, with what they were taken from."""
+    Attributes:
+        images: How many images.
+        data: Their fingerprint.
+        model: The model's.
+        memory_format: What the model runs in meanwhile, as `Network.memory_format`.
+    """
 
-    statistics: dict[str, LayerStatistics]
     images: int
+    data: str = ""
+    model: str = ""
+    memory_format: str = "contiguous"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a network, made once.
+
+    Attributes:
+        statistics: By site name.
+        source: What they were taken from.
+        metric: ``"loss"`` or ``"mse"``.
+    """
+
+    statistics: Mapping[str, LayerStatistics]
+    source: Source
     metric: str
-    data_fingerprint: str = ""
-    model_fingerprint: str = ""
-    warnings: list[str] = field(default_factory=list)
 
 
 def without_unseen(network: Network, calibration: Calibration) -> Network:

@@ -14,6 +14,7 @@ from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, chain_macs, chain_params, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Choice
+from compress.rules import Sized
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,21 @@ def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
     return SchemeCost(macs, chain_params(chain))
 
 
-def break_even(site: LayerSite, scheme: str, measure: Callable[[SchemeCost], int]) -> int:
+def break_even(site: LayerSite, scheme: str, size: Callable[[Sized], int]) -> int:
     """Largest rank at which a scheme of one rank still saves; 0 where none does."""
-    dense = measure(scheme_cost(site, DENSE, ()))
+    dense = size(site)
     limits = scheme_named(scheme).full_ranks(site.geometry)
     low, high = 0, limits[0] + 1
     while high - low > 1:
         middle = (low + high) // 2
         ranks = (middle,) * len(limits)
-        saves = measure(scheme_cost(site, scheme, ranks)) < dense
+        saves = size(scheme_cost(site, scheme, ranks)) < dense
         low, high = (middle, high) if saves else (low, middle)
     return low
 
 
 def problems(
-    model: nn.Module, calibration: Calibration, fitted: bool = False
+    model: nn.Module, calibration: Calibration, *, fitted: bool = False
 ) -> Callable[[LayerSite], Problem]:
     """Return what makes a layer's problem from its statistics.
 

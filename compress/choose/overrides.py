@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from compress.config import RunConfig
 from compress.errors import ConfigError, near_matches
 from compress.linalg.schemes import Ranks, scheme_for_ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import DENSE
+
+
+@dataclass(frozen=True)
+class Latitude:
+    """What a budget may choose from for one layer.
+
+    Attributes:
+        schemes: Names of schemes.
+        ranks: The ranks that the user fixed; None where they are free.
+        round_to: Free ranks are multiples of this, or full.
+    """
+
+    schemes: tuple[str, ...]
+    ranks: Ranks | None = None
+    round_to: int | None = None
+
+    def allows(self, ranks: Ranks, full: Ranks) -> bool:
+        """Whether these ranks of a scheme may be chosen, of which ``full`` are the largest."""
+        if self.ranks is not None:
+            wanted = [min(fixed, limit) for fixed, limit in zip(self.ranks, full, strict=True)]
+            return list(ranks) == wanted
+        multiple = self.round_to or 1
+        return all(r % multiple == 0 or r == limit for r, limit in zip(ranks, full, strict=True))
 
 
 class Overrides:
@@ -67,6 +91,10 @@ class Overrides:
         asked = self.scheme(site)
         allowed = self.config.schemes if asked is None else (asked,)
         return tuple(s for s in site.schemes if s in allowed)
+
+    def latitude(self, site: LayerSite) -> Latitude:
+        """What a budget may choose from for a layer."""
+        return Latitude(self.schemes(site), self.ranks(site), self.config.round_to)
 
     def _check(self, site: LayerSite) -> None:
         scheme, ranks = self.scheme(site), self.ranks(site)

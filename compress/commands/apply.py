@@ -9,8 +9,8 @@ import click
 from compress.commands.options import Settings, configured, example
 from compress.commands.run import run_and_show
 from compress.commands.terminal import Terminal
-from compress.config import RULES
 from compress.errors import PlanError
+from compress.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from compress.plan import Plan
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     "model", "data", "test", "output", "schemes", "gates", "images", "calibration", "fit",
     "evaluation", "compute",
 )  # fmt: skip
-def apply(settings: Settings, terminal: Terminal, plan_file: str, trust_code: bool) -> None:
+def apply(settings: Settings, terminal: Terminal, plan_file: str, *, trust_code: bool) -> None:
     """Carry out PLAN: fit, rewrite, verify, save, report. Model and metric are the plan's."""
     from compress.plan import read_plan
 
     plan = read_plan(plan_file)
-    _check_trust(plan, settings, trust_code)
-    rule = {plan.rule: plan.value} if plan.rule in RULES else {}
+    _check_trust(plan, settings, trust_code=trust_code)
+    rule = {plan.rule: plan.value} if plan.rule in RULE_NAMES else {}
     config = settings.config(model=plan.model, metric=plan.metric, **rule)
     run_and_show(config, terminal, plan)
 
 
-def _check_trust(plan: Plan, settings: Settings, trust_code: bool) -> None:
+def _check_trust(plan: Plan, settings: Settings, *, trust_code: bool) -> None:
     """Reading a plan must not run code that the user did not name."""
     from compress.specs import needs_trust
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False, metavar="CHECKPOINT_OR_RESULT")
 @click.option("--trust-code", is_flag=True, help="Import the code that a result's model names.")
 @configured("model", "data", "test", "images", "evaluation", "compute")
-def evaluate(settings: Settings, terminal: Terminal, trust_code: bool) -> None:
+def evaluate(settings: Settings, terminal: Terminal, *, trust_code: bool) -> None:
     """Measure accuracy, MACs, parameters and latency of one model, original or compressed."""
     from compress.artefact.manifest import is_artefact, recorded_settings
     from compress.pipeline.evaluate import evaluate_model

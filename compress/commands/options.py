@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from compress.commands.terminal import Terminal
-from compress.config import METRICS, RULES, RunConfig, make_config, read_toml
+from compress.config import METRICS, Role, RunConfig, make_config, read_toml, settings_of
 from compress.errors import ConfigError
 from compress.linalg.schemes import SCHEME_NAMES
+from compress.rules import RULE_NAMES, RULES
 
 Command = Callable[..., None]
 Decorator = Callable[[Any], Any]
@@ -95,17 +96,7 @@ _CALIBRATION = (
        "loss, for outputs that are no logits."),
 )  # fmt: skip
 _RULES = (
-    _o("--threshold", type=float, metavar="T", text="Keep eigenvalues of at least T times the "
-       "largest (the default rule, 1e-3)."),
-    _o("--energy", type=float, metavar="E", text="Keep the fewest eigenvalues that hold this "
-       "share of their sum."),
-    _o("--macs", type=float, metavar="F", text="Spend this fraction of the multiply-accumulates "
-       "over all layers and schemes."),
-    _o("--params", type=float, metavar="F", text="Spend this fraction of the parameters."),
-    _o("--latency", type=float, metavar="F", text="Spend this fraction of the dense network's "
-       "time, as measured on this device at --latency-batch."),
-    _o("--target-drop", type=float, metavar="P", text="Search for the cheapest model whose "
-       "validation accuracy falls by at most P points."),
+    *(_o(rule.flag, type=float, metavar=rule.metavar, text=rule.help) for rule in RULES),
     _o("--rank", metavar="NAME=R", multiple=True, callback=_pairs, text="Rank of a layer, by name "
        "or glob (R1,R2 for two_sided). Repeatable; without a rule all other layers are kept."),
     _o("--keep", metavar="GLOB", multiple=True, callback=_listed, text="Leave these layers as "
@@ -135,7 +126,7 @@ _GATES = (
     _o("--max-drop", type=float, metavar="P", text="Fail where test accuracy falls by more than "
        "P points."),
     _o("--max-layer-relative-mse", type=float, metavar="X", text="Fail where a layer's relative "
-       "error is larger."),
+       "error, in place in the compressed network and on held-out images, is larger."),
     _o("--min-agreement", type=float, metavar="A", text="Fail where fewer predictions than this "
        "share stay the same."),
 )  # fmt: skip
@@ -177,12 +168,12 @@ def configured(*groups: str) -> Callable[[Command], Command]:
     The command is called as ``command(settings, terminal, **others)``: the `Settings` given by
     flags and file, the terminal, and whatever flags and arguments are its own.
     """
-    names = set(RunConfig.__dataclass_fields__)
+    names = set(settings_of(*Role))
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def called(
-            config_file: str | None, as_json: bool, quiet: bool, debug: bool, **values: Any
+            config_file: str | None, *, as_json: bool, quiet: bool, debug: bool, **values: Any
         ) -> None:
             del debug  # looked up where errors are caught
             settings = Settings(
@@ -227,9 +218,9 @@ class Settings:
 
 def _without_rules(file: dict[str, Any], flags: Iterable[str]) -> dict[str, Any]:
     """Take the file's rank rule away where a flag gives another: the flag wins, not both."""
-    if not any(rule in flags for rule in RULES):
+    if not any(rule in flags for rule in RULE_NAMES):
         return file
-    return {key: value for key, value in file.items() if key not in RULES}
+    return {key: value for key, value in file.items() if key not in RULE_NAMES}
 
 
 def _set_up(config: RunConfig) -> None:

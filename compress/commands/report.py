@@ -63,51 +63,64 @@ def limit_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--junit", metavar="FILE", help="Write the limits as JUnit XML.")
 @click.option("--trust-code", is_flag=True, help="Import the code that a result's model names.")
 @configured("model", "test", "output", "images", "evaluation", "compute")
-def report(
-    settings: Settings,
-    terminal: Terminal,
-    results: tuple[str, ...],
-    before: str | None,
-    after: str | None,
-    baseline: str | None,
-    allow_mismatch: bool,
-    junit: str | None,
-    trust_code: bool,
-    **limits: float | None,
-) -> None:
+def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     """Report on finished RESULTs (folders or files of them), or measure a pair anew.
 
     Exits with 1 if a limit broke, and says which and by how much. What a report does not hold
     (a test set, a latency) keeps no limit.
     """
+    limits = _limits(settings, {name: flags.pop(name) for name in LIMIT_HELP})
+    asked = Asked(**flags)
     thumbnails: Mapping[int, bytes] = {}
-    _check_request(results, before, after)
-    if before or after:
-        reports, thumbnails = _measure(settings, terminal, before, after, trust_code)
-        names = [str(after)]
+    if asked.measures:
+        reports, thumbnails = _measure(settings, terminal, asked)
+        names = [asked.after]
     else:
-        reports, names = _read(results)
-    made = _arranged(reports, names, baseline, allow_mismatch, _limits(settings, limits))
-    _write(made, settings, junit, thumbnails)
+        reports, names = _read(asked.results)
+    made = _arranged(reports, names, asked, limits)
+    _write(made, settings, asked.junit, thumbnails)
     terminal.show(made, _lines(made, settings.given("output") or ""))
     _judge(made)
 
 
-def _check_request(results: Sequence[str], before: str | None, after: str | None) -> None:
-    if results and (before or after):
-        raise UsageError("Give finished results, or --before and --after to measure; not both.")
-    if not results and not (before and after):
-        lacking = "--after" if before else "--before" if after else ""
-        raise UsageError(
-            f"{lacking} is missing: --before takes the original's checkpoint, --after the result."
-            if lacking
-            else "Nothing to report on: pass result folders, or --before CKPT --model SPEC --after "
-            "RESULT --test SPEC to measure anew."
-        )
+class Asked:
+    """What a report is asked for: of finished results, or of a pair to be measured.
+
+    Args:
+        results: Finished results.
+        before: The original's checkpoint.
+        after: The compressed model.
+        **flags: ``baseline`` and ``junit`` (files or None), ``allow_mismatch`` and ``trust_code``.
+
+    Raises:
+        UsageError: Both or neither are asked for, or half of a pair.
+    """
+
+    def __init__(
+        self, results: Sequence[str], before: str | None, after: str | None, **flags: Any
+    ) -> None:
+        self.results, self.before, self.after = results, before or "", after or ""
+        self.baseline: str | None = flags["baseline"]
+        self.junit: str | None = flags["junit"]
+        self.allow_mismatch: bool = flags["allow_mismatch"]
+        self.trust_code: bool = flags["trust_code"]
+        self.measures = bool(before or after)
+        if results and self.measures:
+            raise UsageError("Give finished results, or --before and --after to measure; not both.")
+        if self.measures and not (before and after):
+            raise UsageError(
+                f"{'--after' if before else '--before'} is missing: --before takes the original's "
+                "checkpoint, --after the result."
+            )
+        if not results and not self.measures:
+            raise UsageError(
+                "Nothing to report on: pass result folders, or --before CKPT --model SPEC --after "
+                "RESULT --test SPEC to measure anew."
+            )
 
 
 def _measure(
-    settings: Settings, terminal: Terminal, before: str | None, after: str | None, trust_code: bool
+    settings: Settings, terminal: Terminal, asked: Asked
 ) -> tuple[list[Report], Mapping[int, bytes]]:
     """Measure original and result on the test set, with thumbnails of what flipped."""
     from compress.artefact.manifest import read_manifest, recorded_settings
@@ -116,12 +129,10 @@ def _measure(
     from compress.pipeline.verify import verify_result
     from compress.report import build_report
 
-    assert before
-    assert after
-    manifest = read_manifest(after)
+    manifest = read_manifest(asked.after)
     recorded = {k: v for k, v in recorded_settings(manifest).items() if k not in LIMIT_HELP}
-    config = settings.config(**recorded, checkpoint=before)
-    result = verify_result(config, after, trust_code=trust_code, track=terminal.track)
+    config = settings.config(**recorded, checkpoint=asked.before)
+    result = verify_result(config, asked.after, trust_code=asked.trust_code, track=terminal.track)
     config = config.replace(model=result.model)
     module, _, _, preprocessing = load_model(config)
     images = open_images(config.test, config, module, preprocessing)
@@ -146,11 +157,7 @@ def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, 
 
 
 def _arranged(
-    reports: list[Report],
-    names: Sequence[str],
-    baseline: str | None,
-    allow_mismatch: bool,
-    limits: Mapping[str, float],
+    reports: list[Report], names: Sequence[str], asked: Asked, limits: Mapping[str, float]
 ) -> Report:
     """Hold the reports to limits and to a baseline; several become one comparison."""
     from compress.report import (
@@ -161,6 +168,7 @@ def _arranged(
         with_gates,
     )
 
+    baseline = asked.baseline
     if len(reports) > 1 and baseline:
         raise UsageError("--baseline compares one result; give one, or compare them side by side.")
     if limits or baseline:
@@ -168,12 +176,16 @@ def _arranged(
             _require_run(made, name)
     if baseline:
         earlier = read_report(baseline)
-        reports = [compare_with_baseline(reports[0], earlier, allow_mismatch, baseline)]
+        reports = [
+            compare_with_baseline(
+                reports[0], earlier, allow_mismatch=asked.allow_mismatch, name=baseline
+            )
+        ]
     if limits:
         reports = [with_gates(_without(r, limits), check_gates(r, limits)) for r in reports]
     if len(reports) == 1:
         return reports[0]
-    return build_comparison(reports, names, allow_mismatch)
+    return build_comparison(reports, names, allow_mismatch=asked.allow_mismatch)
 
 
 def _require_run(made: Report, name: str) -> None:
@@ -272,11 +284,12 @@ def _lines(made: Report, where: str) -> list[str]:
 def _judge(made: Report) -> None:
     """Raise `GateError` with every limit that broke, and by how much."""
     from compress.report import gate_sentence
+    from compress.result import GateResult
 
     runs: list[dict[str, Any]] = made.get("runs", [])
     named = [(f"{run['name']}: ", run) for run in runs] or [("", made)]
     broken = [
-        f"{name}{gate_sentence(**gate)}."
+        f"{name}{gate_sentence(GateResult(**gate))}."
         for name, run in named
         for gate in run.get("gates", [])
         if not gate["passed"]

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from compress.commands.terminal import table
+from compress.plan import DENSE
 from compress.report import gate_sentence, text
 from compress.report.build import Report, accuracy_sentence, layers_sentence, verdict_text
+from compress.result import GateResult
 
 # Reasons for keeping layers that are listed before the rest is left to the report.
 MOST_REASONS = 8
@@ -29,7 +31,9 @@ def run_summary(
     lines += _layers(result["layers"], measured_on) + _totals(report)
     lines += [layers_sentence(report), accuracy_sentence(report)]
     for gate in report["gates"]:
-        lines.append(f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(**gate)}")
+        lines.append(
+            f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(GateResult(**gate))}"
+        )
     lines += [f"Warning: {warning}" for warning in [*report["notes"], *result["warnings"]]]
     if where:
         lines += ["", f"Result: {where}"]
@@ -37,7 +41,7 @@ def run_summary(
 
 
 def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:
-    rewritten = [layer for layer in layers if layer["scheme"] != "dense"]
+    rewritten = [layer for layer in layers if layer["scheme"] != DENSE]
     lines = []
     if rewritten:
         head = ("layer", "shape", "scheme", "rank", "MACs", "predicted", "measured")
@@ -45,8 +49,8 @@ def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:
         lines += [f"(relative mean squared error, measured on {measured_on})", ""]
     kept: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
-        if layer["scheme"] == "dense":
-            kept[layer["reason"]].append(layer["name"] or "(the model itself)")
+        if layer["scheme"] == DENSE:
+            kept[text.why(layer)].append(layer["name"] or "(the model itself)")
     lines += [
         f"Kept {_some(names)}: {reason}" for reason, names in list(kept.items())[:MOST_REASONS]
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -10,8 +12,8 @@ import click
 from compress.commands.group import INTERRUPTED
 from compress.commands.options import Settings, configured, example
 from compress.commands.terminal import Terminal, table
-from compress.config import RULES
 from compress.errors import ConfigError, GateError
+from compress.rules import GRID_RULES, RULE_NAMES
 
 if TYPE_CHECKING:
     from compress.config import RunConfig
@@ -22,6 +24,15 @@ _HEAD = ("point", "MACs", "parameters", "validation", "points", "test", "points"
 _WIDTHS = (22, 6, 11, 10, 7, 8, 7, 8)
 
 
+def grid_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for the grid of every rule that a sweep can walk along."""
+    for rule in reversed(GRID_RULES):
+        if rule.grid is not None:
+            flag, name = rule.grid.flag, f"{rule.name}_grid"
+            command = click.option(flag, name, metavar="GRID", help=rule.grid.help)(command)
+    return command
+
+
 @click.command(
     epilog=example(
         "compress sweep resnet18.pth --model torchvision:resnet18 --data imagefolder:train \\",
@@ -30,17 +41,7 @@ _WIDTHS = (22, 6, 11, 10, 7, 8, 7, 8)
     )
 )
 @click.argument("checkpoint", required=False)
-@click.option(
-    "--thresholds",
-    "threshold_grid",
-    metavar="GRID",
-    help="Thresholds: a list such as 1e-3,1e-2, or first:last:count, evenly in the logarithm.",
-)
-@click.option("--energies", "energy_grid", metavar="GRID", help="Shares of the eigenvalues' sum.")
-@click.option("--macs", "macs_grid", metavar="GRID", help="Budgets: fractions of the MACs.")
-@click.option(
-    "--params", "params_grid", metavar="GRID", help="Budgets: fractions of the parameters."
-)
+@grid_flags
 @click.option(
     "--pick",
     metavar="COND",
@@ -61,6 +62,7 @@ _WIDTHS = (22, 6, 11, 10, 7, 8, 7, 8)
 def sweep(
     settings: Settings,
     terminal: Terminal,
+    *,
     pick: str | None,
     resume: bool,
     test_points: bool,
@@ -74,23 +76,26 @@ def sweep(
     """
     from compress.sweep import parse_pick
 
-    grid = _grid(grids)
     chosen = parse_pick(pick) if pick is not None else None
-    sweep_and_show(settings.config(), terminal, grid, chosen, resume, test_points)
+    asked = Asked(_grid(grids), chosen, resume, test_points)
+    sweep_and_show(settings.config(), terminal, asked)
 
 
 # The rules' own flags take one value; here a grid goes by the same name.
-sweep.params = [p for p in sweep.params if p.name not in RULES]
+sweep.params = [p for p in sweep.params if p.name not in RULE_NAMES]
 
 
-def sweep_and_show(
-    config: RunConfig,
-    terminal: Terminal,
-    grid: Grid,
-    pick: Pick | None,
-    resume: bool,
-    test_points: bool,
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What a sweep is asked for, beside its configuration."""
+
+    grid: Grid
+    pick: Pick | None = None
+    resume: bool = False
+    test_points: bool = True
+
+
+def sweep_and_show(config: RunConfig, terminal: Terminal, asked: Asked) -> None:
     """Sweep, with a line for each point as it finishes and the front at the end.
 
     Raises:
@@ -99,20 +104,19 @@ def sweep_and_show(
     from compress import sweep as sweeping
     from compress.report import read_report
 
-    talks = not (terminal.quiet or terminal.as_json)
     lines = iter([_line(_HEAD)])
 
-    def on_point(point: SweepPoint, finished_before: bool) -> None:
-        if talks:
+    def show(point: SweepPoint, took: str | None = None) -> None:
+        if not (terminal.quiet or terminal.as_json):
             for head in lines:  # with the first point, so that an error before it stands alone
                 click.echo(head)
-            click.echo(_point(point, finished_before))
+            click.echo(_point(point, took))
 
+    options = sweeping.Options(
+        asked.test_points, terminal.track, show, lambda point: show(point, "kept")
+    )
     try:
-        sweeping.sweep(
-            config, grid, pick=pick, resume=resume, test_points=test_points, track=terminal.track,
-            on_point=on_point,
-        )  # fmt: skip
+        sweeping.sweep(config, asked.grid, pick=asked.pick, resume=asked.resume, options=options)
     except GateError:
         report = read_report(config.output)
         terminal.show(report, _summary(report, config.output))
@@ -130,18 +134,21 @@ def sweep_and_show(
 
 def _grid(grids: dict[str, str | None]) -> Grid:
     from compress.sweep import parse_grid
-    from compress.sweep.grid import FLAGS
 
     given = {name.removesuffix("_grid"): text for name, text in grids.items() if text is not None}
     if len(given) != 1:
-        flags = [FLAGS[rule] for rule in given] or list(FLAGS.values())
+        flags = [
+            rule.grid.flag
+            for rule in GRID_RULES
+            if rule.grid is not None and (not given or rule.name in given)
+        ]
         start = "Several grids were given" if given else "No grid was given"
         raise ConfigError(f"{start}: a sweep takes one of {', '.join(flags)}.")
     ((rule, text),) = given.items()
     return parse_grid(rule, text)
 
 
-def _point(point: SweepPoint, finished_before: bool) -> str:
+def _point(point: SweepPoint, took: str | None) -> str:
     from compress.report import text
 
     def change(metric: object) -> str:
@@ -163,7 +170,7 @@ def _point(point: SweepPoint, finished_before: bool) -> str:
             change(point.validation),
             quality(point.test),
             change(point.test),
-            "kept" if finished_before else text.seconds(point.seconds),
+            took or text.seconds(point.seconds),
         )
     )
 

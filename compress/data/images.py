@@ -91,6 +91,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """Class names in the order of the labels; empty for unlabelled images."""
         return self.class_names
 
+    @property
+    def held(self) -> bool:
+        """Whether the inputs are in memory, so that reading an image decodes nothing."""
+        return False
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -116,7 +116,7 @@ class Loader:
 
     def batches(self, images: ImageSet) -> Batches:
         """Return the batches of a set, as they come from the disk."""
-        return Batches(images, self.batch_size, self.workers)
+        return Batches(images, self.batch_size, 0 if images.held else self.workers)
 
     def placed(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches with their inputs on the device and in the memory format."""
@@ -134,7 +134,7 @@ def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
         batch_size: How many images a batch holds; the last may hold fewer.
         workers: Processes that decode images; 0 decodes in this one.
     """
-    return Batches(images, batch_size, workers)
+    return Loader(batch_size, workers).batches(images)
 
 
 class _Stacks(Dataset["Tensor | DataError"]):

@@ -10,30 +10,29 @@ all factors are refitted, not the last alone. Layers that were kept stay as they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.fit.lockstep import Frontier, Lockstep, Pair, residual_partner, spill_folder
-from compress.layers import kind_of
-from compress.linalg.fit import Covariances, Fit, Problem, refine
+from compress.fit.factors import LEAST_GAIN, Factors
+from compress.fit.lockstep import Frontier, Pair, residual_partner, spill_folder
+from compress.fit.walk import RefitImages, RefitSettings, Traced, Walk
+from compress.layers import registered_kind
+from compress.linalg.fit import Covariances, Problem, refine
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
 from compress.linalg.schemes import scheme_named
 from compress.linalg.spectrum import regularise, square_roots
-from compress.network.chains import Chain, build_chain
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
 
 # Ridge strengths tried, in units of the mean eigenvalue of the patches' covariance.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-# A refit is kept where it lowers the held-out error by this much at least.
-LEAST_GAIN = 1e-3
 ROWS = 1 << 16
 
 
@@ -43,26 +42,6 @@ class Refit:
 
     before: float
     after: float
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One replaced layer as it stands.
-
-    Attributes:
-        fit: Its factors.
-        bias: ``[c_out]``.
-        weighting: ``G [groups, out, out]``, regularised.
-    """
-
-    fit: Fit
-    bias: Tensor
-    weighting: Tensor
-
-    @property
-    def chain(self) -> Chain:
-        """What to build."""
-        return Chain(self.fit.scheme, self.fit.ranks, self.fit.weights, self.bias)
 
 
 class _Regression:
@@ -97,128 +76,92 @@ class _Regression:
 
 
 def refit(
-    model: nn.Module,
-    graph: fx.Graph,
-    sites: Mapping[str, LayerSite],
+    traced: Traced,
     factors: Mapping[str, Factors],
-    fit_batches: Iterable[Tensor],
-    validation_batches: Iterable[Tensor],
-    *,
-    cache_bytes: int = 1 << 30,
-    iterations: int = 6,
-    seed: int = 0,
+    images: RefitImages,
+    settings: RefitSettings = RefitSettings(),
     track: Track = silent,
 ) -> tuple[dict[str, Factors], dict[str, Refit]]:
     """Refit the replaced layers of a model in execution order.
 
     Args:
-        model: The dense network.
-        graph: Its graph.
-        sites: Its layers.
-        factors: The replaced ones, by name.
-        fit_batches: Images to fit on.
-        validation_batches: Images that decide whether a refit stays.
-        cache_bytes: Memory for activations at the frontier; what exceeds it goes to disk.
-        iterations: Rounds of alternation for the factors before the last.
-        seed: Of the sampled positions.
+        traced: The dense network.
+        factors: The replaced layers, by name.
+        images: What to fit on, and what decides whether a refit stays.
+        settings: Iterations, cache and seed.
         track: Progress.
 
     Returns:
         The factors, new where they got better on the validation images, and what each layer's
         error became.
     """
+    sites = traced.sites
     by_alias = {a: n for n in factors for a in sites[n].aliases if len(sites[n].calls) == 1}
-    steps = [n for n in graph.nodes if n.op == "call_module" and str(n.target) in by_alias]
+    steps = [n for n in traced.graph.nodes if n.op == "call_module" and str(n.target) in by_alias]
     current = dict(factors)
     outcome: dict[str, Refit] = {}
-    with torch.no_grad(), evaluation_mode(model), spill_folder() as folder:
-        walk = _Walk(model, graph, sites, factors, Frontier(cache_bytes, folder), seed)
-        walk.start(fit_batches, validation_batches)
+    with torch.no_grad(), evaluation_mode(traced.model), spill_folder() as folder:
+        walk = _InOrder(traced, Frontier(settings.cache_bytes, folder))
+        for name, found in factors.items():
+            walk.install(sites[name], found)
+        walk.start(images)
         for node in track(steps, "refit", len(steps)):
             name = by_alias[str(node.target)]
-            train, held_out = walk.advance(node, sites[name])
-            module = walk.lockstep.modules[name]
-            found, outcome[name] = solve(
-                sites[name], module, factors[name], train, held_out, iterations
-            )
+            rows = walk.advance(node, sites[name], settings.seed)
+            layer = _Layer(sites[name], walk.lockstep.modules[name], factors[name])
+            found, outcome[name] = layer.solve(rows, settings.iterations)
             if found is not factors[name]:
                 current[name] = found
                 walk.install(sites[name], found)
     return current, outcome
 
 
-class _Walk:
-    """The walk of all batches through the graph, stopping at layers."""
+@dataclass(frozen=True)
+class _Rows:
+    """What a layer sees on the images to fit on, and on those that decide."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: fx.Graph,
-        sites: Mapping[str, LayerSite],
-        factors: Mapping[str, Factors],
-        frontier: Frontier,
-        seed: int,
-    ) -> None:
-        self.lockstep = Lockstep(model, graph, {})
-        self.frontier, self.seed = frontier, seed
-        self.held_out: list[bool] = []
-        self.position = 1
-        for name, found in factors.items():
-            self.install(sites[name], found)
+    train: _Regression
+    held_out: _Regression
 
-    def install(self, site: LayerSite, found: Factors) -> None:
-        """Put factors in a layer's place from here on."""
-        built = build_chain(site.geometry, found.chain, self.lockstep.modules[site.name])
-        for alias in site.aliases:
-            self.lockstep.chains[alias] = built
 
-    def start(self, fit: Iterable[Tensor], validation: Iterable[Tensor]) -> None:
-        """Put every batch at the first node."""
-        first = self.lockstep.nodes[0].name
-        for batches, held_out in ((fit, False), (validation, True)):
-            for images in batches:
-                self.frontier.put(len(self.held_out), {first: Pair(images, images)})
-                self.held_out.append(held_out)
+class _InOrder(Walk):
+    """The walk that stops at one layer after the other."""
 
-    def advance(self, node: fx.Node, site: LayerSite) -> tuple[_Regression, _Regression]:
-        """Bring all batches to a node; return what its layer sees on fit and held-out images."""
+    def advance(self, node: fx.Node, site: LayerSite, seed: int) -> _Rows:
+        """Bring all batches to a node; return what its layer sees."""
         nodes = self.lockstep.nodes
         index = nodes.index(node)
-        segment = nodes[self.position : index]
+        segment = nodes[self.position + 1 : index]
         partner = residual_partner(node, set(nodes[:index]), self.lockstep.modules)
-        module = self.lockstep.modules[site.name]
-        device = next(module.parameters()).device
-        found = _Regression(site, device), _Regression(site, device)
+        found = _Rows(_Regression(site, self.device), _Regression(site, self.device))
         for batch, held_out in enumerate(self.held_out):
             environment = self.frontier.take(batch)
             self.lockstep.run(environment, segment)
-            patches, targets = self._rows(node, environment, partner, site, self.seed + batch)
-            found[held_out].add(patches, targets)
+            given, target = self._target(node, environment, partner, site)
+            positions = _sample(target, len(self.held_out), seed + batch)
+            patches = patch_rows(given, site.geometry, positions)
+            targets = output_rows(target, site.geometry, positions)
+            (found.held_out if held_out else found.train).add(patches, targets)
             self.frontier.put(batch, environment)
-        self.position = index
+        self.position = index - 1
         return found
 
-    def _rows(
+    def _target(
         self,
         node: fx.Node,
         environment: dict[str, Pair],
         partner: fx.Node | None,
         site: LayerSite,
-        seed: int,
     ) -> tuple[Tensor, Tensor]:
-        """The compressed input's patches, and what the original output asks of them."""
+        """A layer's input in the compressed network, and what the original output asks of it."""
         module = self.lockstep.modules[site.name]
-        kind, source = kind_of(module), node.args[0]
-        assert kind is not None
-        assert isinstance(source, fx.Node)
-        pair = environment[source.name]
+        kind = registered_kind(module)
+        pair = environment[node.all_input_nodes[0].name]
         target = kind.images(module(pair.dense))
         if partner is not None and not environment[partner.name].same:
             other = environment[partner.name]
             target = target + kind.images(other.dense - other.compressed)
-        positions = _sample(target, len(self.held_out), seed)
-        patches = patch_rows(kind.images(pair.compressed), site.geometry, positions)
-        return patches, output_rows(target, site.geometry, positions)
+        return kind.images(pair.compressed), target
 
 
 def _sample(target: Tensor, batches: int, seed: int) -> Tensor | None:
@@ -235,51 +178,57 @@ def _sample(target: Tensor, batches: int, seed: int) -> Tensor | None:
     )
 
 
-def solve(
-    site: LayerSite,
-    module: nn.Module,
-    old: Factors,
-    train: _Regression,
-    held_out: _Regression,
-    iterations: int,
-) -> tuple[Factors, Refit]:
-    """Fit one layer anew on the fit rows; the old factors stay unless the held-out error falls.
+@dataclass(frozen=True)
+class _Layer:
+    """One replaced layer with the factors that it has before the refit."""
 
-    The ridge pulls towards the original weight, not towards zero, and its strength is chosen on
-    the held-out rows with the last factor alone; then all factors are refitted at that strength.
-    """
-    kind = kind_of(module)
-    assert kind is not None
-    groups, out = site.geometry.groups, site.geometry.out_features
-    before = held_out.error(old.weighting, old.fit.matrix, old.bias.double().view(groups, out))
-    best, least = old, before * (1 - LEAST_GAIN)
-    shape = kind.weight(module).shape
-    weight = kind.weight(module).double().flatten(2)
-    xx, tx, _ = train.parts
-    scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
-    missing = tx - weight @ xx
-    roots = square_roots(regularise(old.weighting))
+    site: LayerSite
+    module: nn.Module
+    old: Factors
 
-    def attempt(ridge: float, rounds: int) -> tuple[float, Factors]:
-        padded = xx.clone()
-        padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
-        wanted = weight + solve_psd(padded, missing)
-        outputs = wanted @ padded @ wanted.mT
-        problem = Problem(
-            site.geometry, wanted.reshape(shape), Covariances(outputs, padded), old.weighting, roots
-        )
-        found = refine(problem, old.fit, rounds)
-        bias = train.bias(found.matrix)
-        error = held_out.error(old.weighting, found.matrix, bias)
-        return error, Factors(found, bias.flatten(), old.weighting)
+    def solve(self, rows: _Rows, iterations: int) -> tuple[Factors, Refit]:
+        """Fit the layer anew; the old factors stay unless the held-out error falls.
 
-    trials = {ridge: attempt(ridge, 0) for ridge in RIDGES}
-    ridge = min(trials, key=lambda r: trials[r][0])
-    alternates = iterations and not scheme_named(old.fit.scheme).closed_form
-    for error, found in (
-        trials[ridge],
-        attempt(ridge, iterations) if alternates else trials[ridge],
-    ):
-        if error < least:
-            best, least = found, error
-    return best, Refit(before, before if best is old else least)
+        The ridge pulls towards the original weight, not towards zero, and its strength is chosen on
+        the held-out rows with only the last factor; then all factors are refitted at that strength.
+        """
+        old = self.old
+        groups, out = self.site.geometry.groups, self.site.geometry.out_features
+        bias = old.bias.double().view(groups, out)
+        before = rows.held_out.error(old.weighting, old.fit.matrix, bias)
+        best, least = old, before * (1 - LEAST_GAIN)
+        attempt = self._attempts(rows)
+        trials = {ridge: attempt(ridge, 0) for ridge in RIDGES}
+        ridge = min(trials, key=lambda r: trials[r][0])
+        alternates = iterations and not scheme_named(old.fit.scheme).closed_form
+        for error, found in (
+            trials[ridge],
+            attempt(ridge, iterations) if alternates else trials[ridge],
+        ):
+            if error < least:
+                best, least = found, error
+        return best, Refit(before, before if best is old else least)
+
+    def _attempts(self, rows: _Rows) -> Callable[[float, int], tuple[float, Factors]]:
+        """Return what fits the layer at a ridge's strength, with rounds of alternation."""
+        old, weight = self.old, registered_kind(self.module).weight(self.module)
+        shape, weight = weight.shape, weight.double().flatten(2)
+        xx, tx, _ = rows.train.parts
+        scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
+        missing = tx - weight @ xx
+        roots = square_roots(regularise(old.weighting))
+
+        def attempt(ridge: float, rounds: int) -> tuple[float, Factors]:
+            padded = xx.clone()
+            padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
+            wanted = weight + solve_psd(padded, missing)
+            covariances = Covariances(wanted @ padded @ wanted.mT, padded)
+            problem = Problem(
+                self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots
+            )
+            found = refine(problem, old.fit, rounds)
+            bias = rows.train.bias(found.matrix)
+            error = rows.held_out.error(old.weighting, found.matrix, bias)
+            return error, Factors(found, bias.flatten(), old.weighting)
+
+        return attempt

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from compress.calibrate.problems import absorbed_bias, fit_problem, layer_problem
+from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
-from compress.config import RunConfig
-from compress.data import ImageSet, Split, batches
-from compress.fit.in_order import Factors, refit
-from compress.fit.jointly import Improved, refit_segments
-from compress.fit.predict import PredictedError, held_out_statistics, seen_errors, unseen_mse
-from compress.inputs.functions import loss_function
+from compress.data import Loader, Split
+from compress.fit.factors import Factors
+from compress.fit.in_order import refit
+from compress.fit.jointly import Improved, Movable, refit_jointly
+from compress.fit.predict import (
+    HeldOut,
+    PredictedError,
+    held_out_statistics,
+    seen_errors,
+    unseen_mse,
+)
+from compress.fit.walk import RefitImages, RefitSettings, Traced
 from compress.linalg.fit import fit
 from compress.network.baseline import Network
 from compress.network.chains import rewrite
 from compress.network.sites import LayerSite
 from compress.plan import Choice, Plan
-from compress.progress import Track
-from compress.running.memory_format import in_format, in_memory_format
+from compress.progress import Track, silent
+from compress.running.memory_format import in_memory_format
 
 
 @dataclass(frozen=True)
@@ -57,158 +64,135 @@ class Fitted:
     free: tuple[str, ...] = ()
 
 
-def fit_plan(
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    config: RunConfig,
-    split: Split,
-    batch_size: int,
-    track: Track,
-) -> Replaced:
-    """Fit every chosen scheme in the data's metric, rewrite the model, refit it in order.
+@dataclass(frozen=True)
+class Fitter:
+    """What plans are carried out with.
 
-    Args:
+    Attributes:
         network: The dense baseline.
-        plan: What to do with each layer.
-        calibration: The layers' statistics.
-        config: Whether to refit, and the seed.
-        split: Images that the refit is fitted to and judged on.
-        batch_size: Images a batch.
+        split: Images that a refit is fitted to and judged on.
+        loader: How they reach the network.
+        recipe: How its statistics were taken, which is how errors are weighed.
+        refit: Whether factors are refitted on the network as compressed so far.
         track: Progress.
     """
-    fitted = fit_layers(network, plan, calibration, config, split, batch_size, track)
-    return replace_layers(network, fitted, config, split, batch_size, track)
 
+    network: Network
+    split: Split
+    loader: Loader
+    recipe: Recipe
+    refit: bool = True
+    track: Track = silent
 
-def fit_layers(
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    config: RunConfig,
-    split: Split,
-    batch_size: int,
-    track: Track,
-) -> Fitted:
-    """Fit every chosen scheme to the statistics alone; arguments as `fit_plan`."""
-    sites = {site.name: site for site in network.sites}
-    modules = dict(network.model.named_modules(remove_duplicate=False))
-    factors: dict[str, Factors] = {}
-    predicted: dict[str, PredictedError] = {}
-    measured = [c for c in plan.choices if c.name in calibration.statistics]
-    for choice in track(measured, "fit", len(measured)):
-        site, module = sites[choice.name], modules[choice.name]
-        found, predicted[choice.name] = _fit_layer(
-            site, module, calibration.statistics[choice.name], choice, config
-        )
-        if found is not None:
-            factors[choice.name] = found
-    few = [n for n in factors if predicted[n].samples_per_dimension < FEW_SAMPLES]
-    if few and len(split.validation):
-        held_out = held_out_statistics(
-            network, few, calibration, config, split.validation, batch_size
-        )
-        for name in few:
-            mse = unseen_mse(
-                modules[name], factors[name].fit, calibration.statistics[name], held_out[name]
+    def carry_out(self, plan: Plan, calibration: Calibration) -> Replaced:
+        """Fit every chosen scheme in the data's metric, rewrite the model, refit it.
+
+        Args:
+            plan: What to do with each layer.
+            calibration: The layers' statistics.
+        """
+        return self.replace(self.fit(plan, calibration))
+
+    def fit(self, plan: Plan, calibration: Calibration) -> Fitted:
+        """Fit every chosen scheme to nothing but the statistics; arguments as `carry_out`."""
+        sites = {site.name: site for site in self.network.sites}
+        modules = dict(self.network.model.named_modules(remove_duplicate=False))
+        factors: dict[str, Factors] = {}
+        predicted: dict[str, PredictedError] = {}
+        measured = [c for c in plan.choices if c.name in calibration.statistics]
+        for choice in self.track(measured, "fit", len(measured)):
+            layer = _Layer(
+                sites[choice.name], modules[choice.name], calibration.statistics[choice.name]
             )
+            found, predicted[choice.name] = layer.fit(choice, pooled=self.recipe.pool)
+            if found is not None:
+                factors[choice.name] = found
+        few = {
+            name: calibration.statistics[name]
+            for name in factors
+            if predicted[name].samples_per_dimension < FEW_SAMPLES
+        }
+        for name, mse in self._held_out_mse(few, factors).items():
             predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
-    free = [
-        c.name for c in plan.choices
-        if not c.rewritten and not c.locked and sites[c.name].skip is None
-    ]  # fmt: skip
-    return Fitted(factors, predicted, tuple(free))
+        free = [
+            c.name for c in plan.choices
+            if not c.rewritten and not c.locked and sites[c.name].skip is None
+        ]  # fmt: skip
+        return Fitted(factors, predicted, tuple(free))
+
+    def _held_out_mse(
+        self, seen: Mapping[str, LayerStatistics], factors: Mapping[str, Factors]
+    ) -> dict[str, float]:
+        """Errors on the validation images of layers with few samples."""
+        images = self.split.validation
+        if not seen or not len(images):
+            return {}
+        modules = dict(self.network.model.named_modules(remove_duplicate=False))
+        held_out = HeldOut(images, self.loader, self.recipe)
+        unseen = held_out_statistics(self.network, seen, held_out)
+        return {
+            name: unseen_mse(modules[name], factors[name].fit, statistics, unseen[name])
+            for name, statistics in seen.items()
+        }
+
+    def replace(self, fitted: Fitted) -> Replaced:
+        """Rewrite the model with fitted factors, and refit them."""
+        network, factors = self.network, fitted.factors
+        sites = {site.name: site for site in network.sites}
+        first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+        graph = network.graph if self.refit and len(self.split.validation) else None
+        if not factors or graph is None:
+            return Replaced(first, first, fitted.predicted)
+        new = self._refitted(Traced(network.model, graph, sites), fitted)
+        changed = tuple(name for name in factors if new.factors[name] is not factors[name])
+        chains = {n: f.chain for n, f in new.factors.items()}
+        model = rewrite(network.model, sites, chains, new.kept)
+        changed += tuple(new.kept)
+        return Replaced(model, first, fitted.predicted, changed)
+
+    def _refitted(self, traced: Traced, fitted: Fitted) -> Improved:
+        """Refit layer by layer in execution order, then jointly between cuts of the graph."""
+        recipe = self.recipe
+        settings = RefitSettings(seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss)
+
+        def images() -> RefitImages:
+            fit, validation = self.split.fit, self.split.validation
+            return RefitImages(self.loader.placed(fit), self.loader.placed(validation))
+
+        with in_memory_format(traced.model, self.loader.memory_format):
+            found, _ = refit(traced, fitted.factors, images(), settings, self.track)
+            movable = Movable(found, fitted.free)
+            return refit_jointly(traced, movable, images(), settings, self.track)
 
 
-def _fit_layer(
-    site: LayerSite,
-    module: nn.Module,
-    statistics: LayerStatistics,
-    choice: Choice,
-    config: RunConfig,
-) -> tuple[Factors | None, PredictedError]:
-    problem = layer_problem(site, module, statistics)
-    factors, loss, mse = None, 0.0, 0.0
-    if choice.rewritten:
-        metric = fit_problem(site, module, statistics) if config.pools else problem
-        found = fit(metric, choice.scheme, choice.ranks)
-        loss, mse = seen_errors(module, statistics, problem, found)
-        if metric is not problem:
-            loss = found.loss
-        bias = absorbed_bias(module, statistics, found)
-        factors = Factors(found, bias, problem.weighting)
-    variance = problem.variance()
-    moments = statistics.inputs or statistics.outputs
-    assert moments is not None
-    return factors, PredictedError(
-        loss=0.5 * site.positions * loss,
-        mse=mse,
-        relative_mse=mse / variance if variance > 1e-20 else None,
-        eigenvalues=tuple(problem.plain_spectrum.flatten().sort(descending=True)[0].tolist()),
-        samples=statistics.samples,
-        samples_per_dimension=statistics.samples / moments.mean.shape[1],
-    )
+@dataclass(frozen=True)
+class _Layer:
+    """One layer and what is known of it."""
 
+    site: LayerSite
+    module: nn.Module
+    statistics: LayerStatistics
 
-def replace_layers(
-    network: Network,
-    fitted: Fitted,
-    config: RunConfig,
-    split: Split,
-    batch_size: int,
-    track: Track,
-) -> Replaced:
-    """Rewrite the model with fitted factors, and refit them; arguments as `fit_plan`."""
-    sites, factors = {site.name: site for site in network.sites}, fitted.factors
-    first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
-    if not (config.refit and factors and network.graph is not None and len(split.validation)):
-        return Replaced(first, first, fitted.predicted)
-    new = _refitted(network, sites, fitted, config, split, batch_size, track)
-    changed = tuple(name for name in factors if new.factors[name] is not factors[name])
-    chains = {n: f.chain for n, f in new.factors.items()}
-    model = rewrite(network.model, sites, chains, new.kept)
-    changed += tuple(new.kept)
-    return Replaced(model, first, fitted.predicted, changed)
-
-
-def _refitted(
-    network: Network,
-    sites: dict[str, LayerSite],
-    fitted: Fitted,
-    config: RunConfig,
-    split: Split,
-    batch_size: int,
-    track: Track,
-) -> Improved:
-    """Refit layer by layer in execution order, then jointly between cuts of the graph."""
-    assert network.graph is not None
-    device, form = network.example.device, network.memory_format
-
-    def loaded(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, labels in batches(images, batch_size, config.workers):
-            yield in_format(inputs.to(device), form), labels
-
-    with in_memory_format(network.model, form):
-        found, _ = refit(
-            network.model,
-            network.graph,
-            sites,
-            fitted.factors,
-            (images for images, _ in loaded(split.fit)),
-            (images for images, _ in loaded(split.validation)),
-            seed=config.seed,
-            track=track,
-        )
-        return refit_segments(
-            network.model,
-            network.graph,
-            sites,
-            found,
-            loaded(split.fit),
-            loaded(split.validation),
-            free=fitted.free,
-            weigh=config.metric == "loss",
-            loss=loss_function(config),
-            seed=config.seed,
-            track=track,
+    def fit(self, choice: Choice, *, pooled: bool) -> tuple[Factors | None, PredictedError]:
+        """Fit the chosen scheme, if any; also what the statistics predict for it."""
+        statistics = self.statistics
+        problem = layer_problem(self.site, self.module, statistics)
+        factors, loss, mse = None, 0.0, 0.0
+        if choice.rewritten:
+            metric = fit_problem(self.site, self.module, statistics) if pooled else problem
+            found = fit(metric, choice.scheme, choice.ranks)
+            loss, mse = seen_errors(self.module, statistics, problem, found)
+            if metric is not problem:
+                loss = found.loss
+            bias = absorbed_bias(self.module, statistics, found)
+            factors = Factors(found, bias, problem.weighting)
+        variance = problem.variance()
+        spectrum = problem.plain_spectrum.flatten().sort(descending=True)[0]
+        return factors, PredictedError(
+            loss=0.5 * self.site.positions * loss,
+            mse=mse,
+            relative_mse=mse / variance if variance > 1e-20 else None,
+            eigenvalues=tuple(spectrum.tolist()),
+            samples=statistics.samples,
+            samples_per_dimension=statistics.samples_per_dimension,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,18 +105,23 @@ def _bytes(value: Any) -> int:
 
 
 class Lockstep:
-    """The two networks over one graph.
+    """The two networks over one graph: the interpreter of both.
 
     Args:
         model: The dense network.
         graph: Its graph.
-        chains: Replacements by the qualified name that the graph calls them by; may change
+
+    Attributes:
+        modules: The dense network's modules by the qualified name that the graph calls them by.
+        chains: What stands in their place in the compressed network, by the same names; may change
             between segments.
+        nodes: The graph's nodes, in order.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, chains: dict[str, nn.Module]) -> None:
-        self.model, self.chains = model, chains
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.chains: dict[str, nn.Module] = {}
         self.nodes = list(graph.nodes)
         self.last_use: dict[fx.Node, list[str]] = {}
         seen: set[fx.Node] = set()
@@ -142,38 +147,61 @@ class Lockstep:
             return Pair(None, None)
         same = all(environment[n.name].same for n in node.all_input_nodes)
         replaced = node.op == "call_module" and str(node.target) in self.chains
-        divert = not same or replaced
-        dense = self._call(node, environment, "dense", self.modules, fresh=divert)
-        if not divert:
+
+        def side(name: str, modules: Mapping[str, nn.Module]) -> Any:
+            def value(source: fx.Node) -> Any:
+                pair = environment[source.name]
+                found = getattr(pair, name)
+                # Where the networks part, neither may change in place what both still hold.
+                shared = pair.same and (replaced or not same) and isinstance(found, Tensor)
+                return found.clone() if shared and _changes_input(node, modules) else found
+
+            return _call(node, value, modules)
+
+        dense = side("dense", self.modules)
+        if same and not replaced:
             return Pair(dense, dense)
-        modules = {**self.modules, **self.chains} if replaced else self.modules
-        return Pair(dense, self._call(node, environment, "compressed", modules, fresh=True))
+        return Pair(dense, side("compressed", {**self.modules, **self.chains}))
 
-    def _call(
-        self,
-        node: fx.Node,
-        environment: Environment,
-        side: str,
-        modules: dict[str, nn.Module],
-        fresh: bool,
-    ) -> Any:
-        def value(source: fx.Node) -> Any:
-            pair = environment[source.name]
-            found = getattr(pair, side)
-            shared = pair.same and fresh and isinstance(found, Tensor)
-            return found.clone() if shared and _changes_input(node, modules) else found
+    def across(self, value: Tensor, start: int, end: int, *, compressed: bool) -> Tensor:
+        """Take a value through one network alone, over nodes that nothing else leads into.
 
-        args = fx.node.map_arg(node.args, value)
-        kwargs = fx.node.map_arg(node.kwargs, value)
-        if node.op == "call_module":
-            return modules[str(node.target)](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        function: Callable[..., Any] = node.target  # type: ignore[assignment]  # not a str here
-        return function(*args, **kwargs)
+        Args:
+            value: What node ``start`` gave.
+            start: Index of a node that carries everything on.
+            end: Index of a later one, or the same.
+            compressed: Which of the two networks.
+
+        Returns:
+            What node ``end`` gives.
+        """
+        if start == end:
+            return value
+        modules = {**self.modules, **self.chains} if compressed else self.modules
+        # A copy, since the first node may change it in place.
+        values: dict[str, Any] = {self.nodes[start].name: value.clone()}
+        for node in self.nodes[start + 1 : end + 1]:
+            if node.op == "get_attr":
+                values[node.name] = operator.attrgetter(str(node.target))(self.model)
+            else:
+                values[node.name] = _call(node, lambda source: values[source.name], modules)
+        found: Tensor = values[self.nodes[end].name]
+        return found
 
 
-def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _call(node: fx.Node, value: Callable[[fx.Node], Any], modules: Mapping[str, nn.Module]) -> Any:
+    """Compute one node from the values of those that it reads."""
+    args = fx.node.map_arg(node.args, value)
+    kwargs = fx.node.map_arg(node.kwargs, value)
+    if node.op == "call_module":
+        return modules[str(node.target)](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]  # not a str here
+    return function(*args, **kwargs)
+
+
+def _changes_input(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
-from compress.calibrate.statistics import Calibration, LayerStatistics
-from compress.config import RunConfig
-from compress.data import ImageSet, batches
-from compress.layers import kind_of
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import LayerStatistics, Source
+from compress.data import ImageSet, Loader
+from compress.layers import registered_kind
 from compress.linalg.fit import Fit, Problem
 from compress.linalg.moments import Moments
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.network.baseline import Network
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that a fit was not made of.
+
+    Attributes:
+        images: The images.
+        loader: How they reach the network.
+        recipe: How statistics of the fit images were taken.
+    """
+
+    images: ImageSet
+    loader: Loader
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -42,26 +58,25 @@ class PredictedError:
 
 
 def held_out_statistics(
-    network: Network,
-    names: list[str],
-    calibration: Calibration,
-    config: RunConfig,
-    images: ImageSet,
-    batch_size: int,
+    network: Network, seen: Mapping[str, LayerStatistics], images: HeldOut
 ) -> dict[str, LayerStatistics]:
-    """Statistics of some layers on held-out images, of the same side as on the fit images."""
-    patches = [n for n in names if calibration.statistics[n].inputs is not None]
+    """Statistics of some layers on held-out images, of the same side as on the fit images.
+
+    Args:
+        network: The dense baseline.
+        seen: Statistics of these layers on the fit images.
+        images: The others.
+    """
     found: dict[str, LayerStatistics] = {}
-    for group, schemes in ((patches, SCHEME_NAMES), ([n for n in names if n not in patches], ())):
+    of_patches = [name for name, statistics in seen.items() if statistics.inputs is not None]
+    of_outputs = [name for name in seen if name not in of_patches]
+    for group, schemes in ((of_patches, SCHEME_NAMES), (of_outputs, ())):
         sites = [site for site in network.sites if site.name in group]
         if sites:
-            loaded = batches(images, batch_size, config.workers)
-            seen = calibrate(
-                network.model, sites, loaded, len(images), schemes=schemes, weigh=False,
-                samples_per_dimension=config.samples_per_dimension, seed=config.seed,
-                memory_format=network.memory_format,
-            )  # fmt: skip
-            found |= seen.statistics
+            recipe = replace(images.recipe, schemes=schemes, weigh=False, pool=False)
+            source = Source(len(images.images), memory_format=network.memory_format)
+            loaded = images.loader.batches(images.images)
+            found |= calibrate(network.model, sites, loaded, source, recipe).statistics
     return found
 
 
@@ -97,13 +112,11 @@ def seen_errors(
 
 def _lost(module: nn.Module, statistics: LayerStatistics, found: Fit) -> tuple[Tensor, Moments]:
     """What a fit takes from a row, ``W - Ŵ`` of patches or ``I - P`` of outputs; their moments."""
-    kind = kind_of(module)
-    assert kind is not None
+    kind = registered_kind(module)
     if statistics.inputs is not None:
         return kind.weight(module).double().flatten(2) - found.matrix, statistics.inputs
-    assert statistics.outputs is not None
-    assert found.projection is not None
+    if found.projection is None:
+        raise ValueError("the error of a general approximation needs the patches' statistics")
     size, device = found.projection.shape[-1], found.matrix.device
-    return torch.eye(
-        size, dtype=torch.float64, device=device
-    ) - found.projection, statistics.outputs
+    eye = torch.eye(size, dtype=torch.float64, device=device)
+    return eye - found.projection, statistics.rows

@@ -1,13 +1,15 @@
-"""The user's own loss, for outputs that are no logits."""
+"""The user's own loss, for outputs that are not logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.config import RunConfig
+from compress.data import Batches
 from compress.errors import ModelError
 from compress.specs import import_function
 
@@ -37,11 +39,21 @@ def loss_function(config: RunConfig) -> Any:
     return checked
 
 
-def metric_function(config: RunConfig) -> Callable[..., float] | None:
-    """The user's own measure ``(model, batches) -> number``, or None for accuracy."""
+@dataclass(frozen=True)
+class Metric:
+    """A measure of the user's own.
+
+    Attributes:
+        name: What it is called in reports.
+        function: ``(model, batches) -> number``, higher is better.
+    """
+
+    name: str
+    function: Callable[[nn.Module, Batches], float]
+
+
+def metric_function(config: RunConfig) -> Metric | None:
+    """The user's own measure, or None for accuracy."""
     if not config.metric_fn:
         return None
-    from compress.errors import ModelError
-    from compress.specs import import_function
-
-    return import_function(config.metric_fn, ModelError)
+    return Metric(config.metric_fn, import_function(config.metric_fn, ModelError))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from compress.layers.convolution import CONV1D, CONV2D
 from compress.layers.linear import LINEAR
-from compress.layers.registry import LayerKind, kind_of, register, registered
+from compress.layers.registry import LayerKind, kind_of, register, registered, registered_kind
 from compress.layers.transposed import CONV_TRANSPOSE1D, CONV_TRANSPOSE2D
 
 for _kind in (CONV1D, CONV2D, CONV_TRANSPOSE1D, CONV_TRANSPOSE2D, LINEAR):
     register(_kind)
 
-__all__ = ["LayerKind", "kind_of", "registered"]
+__all__ = ["LayerKind", "kind_of", "registered", "registered_kind"]

@@ -52,6 +52,18 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return _KINDS.get(type(module))
 
 
+def registered_kind(module: nn.Module) -> LayerKind:
+    """Return the kind of a module that is known to have one.
+
+    Raises:
+        ValueError: It has none.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(f"{type(module).__name__} is not a registered kind of layer")
+    return kind
+
+
 def kind_for(geometry: Geometry) -> LayerKind:
     """Return the kind that builds layers of a geometry."""
     return next(k for k in _KINDS.values() if _TYPE_NAMES[geometry.kind] == k.name)

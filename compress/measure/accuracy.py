@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compress.config import RunConfig
-from compress.data import Batches, ImageSet, batches, check_labels
+from compress.data import Batches, ImageSet, Loader, check_labels
 from compress.errors import CompressError, DataError, ModelError
+from compress.inputs.functions import Metric
 from compress.measure.paired import compare_logits
 from compress.progress import Track, silent
 from compress.result import CustomMetric, EndMetric
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, run_model
-
-MetricFunction = Callable[[nn.Module, Batches], float]
 
 
 def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = silent) -> Tensor:
@@ -48,58 +46,69 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
     return torch.cat(found)
 
 
-def compare(
-    before: nn.Module,
-    after: nn.Module,
-    images: ImageSet,
-    config: RunConfig,
-    *,
-    batch_size: int,
-    metric: MetricFunction | None = None,
-    describe: str = "test",
-    before_logits: Tensor | None = None,
-    track: Track = silent,
-) -> EndMetric:
-    """Compare two models on the same images: accuracy, agreement, flips, intervals.
+@dataclass(frozen=True)
+class Yardstick:
+    """What networks are compared by.
 
-    Args:
-        before: The original.
-        after: The compressed model, as it will be saved.
-        images: What to compare them on.
-        config: Workers.
-        batch_size: Images a batch.
-        metric: A user's own measure for networks that are no classifiers.
-        describe: What the images are, for the progress bar.
-        before_logits: The original's outputs, where they are known already.
+    Attributes:
+        loader: How images reach them.
+        metric: A measure of the user's own, for networks that are not classifiers; None for
+            accuracy.
         track: Progress.
-
-    Raises:
-        DataError: Labels that do not fit the outputs, or a set that accuracy says nothing about.
     """
-    loaded = batches(images, batch_size, config.workers)
-    if metric is not None:
-        name = config.metric_fn or getattr(metric, "__name__", "metric")
-        values = [custom_value(metric, model, loaded) for model in (before, after)]
-        custom = CustomMetric(name, values[0], values[1])
-        return EndMetric(images=len(images), custom=custom, drop=values[0] - values[1])
-    if before_logits is None:
-        before_logits = all_logits(before, loaded, f"{describe}: original", track)
-    after_logits = all_logits(after, loaded, f"{describe}: compressed", track)
-    classes = before_logits.shape[1]
-    labelled = min(images.labels) >= 0
-    if labelled:
-        check_labels(images, classes)
-    names = images.classes if len(images.classes) == classes else None
-    return compare_logits(
-        before_logits,
-        after_logits,
-        torch.tensor(images.labels) if labelled else None,
-        names,
-        [images.name(i) for i in range(len(images))],
-    )
+
+    loader: Loader
+    metric: Metric | None = None
+    track: Track = silent
+
+    def logits(self, model: nn.Module, images: ImageSet, describe: str) -> Tensor:
+        """Outputs of a model on all images; see `all_logits`."""
+        return all_logits(model, self.loader.batches(images), describe, self.track)
+
+    def compare(
+        self,
+        before: nn.Module,
+        after: nn.Module,
+        images: ImageSet,
+        describe: str = "test",
+        before_logits: Tensor | None = None,
+    ) -> EndMetric:
+        """Compare two models on the same images: accuracy, agreement, flips, intervals.
+
+        Args:
+            before: The original.
+            after: The compressed model, as it will be saved.
+            images: What to compare them on.
+            describe: What the images are, for the progress bar.
+            before_logits: The original's outputs, where they are known already.
+
+        Raises:
+            DataError: Labels that do not fit the outputs, or a set that accuracy says nothing
+                about.
+        """
+        if self.metric is not None:
+            loaded = self.loader.batches(images)
+            values = [custom_value(self.metric, model, loaded) for model in (before, after)]
+            custom = CustomMetric(self.metric.name, values[0], values[1])
+            return EndMetric(images=len(images), custom=custom, drop=values[0] - values[1])
+        if before_logits is None:
+            before_logits = self.logits(before, images, f"{describe}: original")
+        after_logits = self.logits(after, images, f"{describe}: compressed")
+        classes = before_logits.shape[1]
+        labelled = min(images.labels) >= 0
+        if labelled:
+            check_labels(images, classes)
+        names = images.classes if len(images.classes) == classes else None
+        return compare_logits(
+            before_logits,
+            after_logits,
+            torch.tensor(images.labels) if labelled else None,
+            names,
+            [images.name(i) for i in range(len(images))],
+        )
 
 
-def custom_value(metric: MetricFunction, model: nn.Module, loaded: Batches) -> float:
+def custom_value(metric: Metric, model: nn.Module, loaded: Batches) -> float:
     """What a user's own measure gives; the model is left as it was.
 
     Raises:
@@ -107,7 +116,7 @@ def custom_value(metric: MetricFunction, model: nn.Module, loaded: Batches) -> f
     """
     try:
         with evaluation_mode(model):
-            value = float(metric(model, loaded))
+            value = float(metric.function(model, loaded))
     except CompressError:
         raise  # images that cannot be read, which it says
     except Exception as error:  # the user's function may raise anything

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate.statistics import FEW_SAMPLES
-from compress.config import RunConfig
-from compress.data import ImageSet, batches
+from compress.data import ImageSet
 from compress.fit.layers import Replaced
-from compress.fit.predict import PredictedError
-from compress.inputs.functions import metric_function
 from compress.inputs.load import Inputs
-from compress.measure.accuracy import compare, require_labels
-from compress.measure.gates import check_gates
+from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers, measured_losses
 from compress.network.baseline import Network
 from compress.plan import Choice, Plan
-from compress.progress import Track
-from compress.result import (
-    CostSummary,
-    EndMetric,
-    GateResult,
-    LayerErrors,
-    LayerResult,
-    MeasuredError,
-)
+from compress.result import CostSummary, EndMetric, LayerErrors, LayerResult, MeasuredError
+from compress.rules import Outcome, rule_named
 from compress.running.forward import run_model
 
 # Spectra longer than this are cut in the report.
@@ -41,90 +29,80 @@ Errors = Mapping[str, tuple[MeasuredError, MeasuredError]]
 
 
 @dataclass(frozen=True)
+class Rewritten:
+    """What carrying out a plan came to.
+
+    Attributes:
+        plan: What was done.
+        replaced: The rewritten model in float32 and its predictions.
+        final: The same in the dtype and memory format it is saved in.
+        cost: What it costs.
+    """
+
+    plan: Plan
+    replaced: Replaced
+    final: nn.Module
+    cost: CostSummary
+
+
+@dataclass(frozen=True)
 class Assessment:
     """What was measured about a rewritten model."""
 
     layers: tuple[LayerResult, ...]
     validation: EndMetric | None
     test: EndMetric | None
-    gates: tuple[GateResult, ...]
     rank_correlation: float | None
     warnings: tuple[str, ...]
 
 
 def assess(
-    network: Network,
-    plan: Plan,
-    replaced: Replaced,
-    final: nn.Module,
-    cost: CostSummary,
-    inputs: Inputs,
-    config: RunConfig,
-    batch_size: int,
-    track: Track,
+    network: Network, rewritten: Rewritten, inputs: Inputs, yardstick: Yardstick
 ) -> Assessment:
-    """Measure per-layer errors and end metrics, and hold everything measured to the gates.
+    """Measure per-layer errors and end metrics.
 
     Args:
         network: The dense baseline.
-        plan: What was done.
-        replaced: The rewritten model in float32 and its predictions.
-        final: The same in the dtype and memory format it is saved in.
-        cost: What it costs.
+        rewritten: What it became.
         inputs: Images.
-        config: Gates and batches.
-        batch_size: Images a batch.
-        track: Progress.
+        yardstick: What the networks are compared by.
     """
+    plan, replaced = rewritten.plan, rewritten.replaced
     names = [c.name for c in plan.choices if c.rewritten]
     fit, validation = inputs.split.fit, inputs.split.validation
 
     def errors(images: ImageSet, describe: str) -> Errors:
         if not names or not len(images):
             return {}
-        loaded = batches(images, batch_size, config.workers)
-        tracked = track(loaded, f"layer errors, {describe}", len(loaded))
+        loaded = yardstick.loader.batches(images)
+        tracked = yardstick.track(loaded, f"layer errors, {describe}", len(loaded))
         return measure_layers(network.model, replaced.model, names, tracked)
 
+    measured = _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
     losses = _losses(network, replaced, names, validation if len(validation) else fit)
+    element = next(rewritten.final.parameters()).element_size()
     layers = tuple(
-        _layer(
-            _told(choice, replaced),
-            replaced.predicted.get(choice.name),
-            found,
-            losses.get(choice.name),
-        )
-        for choice, found in _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
+        _layer(choice, replaced, _Measured(found, losses.get(choice.name), element))
+        for choice, found in measured
     )
-    metric = metric_function(config)
 
     def end_metric(images: ImageSet, describe: str) -> EndMetric:
-        return compare(
-            network.original, final, images, config,
-            batch_size=batch_size, metric=metric, describe=describe, track=track,
-        )  # fmt: skip
+        return yardstick.compare(network.original, rewritten.final, images, describe)
 
+    own = yardstick.metric is not None
     on_validation = (
-        end_metric(validation, "validation") if _comparable(network, validation, metric) else None
+        end_metric(validation, "validation") if _comparable(network, validation, own=own) else None
     )
     on_test = None
     if inputs.test is not None:
-        if metric is None:
+        if not own:
             require_labels(inputs.test)
         on_test = end_metric(inputs.test, "test")
-    gates = check_gates(config, on_test, layers)
-    warnings = _warnings(plan, layers, cost, on_test, inputs)
     correlation = rank_correlation(
         [(x.predicted_loss, x.measured_loss) for x in layers if x.rewritten]
     )
-    return Assessment(layers, on_validation, on_test, gates, correlation, warnings)
-
-
-def _told(choice: Choice, replaced: Replaced) -> Choice:
-    """A choice whose reason says so where the weights of a dense layer were refitted."""
-    if choice.rewritten or choice.name not in replaced.refitted:
-        return choice
-    return dataclasses.replace(choice, reason=f"{choice.reason}; its weights were refitted")
+    warnings = (*_warnings(rewritten, layers), *_test_warnings(inputs, on_test))
+    return Assessment(layers, on_validation, on_test, correlation, warnings)
 
 
 def _joined(plan: Plan, fit: Errors, validation: Errors) -> list[tuple[Choice, LayerErrors]]:
@@ -141,12 +119,17 @@ def _joined(plan: Plan, fit: Errors, validation: Errors) -> list[tuple[Choice, L
     return joined
 
 
-def _layer(
-    choice: Choice,
-    predicted: PredictedError | None,
-    errors: LayerErrors,
-    measured_loss: float | None,
-) -> LayerResult:
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of one layer, and how many bytes a number of it takes as saved."""
+
+    errors: LayerErrors
+    loss: float | None
+    element_size: int
+
+
+def _layer(choice: Choice, replaced: Replaced, measured: _Measured) -> LayerResult:
+    predicted = replaced.predicted.get(choice.name)
     known = predicted if choice.rewritten else None
     spectrum = predicted.eigenvalues if predicted else ()
     return LayerResult(
@@ -158,17 +141,19 @@ def _layer(
         full_rank=choice.full_rank,
         break_even=choice.break_even,
         reason=choice.reason,
+        refitted=choice.name in replaced.refitted,
         dense_macs=choice.dense_macs,
         macs=choice.macs,
         dense_params=choice.dense_params,
         params=choice.params,
-        dense_bytes=None,
+        dense_bytes=choice.dense_params * measured.element_size,
+        bytes=choice.params * measured.element_size,
         predicted_mse=known.mse if known else None,
         predicted_relative_mse=known.relative_mse if known else None,
         predicted_held_out_mse=known.held_out_mse if known else None,
         predicted_loss=known.loss if known else None,
-        measured_loss=measured_loss,
-        errors=errors,
+        measured_loss=measured.loss,
+        errors=measured.errors,
         eigenvalues=spectrum[:LONGEST_SPECTRUM],
         eigenvalue_count=len(spectrum) or None,
         samples=predicted.samples if predicted else None,
@@ -198,11 +183,11 @@ def _is_classifier(network: Network) -> bool:
     return output.dim() == 2 and output.shape[1] > 1
 
 
-def _comparable(network: Network, images: ImageSet, metric: object) -> bool:
+def _comparable(network: Network, images: ImageSet, *, own: bool) -> bool:
     return (
         len(images) > 0
-        and (metric is not None or _is_classifier(network))
-        and (metric is not None or len(set(images.labels)) > 1 or min(images.labels) < 0)
+        and (own or _is_classifier(network))
+        and (own or len(set(images.labels)) > 1 or min(images.labels) < 0)
     )
 
 
@@ -226,52 +211,39 @@ def _ranks(values: Tensor) -> Tensor:
     return below.double() + (equal - 1) / 2.0
 
 
-def _warnings(
-    plan: Plan,
-    layers: tuple[LayerResult, ...],
-    cost: CostSummary,
-    test: EndMetric | None,
-    inputs: Inputs,
-) -> tuple[str, ...]:
-    found = []
+def _warnings(rewritten: Rewritten, layers: tuple[LayerResult, ...]) -> Iterator[str]:
     few = [
-        x
+        (x.samples_per_dimension, x.name)
         for x in layers
         if x.samples_per_dimension is not None and x.samples_per_dimension < FEW_SAMPLES
     ]
     if few:
-        worst = min(few, key=lambda x: x.samples_per_dimension or 0.0)
-        found.append(
+        samples, worst = min(few)
+        yield (
             f"{len(few)} layer(s) have fewer than {FEW_SAMPLES} samples a dimension (least: "
-            f"{worst.name} with {worst.samples_per_dimension:.2g}); their statistics were shrunk. "
-            "Use more --calibration-images."
+            f"{worst} with {samples:.2g}); their statistics were shrunk. Use more "
+            "--calibration-images."
         )
-    before = sum(x.dense_macs for x in layers)
-    after = sum(x.macs for x in layers)
-    if plan.rule in ("threshold", "energy") and after > 0.95 * before:
-        found.append(
-            f"The {plan.rule} rule left {100 * after / max(before, 1):.1f}% of the MACs. To set a "
-            "size instead, pass --macs 0.5 or --params 0.5."
-        )
-    for latency in cost.latency:
-        if latency.ratio >= 1 and any(x.rewritten for x in layers):
-            found.append(
-                f"At batch {latency.batch_size} the result is not faster than the dense network "
-                f"with its norms folded ({latency.ratio:.2f} of its time on this device)."
+    latency = rewritten.cost.latency
+    for timed in latency:
+        if timed.ratio >= 1 and any(x.rewritten for x in layers):
+            yield (
+                f"At batch {timed.batch_size} the result is not faster than the dense network "
+                f"with its norms folded ({timed.ratio:.2f} of its time on this device)."
             )
-    timed = cost.latency[-1] if cost.latency else None
-    if plan.rule == "latency" and timed is not None and timed.ratio > (plan.value or 1.0):
-        found.append(
-            f"Measured again after the fit, a batch of {timed.batch_size} takes "
-            f"{timed.ratio:.3f} of the dense network's time, over the budget of {plan.value:g}: "
-            "the machine does other work, or its speed drifts. Run again on a quiet machine, or "
-            "with a smaller budget."
-        )
+    rule = rule_named(rewritten.plan.rule)
+    macs = sum(x.macs for x in layers) / max(sum(x.dense_macs for x in layers), 1)
+    last = (latency[-1].batch_size, latency[-1].ratio) if latency else (0, 0.0)
+    remark = rule and rule.remark(Outcome(rewritten.plan.value or 0.0, macs, *last))
+    if remark:
+        yield remark
+
+
+def _test_warnings(inputs: Inputs, test: EndMetric | None) -> Iterator[str]:
     if test is not None and test.near_chance:
-        found.append(
+        yield (
             "The original is hardly better than chance on the test images; check the order of the "
             "classes (--class-map) and the normalisation (--mean, --std)."
         )
     if inputs.test is None:
-        found.append("Unverified: no test set was given (--test).")
-    return tuple(found)
+        yield "Unverified: no test set was given (--test)."

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from compress.layers.registry import kind_of
+from compress.layers import registered_kind
 from compress.result import MeasuredError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
+from compress.running.modules import swapped
 
 
 @dataclass
@@ -23,21 +24,20 @@ class _Sums:
     elements: int = 0
     placed: int = 0  # of the elements, how many the compressed model gave as well
     rows: int = 0
-    total: Tensor | None = None
-    squares: Tensor | None = None
+    # By channel, from the first batch on.
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def see(self, reference: Tensor) -> None:
         """Add the statistics of original outputs ``[batch, channels, h, w]``."""
         values = reference.double().transpose(0, 1).flatten(1)
-        self.total = values.sum(1) + (0 if self.total is None else self.total)
-        self.squares = (values**2).sum(1) + (0 if self.squares is None else self.squares)
+        self.total = values.sum(1) + self.total
+        self.squares = (values**2).sum(1) + self.squares
         self.rows += values.shape[1]
         self.elements += values.numel()
 
     def variance(self) -> float:
         """Mean over the channels of the original output's variance."""
-        assert self.total is not None
-        assert self.squares is not None
         mean = self.total / self.rows
         found = float((self.squares / self.rows - mean**2).mean())
         # What cancellation leaves of a constant output is no variance.
@@ -80,8 +80,7 @@ def measure_layers(
 
     def original(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            kind = kind_of(module)
-            assert kind is not None
+            kind = registered_kind(module)
             sums[name].see(kind.images(output))
             # The chain is called past its own hooks: this is no call of the compressed model.
             sums[name].alone += _squared(after[name].forward(given[0]), output)
@@ -139,17 +138,7 @@ def measured_losses(
         for name, aliases in names.items():
             if not name:
                 continue
-            old = model.get_submodule(name)
-            try:
-                _put(model, aliases, after[name])
+            with swapped(model, dict.fromkeys(aliases, after[name])):
                 trial = torch.log_softmax(run_model(model, inputs).double(), 1)
-            finally:
-                _put(model, aliases, old)
             losses[name] = float((reference.exp() * (reference - trial)).sum(1).mean())
     return losses
-
-
-def _put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.config import RunConfig
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network
 from compress.result import CostSummary, Latency
@@ -26,19 +25,19 @@ def costs(
     network: Network,
     final: nn.Module,
     dtype: torch.dtype,
-    config: RunConfig,
+    batch: int,
     memory_formats: Sequence[str] = (),
 ) -> CostSummary:
     """Count and time the original, the baseline and the result.
 
     Both networks are timed in every memory format, in turns: the dense one is taken at its best,
-    the result in the format that suits it at ``latency_batch``.
+    the result in the format that suits it at the larger batch.
 
     Args:
         network: The dense baseline.
         final: The result.
         dtype: What it is saved in; the baseline is timed in that too.
-        config: The batch to time beside batches of one.
+        batch: What to time beside batches of one.
         memory_formats: What the result may be saved in; by default what its forward takes.
     """
     example = network.example
@@ -46,9 +45,9 @@ def costs(
     images = example.to(next(final.parameters()))
     models = {"dense": copy.deepcopy(network.model).to(dtype), "compressed": final}
     formats = network.memory_formats
-    batches = sorted({1, config.latency_batch})
+    batches = sorted({1, batch})
     timings = {n: time_network_formats(models, _batch(images, n), formats) for n in batches}
-    chosen = best_format(timings[config.latency_batch], "compressed", memory_formats or formats)
+    chosen = best_format(timings[batch], "compressed", memory_formats or formats)
     return CostSummary(
         original=model_cost(network.original, example, size),
         folded=model_cost(network.model, example, size),

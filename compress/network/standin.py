@@ -9,8 +9,7 @@ has; where that is not the same to the model, the layer is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,7 @@ from compress.running.forward import (
     main_output,
     same_outputs,
 )
-from compress.running.modules import replace_module
+from compress.running.modules import swapped
 
 _PAST_ITS_NAME = (
     "the model reaches it past its name (from a plain list or another attribute), where a rewrite "
@@ -78,10 +77,13 @@ class _Trial:
 
             return count
 
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        found = {s.name: nn.Sequential(modules[s.name]).eval() for s in sites}
+        stand_ins = {alias: found[s.name] for s in sites for alias in s.aliases}
+        hooks: dict[nn.Module, ForwardHook] = {found[name]: counter(name) for name in calls}
         try:
-            with _stand_ins(self.model, sites) as found:
-                with forward_hooks({found[name]: counter(name) for name in calls}):
-                    output = self._forward()
+            with swapped(self.model, stand_ins), forward_hooks(hooks):
+                output = self._forward()
         except Exception as error:  # the user's forward may raise anything about a stand-in
             text = " ".join(str(error).split()) or type(error).__name__
             return f"the model does more with it than call it with one tensor ({text})"
@@ -95,21 +97,3 @@ class _Trial:
         # Entered anew each time: a forward that draws random numbers draws the same ones.
         with torch.no_grad(), evaluation_mode(self.model):
             return main_output(self.model(self.example.clone()))
-
-
-@contextmanager
-def _stand_ins(model: nn.Module, sites: Sequence[LayerSite]) -> Iterator[dict[str, nn.Module]]:
-    """Put each layer into a sequence of its own, under all its names; take it out afterwards."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, nn.Module] = {
-        site.name: nn.Sequential(modules[site.name]).eval() for site in sites
-    }
-    try:
-        for site in sites:
-            for alias in site.aliases:
-                replace_module(model, alias, found[site.name])
-        yield found
-    finally:
-        for site in sites:
-            for alias in site.aliases:
-                replace_module(model, alias, modules[site.name])

@@ -1,4 +1,4 @@
-"""Measuring a finished model: one alone, or a result against the original it came from."""
+"""Measuring one finished model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from compress.artefact.manifest import (
 )
 from compress.artefact.model import load_result
 from compress.config import RunConfig
-from compress.data import ImageSet, Preprocessing, batches, check_labels
+from compress.data import ImageSet, Loader, Preprocessing, check_labels
 from compress.errors import ConfigError
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, preprocessing_of
 from compress.inputs.models import build_model
-from compress.measure.accuracy import all_logits, custom_value, require_labels
+from compress.measure.accuracy import Yardstick, custom_value, require_labels
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
 from compress.progress import Track, silent
@@ -71,6 +71,23 @@ class Evaluation:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished model that is to be measured.
+
+    Attributes:
+        module: The model, on its device and in its dtype.
+        spec: The spec it was built from.
+        compressed: Whether it is a result of this package.
+        memory_format: What it is timed in.
+    """
+
+    module: nn.Module
+    spec: str
+    compressed: bool = False
+    memory_format: str = "contiguous"
+
+
 def evaluate_model(
     config: RunConfig, *, trust_code: bool = False, track: Track = silent
 ) -> Evaluation:
@@ -89,18 +106,18 @@ def evaluate_model(
     spec = config.test or config.data
     if not spec:
         raise ConfigError("No images given; pass --test SPEC (or --data SPEC).")
-    compressed = is_artefact(config.checkpoint)
-    if compressed:
-        module, name = load_result(config.checkpoint, config.model, trust_code)
+    if is_artefact(config.checkpoint):
+        module, name = load_result(config.checkpoint, config.model, trust_code=trust_code)
         preprocessing = _preprocessing(config, name)
+        form = memory_format(read_manifest(config.checkpoint))
+        model = Finished(module.to(config.device), name, True, form)
     else:
         if not config.model:
             raise ConfigError("No model given (how the network is built); pass --model SPEC.")
         module, _, dtype, preprocessing = load_model(config)
-        module, name = module.to(dtype), config.model
+        model = Finished(module.to(dtype).to(config.device), config.model)
     images = open_images(spec, config, module, preprocessing)
-    form = memory_format(read_manifest(config.checkpoint)) if compressed else "contiguous"
-    return measured(module.to(config.device), name, compressed, images, config, track, form)
+    return measured(model, images, config, track)
 
 
 def _preprocessing(config: RunConfig, spec: str) -> Preprocessing:
@@ -109,57 +126,74 @@ def _preprocessing(config: RunConfig, spec: str) -> Preprocessing:
 
 
 def measured(
-    model: nn.Module,
-    spec: str,
-    compressed: bool,
-    images: ImageSet,
-    config: RunConfig,
-    track: Track = silent,
-    form: str = "contiguous",
+    model: Finished, images: ImageSet, config: RunConfig, track: Track = silent
 ) -> Evaluation:
-    """Measure a model on all of some images; arguments as the fields of `Evaluation`.
+    """Measure a model on all of some images.
 
-    ``form`` is the memory format that it is timed in.
+    Args:
+        model: The model.
+        images: What to measure it on.
+        config: Batches, the user's own metric, what to time.
+        track: Progress.
     """
-    reference = next(model.parameters())
+    module = model.module
+    reference = next(module.parameters())
     example = images[0][0].unsqueeze(0).to(reference)
-    loaded = batches(images, batch_size_for(config, example), config.workers)
-    own = metric_function(config)
-    top1 = top5 = ece = None
-    custom: CustomMetric | None = None
-    warnings: list[str] = []
-    if own is not None:
-        value = custom_value(own, model, loaded)
-        custom = CustomMetric(config.metric_fn, value, value)
-    else:
-        require_labels(images)
-        logits = all_logits(model, loaded, "evaluate", track)
-        warnings += check_labels(images, logits.shape[1])
-        found = compare_logits(logits, logits, torch.tensor(images.labels))
-        top1, top5, ece = found.top1_before, found.top5_before, found.ece_before
-        if found.near_chance:
-            warnings.append(
-                "It is hardly better than chance; check the order of the classes (--class-map) "
-                "and the normalisation (--mean, --std)."
-            )
+    yardstick = Yardstick(
+        Loader(batch_size_for(config, example), config.workers), metric_function(config), track
+    )
+    found = _end_metric(module, images, yardstick)
     return Evaluation(
-        model=spec,
+        model=model.spec,
         file=config.checkpoint,
-        compressed=compressed,
+        compressed=model.compressed,
         dtype=str(reference.dtype).removeprefix("torch."),
         images=len(images),
-        top1=top1,
-        top5=top5,
-        ece=ece,
-        custom=custom,
-        cost=model_cost(model, example),
-        latency=tuple(_timed(model, example, n, form) for n in sorted({1, config.latency_batch})),
+        top1=found.top1,
+        top5=found.top5,
+        ece=found.ece,
+        custom=found.custom,
+        cost=model_cost(module, example),
+        latency=tuple(
+            _timed(module, example, n, model.memory_format)
+            for n in sorted({1, config.latency_batch})
+        ),
         device=str(reference.device),
         threads=torch.get_num_threads(),
-        warnings=tuple(warnings),
+        warnings=found.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class _EndMetric:
+    """The end metric of one model; fields as those of `Evaluation`."""
+
+    top1: float | None = None
+    top5: float | None = None
+    ece: float | None = None
+    custom: CustomMetric | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _EndMetric:
+    if yardstick.metric is not None:
+        loaded = yardstick.loader.batches(images)
+        value = custom_value(yardstick.metric, module, loaded)
+        return _EndMetric(custom=CustomMetric(yardstick.metric.name, value, value))
+    require_labels(images)
+    logits = yardstick.logits(module, images, "evaluate")
+    warnings = list(check_labels(images, logits.shape[1]))
+    found = compare_logits(logits, logits, torch.tensor(images.labels))
+    if found.near_chance:
+        warnings.append(
+            "It is hardly better than chance; check the order of the classes (--class-map) "
+            "and the normalisation (--mean, --std)."
+        )
+    return _EndMetric(
+        found.top1_before, found.top5_before, found.ece_before, warnings=tuple(warnings)
     )
 
 
 def _timed(model: nn.Module, example: Tensor, batch: int, form: str) -> Timed:
     images = example.expand(batch, *example.shape[1:]).contiguous()
-    return Timed(batch, time_network({"model": model}, images, memory_format=form)["model"])
+    return Timed(batch, time_network({"model": model}, images, form)["model"])

@@ -26,13 +26,24 @@ def save_result(compressed: Compressed, config: RunConfig, test: ImageSet | None
         ArtefactError: The folder cannot be written, or the model read back differs.
     """
     with atomic_folder(config.output, force=config.force) as folder:
-        if not compressed.failed_gates:
-            save(compressed.model, compressed.manifest, folder / MODEL_FILE)
-            check_reload(compressed, folder / MODEL_FILE)
-        write_atomically(folder / "plan.json", compressed.plan.to_json())
-        write_atomically(folder / "config.toml", config.to_toml())
-        report = build_report(compressed.result)
-        write_report(report, folder, flip_thumbnails(compressed.result, test))
+        save_into(folder, compressed, config, test)
+
+
+def save_into(
+    folder: Path, compressed: Compressed, config: RunConfig, test: ImageSet | None = None
+) -> None:
+    """Write the files of a result into a folder of its own; arguments as `save_result`.
+
+    Raises:
+        ArtefactError: They cannot be written, or the model read back differs.
+    """
+    if not compressed.failed_gates:
+        save(compressed.model, compressed.manifest, folder / MODEL_FILE)
+        check_reload(compressed, folder / MODEL_FILE)
+    write_atomically(folder / "plan.json", compressed.plan.to_json())
+    write_atomically(folder / "config.toml", config.to_toml())
+    report = build_report(compressed.result)
+    write_report(report, folder, flip_thumbnails(compressed.result, test))
 
 
 def check_reload(compressed: Compressed, path: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import layer_problem
-from compress.calibrate.statistics import without_unseen
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, Source, without_unseen
 from compress.choose import break_even
-from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.config import RunConfig
-from compress.data import batches
+from compress.data import Loader
 from compress.errors import ConfigError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
@@ -26,6 +25,7 @@ from compress.network.baseline import Network, prepare
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
 from compress.result import Cost
+from compress.rules.spectrum import rank_by_energy, rank_by_threshold
 
 THRESHOLDS = (1e-3, 1e-2)
 ENERGIES = (0.99, 0.9999)
@@ -116,14 +116,7 @@ def inspect_checkpoint(
         CompressError: Something named cannot be used.
     """
     if config.data:
-        inputs = load_network(config)
-        network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
-        loaded = batches(inputs.split.fit, batch_size_for(config, inputs.example), config.workers)
-        with_spectra = _with_spectra(network, config, loaded, track)
-        return _inspection(
-            config, inputs.sha256, inputs.dtype, network, with_spectra, len(loaded.images),
-            inputs.warnings,
-        )  # fmt: skip
+        return _inspect_with_data(config, track)
     for name in ("checkpoint", "model"):
         if not getattr(config, name):
             raise ConfigError(f"No {name} given; pass it, or set it with --config.")
@@ -138,9 +131,25 @@ def inspect_checkpoint(
         )
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(config.seed))
     network = prepare(built.module.to(config.device), example.to(config.device))
-    return _inspection(
-        config, checkpoint.sha256, checkpoint.dtype, network, _layers(network), 0, ()
-    )
+    weights = _Weights(config.model, checkpoint.sha256, checkpoint.dtype)
+    return _inspection(weights, network, tuple(map(_layer, network.sites)))
+
+
+def _inspect_with_data(config: RunConfig, track: Track) -> Inspection:
+    inputs = load_network(config)
+    network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+    loader = Loader(batch_size_for(config, inputs.example), config.workers)
+    loaded, recipe = loader.batches(inputs.split.fit), _recipe(config)
+    tracked = track(loaded, "calibrate", len(loaded))
+    source = Source(len(inputs.split.fit))
+    calibration = calibrate(network.model, network.sites, tracked, source, recipe)
+    weights = _Weights(config.model, inputs.sha256, inputs.dtype)
+    found = _inspection(weights, network, _with_spectra(network, calibration))
+    return replace(found, images=source.images, warnings=(*inputs.warnings, *found.warnings))
+
+
+def _recipe(config: RunConfig) -> Recipe:
+    return Recipe(weigh=False, samples_per_dimension=config.samples_per_dimension, seed=config.seed)
 
 
 def _cropped(shape: tuple[int, ...] | None, crop: int | None) -> tuple[int, ...]:
@@ -149,33 +158,32 @@ def _cropped(shape: tuple[int, ...] | None, crop: int | None) -> tuple[int, ...]
     return (shape[0], crop, crop)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Where a network's weights come from."""
+
+    model: str
+    sha256: str
+    dtype: torch.dtype
+
+
 def _inspection(
-    config: RunConfig,
-    sha256: str,
-    dtype: torch.dtype,
-    network: Network,
-    layers: tuple[InspectedLayer, ...],
-    images: int,
-    warnings: tuple[str, ...],
+    weights: _Weights, network: Network, layers: tuple[InspectedLayer, ...]
 ) -> Inspection:
-    size = torch.empty((), dtype=dtype).element_size()
+    size = torch.empty((), dtype=weights.dtype).element_size()
     return Inspection(
-        model=config.model,
-        sha256=sha256,
-        dtype=str(dtype).removeprefix("torch."),
+        model=weights.model,
+        sha256=weights.sha256,
+        dtype=str(weights.dtype).removeprefix("torch."),
         input_shape=tuple(network.example.shape[1:]),
         original=model_cost(network.original, network.example, size),
         folded=model_cost(network.model, network.example, size),
         norms=tuple(pair.norm for pair in network.folded),
         unpacked=network.unpacked,
         layers=layers,
-        images=images,
-        warnings=(*warnings, *network.warnings),
+        images=0,
+        warnings=network.warnings,
     )
-
-
-def _layers(network: Network) -> tuple[InspectedLayer, ...]:
-    return tuple(_layer(site) for site in network.sites)
 
 
 def _layer(site: LayerSite) -> InspectedLayer:
@@ -200,22 +208,7 @@ def _layer(site: LayerSite) -> InspectedLayer:
     )
 
 
-def _with_spectra(
-    network: Network,
-    config: RunConfig,
-    loaded: Any,
-    track: Track,
-) -> tuple[InspectedLayer, ...]:
-    calibration = calibrate(
-        network.model,
-        network.sites,
-        track(loaded, "calibrate", len(loaded)),
-        len(loaded.images),
-        schemes=(OUTPUT.name,),
-        weigh=False,
-        samples_per_dimension=config.samples_per_dimension,
-        seed=config.seed,
-    )
+def _with_spectra(network: Network, calibration: Calibration) -> tuple[InspectedLayer, ...]:
     modules: dict[str, nn.Module] = dict(network.model.named_modules(remove_duplicate=False))
     inspected = []
     for site in without_unseen(network, calibration).sites:
@@ -224,14 +217,12 @@ def _with_spectra(
             inspected.append(layer)
             continue
         spectra = layer_problem(site, modules[site.name], statistics).plain_spectrum
-        moments = statistics.inputs or statistics.outputs
-        assert moments is not None
         inspected.append(
             replace(
                 layer,
                 eigenvalues=tuple(spectra.flatten().tolist()),
                 ranks=chosen_ranks(spectra),
-                samples_per_dimension=statistics.samples / moments.mean.shape[1],
+                samples_per_dimension=statistics.samples_per_dimension,
             )
         )
     return tuple(inspected)

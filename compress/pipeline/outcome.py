@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 from collections.abc import Iterator
@@ -14,14 +13,14 @@ from torch import nn
 
 from compress import __version__
 from compress.artefact.manifest import Manifest, Replacement, versions
-from compress.calibrate.statistics import Calibration
-from compress.config import RunConfig
-from compress.inputs.load import Inputs
-from compress.measure.assess import Assessment
+from compress.calibrate.statistics import Source
+from compress.config import Role, RunConfig, settings_of
+from compress.measure.assess import Assessment, Rewritten
 from compress.network.baseline import Network
+from compress.pipeline.job import Job
 from compress.plan import Plan
-from compress.report import gate_sentence
-from compress.result import CostSummary, Result, Versions
+from compress.report import gate_sentence, judged
+from compress.result import Result, Versions
 
 
 @dataclass
@@ -61,93 +60,97 @@ class Compressed:
     @property
     def failed_gates(self) -> tuple[str, ...]:
         """One sentence for each gate that failed."""
-        return tuple(
-            gate_sentence(g.name, g.limit, g.value, g.passed, g.where)
-            for g in self.result.gates
-            if not g.passed
+        return tuple(gate_sentence(g) for g in self.result.gates if not g.passed)
+
+
+# Settings that are places or decide only speed: equal models must come out as equal bytes.
+_UNRECORDED = settings_of(Role.PLACE, Role.SPEED, Role.PERMISSION)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written down about a run.
+
+    Attributes:
+        job: What it worked on.
+        rewritten: What it made.
+        assessed: What was measured about that.
+        source: What its statistics were taken from.
+    """
+
+    job: Job
+    rewritten: Rewritten
+    assessed: Assessment
+    source: Source
+
+    def manifest(self, result: Result) -> Manifest:
+        """Say how the result is rebuilt and where it came from."""
+        job, test = self.job, result.test
+        sites = {site.name: site for site in job.network.sites}
+        settings = job.config.settings()
+        verified = {} if test is None else {
+            "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
+            "agreement": test.agreement, "data": result.test_fingerprint,
+        }  # fmt: skip
+        return Manifest(
+            model=job.inputs.spec,
+            source_sha256=job.inputs.sha256,
+            dtype=str(job.inputs.dtype).removeprefix("torch."),
+            unpacked=job.network.unpacked,
+            folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
+            replacements=tuple(
+                Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
+                for c in self.rewritten.plan.choices
+                if c.rewritten
+            ),
+            settings={k: v for k, v in settings.items() if k not in _UNRECORDED},
+            calibration={
+                "data": self.source.data,
+                "images": self.source.images,
+                "seed": job.config.seed,
+            },
+            verified=verified,
+            channels_last=result.cost.memory_format == "channels_last",
+            versions=versions(),
         )
 
-
-# Settings that are paths or decide only speed: equal models must come out as equal bytes.
-_UNRECORDED = {
-    "checkpoint", "model", "data", "test", "output", "device", "threads", "batch_size", "workers",
-    "calibration", "force", "class_map", "latency_table",
-}  # fmt: skip
-
-
-def make_manifest(
-    inputs: Inputs,
-    config: RunConfig,
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    result: Result,
-) -> Manifest:
-    """Say how the result is rebuilt and where it came from."""
-    settings = dataclasses.asdict(config)
-    sites = {site.name: site for site in network.sites}
-    test = result.test
-    verified = {} if test is None else {
-        "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
-        "agreement": test.agreement, "data": result.test_fingerprint,
-    }  # fmt: skip
-    return Manifest(
-        model=inputs.spec,
-        source_sha256=inputs.sha256,
-        dtype=str(inputs.dtype).removeprefix("torch."),
-        unpacked=network.unpacked,
-        folded=tuple((pair.layer, pair.norm) for pair in network.folded),
-        replacements=tuple(
-            Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
-            for c in plan.choices
-            if c.rewritten
-        ),
-        settings={k: v for k, v in settings.items() if k not in _UNRECORDED and v is not None},
-        calibration={
-            "data": calibration.data_fingerprint,
-            "images": calibration.images,
-            "seed": config.seed,
-        },
-        verified=verified,
-        channels_last=result.cost.memory_format == "channels_last",
-        versions=versions(),
-    )
+    def result(self, clock: Clock) -> Result:
+        """Put everything measured into one record, held to the configuration's limits."""
+        job, assessed, plan = self.job, self.assessed, self.rewritten.plan
+        inputs, network = job.inputs, job.network
+        result = Result(
+            versions=current_versions(),
+            model=inputs.spec,
+            config=job.config.settings(),
+            source=inputs.source,
+            source_sha256=inputs.sha256,
+            model_fingerprint=inputs.sha256,
+            data_fingerprint=self.source.data,
+            test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
+            dtype=str(inputs.dtype).removeprefix("torch."),
+            split=inputs.split_record(),
+            calibration_images=self.source.images,
+            rule=plan.rule,
+            value=plan.value,
+            metric=plan.metric,
+            layers=assessed.layers,
+            validation=assessed.validation,
+            test=assessed.test,
+            cost=self.rewritten.cost,
+            warnings=(*inputs.warnings, *network.warnings, *assessed.warnings),
+            folded=tuple(pair.norm for pair in network.folded),
+            rank_correlation=assessed.rank_correlation,
+            seconds=clock.seconds,
+        )
+        return judged(result, limits_of(job.config))
 
 
-def make_result(
-    inputs: Inputs,
-    config: RunConfig,
-    network: Network,
-    plan: Plan,
-    calibration: Calibration,
-    cost: CostSummary,
-    assessed: Assessment,
-    clock: Clock,
-) -> Result:
-    """Put everything measured into one record."""
-    warnings = [*inputs.warnings, *network.warnings, *calibration.warnings, *assessed.warnings]
-    return Result(
-        versions=Versions(__version__, torch.__version__, platform.python_version()),
-        model=inputs.spec,
-        config={k: v for k, v in dataclasses.asdict(config).items() if v is not None},
-        source=inputs.source,
-        source_sha256=inputs.sha256,
-        model_fingerprint=inputs.sha256,
-        data_fingerprint=calibration.data_fingerprint,
-        test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
-        dtype=str(inputs.dtype).removeprefix("torch."),
-        split=inputs.split_record(),
-        calibration_images=calibration.images,
-        rule=plan.rule,
-        value=plan.value,
-        metric=plan.metric,
-        layers=assessed.layers,
-        validation=assessed.validation,
-        test=assessed.test,
-        cost=cost,
-        gates=assessed.gates,
-        warnings=tuple(warnings),
-        folded=tuple(pair.norm for pair in network.folded),
-        rank_correlation=assessed.rank_correlation,
-        seconds=clock.seconds,
-    )
+def current_versions() -> Versions:
+    """Versions that a result was made with."""
+    return Versions(__version__, torch.__version__, platform.python_version())
+
+
+def limits_of(config: RunConfig) -> dict[str, float]:
+    """The limits that a configuration sets."""
+    settings = config.settings()
+    return {name: settings[name] for name in settings_of(Role.GATE) if name in settings}

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from compress.calibrate.collect import calibrate
-from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
-from compress.calibrate.statistics import Calibration, without_unseen
-from compress.choose import check_plan, make_plan
-from compress.choose.by_time.plan import timed_plan
+from compress.calibrate.statistics import without_unseen
+from compress.choose import check_plan
 from compress.config import RunConfig, make_config
-from compress.data import ImageSet, as_images, batches, split
-from compress.errors import ArtefactError, ConfigError, GateError, PlanError
+from compress.data import ImageSet, as_images, split
+from compress.errors import ConfigError, GateError, PlanError
 from compress.files import check_apart, check_output
-from compress.fit.layers import fit_layers, replace_layers
-from compress.inputs.functions import loss_function
-from compress.inputs.load import Inputs, batch_size_for, input_paths, load_network, weights_hash
+from compress.fit.layers import Replaced
+from compress.inputs.load import Inputs, input_paths, load_network, weights_hash
 from compress.linalg.schemes import SCHEME_NAMES
-from compress.measure.assess import assess
+from compress.measure.assess import Rewritten, assess
 from compress.measure.speed import costs
-from compress.network.baseline import Network, check_runs_in, prepare
+from compress.network.baseline import check_runs_in
 from compress.network.chains import as_saved
 from compress.pipeline.folder import save_result
-from compress.pipeline.outcome import Clock, Compressed, make_manifest, make_result
-from compress.pipeline.target_drop import searched_plan
+from compress.pipeline.job import Job
+from compress.pipeline.outcome import Clock, Compressed, Record
+from compress.pipeline.planning import choose
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
 from compress.running.memory_format import put_in_format
+from compress.running.modules import dtype_of
 
 
 def compress_network(
@@ -48,7 +44,7 @@ def compress_network(
 
     Args:
         inputs: The trained network and its images.
-        config: Rules, overrides, gates.
+        config: Rules, overrides, limits.
         plan: A plan to apply instead of choosing one.
         track: Progress.
         clock: Filled with the seconds of each stage.
@@ -58,104 +54,55 @@ def compress_network(
     """
     clock = clock or Clock()
     with clock.stage("prepare"):
-        network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
-        check_runs_in(network.original, network.example, inputs.dtype)
-    batch_size = batch_size_for(config, inputs.example)
+        job = Job.open(inputs, config, track)
+        check_runs_in(job.network.original, job.network.example, inputs.dtype)
     with clock.stage("calibrate"):
-        schemes = config.schemes_in_play
-        if plan is not None:
-            # With those that the rule had in play, so that the plan's calibration file serves.
-            used = {c.scheme for c in plan.choices}
-            schemes = tuple(s for s in SCHEME_NAMES if s in used or s in schemes)
-        calibration = calibrated(network, inputs, config, schemes, batch_size, track)
-        network = without_unseen(network, calibration)
+        calibration = job.calibrate(_schemes(config, plan))
+        job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
     with clock.stage("plan"):
-        if plan is not None:
-            plan = check_plan(plan, network.sites)
-        else:
-            plan = planned(network, inputs, calibration, config, batch_size, track)
-        plan = dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256)
+        plan = choose(job, calibration) if plan is None else applied(plan, job)
+    source = calibration.source
     with clock.stage("fit"):
-        fitted = fit_layers(network, plan, calibration, config, inputs.split, batch_size, track)
+        fitted = job.fitter.fit(plan, calibration)
         # Covariances take as much memory as the refit does, and are not needed any more.
-        calibration.statistics.clear()
-        replaced = replace_layers(network, fitted, config, inputs.split, batch_size, track)
-    final = as_saved(replaced.model, inputs.dtype)
+        del calibration
+        replaced = job.fitter.replace(fitted)
+    rewritten = _finished(job, plan, replaced, clock)
+    with clock.stage("verify"), evaluation_mode(rewritten.final):
+        assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
+    record = Record(job, rewritten, assessed, source)
+    result = record.result(clock)
+    return Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
+
+
+def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:
+    """The schemes whose statistics are taken: those that the rule or the plan has in play."""
+    schemes = config.schemes_in_play
+    if plan is None:
+        return schemes
+    # With those that the rule had in play, so that the plan's calibration file serves.
+    used = {choice.scheme for choice in plan.choices}
+    return tuple(name for name in SCHEME_NAMES if name in used or name in schemes)
+
+
+def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritten:
+    """The rewritten model as it is saved, and what it costs."""
+    final = as_saved(replaced.model, job.inputs.dtype)
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("latency"), evaluation_mode(final):
-        cost = costs(network, final, inputs.dtype, config)
+        cost = costs(job.network, final, job.inputs.dtype, job.config.latency_batch)
     put_in_format(final, cost.memory_format)
-    with clock.stage("verify"), evaluation_mode(final):
-        assessed = assess(network, plan, replaced, final, cost, inputs, config, batch_size, track)
-    result = make_result(inputs, config, network, plan, calibration, cost, assessed, clock)
-    manifest = make_manifest(inputs, config, network, plan, calibration, result)
-    return Compressed(final, plan, result, manifest, network)
+    return Rewritten(plan, replaced, final, cost)
 
 
-def planned(
-    network: Network,
-    inputs: Inputs,
-    calibration: Calibration,
-    config: RunConfig,
-    batch_size: int,
-    track: Track,
-) -> Plan:
-    """Choose a plan by the configuration's rule."""
-    if config.rule == "target_drop":
-        return searched_plan(network, inputs, calibration, config, batch_size, track)
-    if config.rule == "latency":
-        return timed_plan(network, calibration, config, inputs.dtype, track)
-    return make_plan(network.model, network.sites, calibration, config, track)
+def applied(plan: Plan, job: Job) -> Plan:
+    """Fit a plan, perhaps edited, to the network that it is applied to.
 
-
-def calibrated(
-    network: Network,
-    inputs: Inputs,
-    config: RunConfig,
-    schemes: tuple[str, ...],
-    batch_size: int,
-    track: Track,
-) -> Calibration:
-    """Statistics of the fit images that some schemes need: from the file that fits, or measured."""
-    fit = inputs.split.fit
-    key = CalibrationKey(
-        inputs.sha256,
-        fit.fingerprint,
-        {
-            "metric": config.metric,
-            "seed": config.seed,
-            "samples_per_dimension": config.samples_per_dimension,
-            "statistics": sorted((*schemes, "pooled") if config.pools else schemes),
-            "loss_fn": config.loss_fn,
-        },
-    )
-    path = Path(config.calibration) if config.calibration else None
-    if path is not None and path.exists():
-        return read_calibration(path, key)
-    if path is not None and not path.parent.is_dir():
-        raise ArtefactError(
-            f"The calibration {path} cannot be written: there is no folder {path.parent}; make it, "
-            "or pass another file."
-        )
-    loaded = batches(fit, batch_size, config.workers)
-    calibration = calibrate(
-        network.model,
-        network.sites,
-        track(loaded, "calibrate", len(loaded)),
-        len(fit),
-        schemes=schemes,
-        weigh=config.metric == "loss",
-        pool=config.pools,
-        loss=loss_function(config),
-        samples_per_dimension=config.samples_per_dimension,
-        seed=config.seed,
-        memory_format=network.memory_format,
-    )
-    calibration.data_fingerprint = fit.fingerprint
-    calibration.model_fingerprint = inputs.sha256
-    if path is not None:
-        write_calibration(path, calibration, key)
-    return calibration
+    Raises:
+        PlanError: It does not fit.
+    """
+    fitting = check_plan(plan, job.network.sites)
+    return dataclasses.replace(fitting, model=job.inputs.spec, source_sha256=job.inputs.sha256)
 
 
 def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tuple[str, ...]]:
@@ -167,14 +114,11 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     Raises:
         CompressError: As `run`.
     """
-    inputs = load_network(config)
-    network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
-    batch_size = batch_size_for(config, inputs.example)
-    calibration = calibrated(network, inputs, config, config.schemes_in_play, batch_size, track)
-    network = without_unseen(network, calibration)
-    plan = planned(network, inputs, calibration, config, batch_size, track)
-    warnings = (*inputs.warnings, *network.warnings, *calibration.warnings)
-    return dataclasses.replace(plan, model=inputs.spec, source_sha256=inputs.sha256), warnings
+    job = Job.open(load_network(config), config, track)
+    calibration = job.calibrate(config.schemes_in_play)
+    job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
+    warnings = (*job.inputs.warnings, *job.network.warnings)
+    return choose(job, calibration), warnings
 
 
 def check_source(plan: Plan, inputs: Inputs) -> None:
@@ -249,14 +193,13 @@ def compress_model(
     config = make_config({**settings, "model": spec})
     if config.output:
         check_output(config.output, force=config.force)
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     given = as_images(images)
     inputs = Inputs(
         model=model,
         spec=spec,
         source="",
         sha256=weights_hash(model),
-        dtype=max(set(dtypes), key=dtypes.count) if dtypes else torch.float32,
+        dtype=dtype_of(model.parameters()),
         split=split(given, config.calibration_images, config.seed),
         test=None if test is None else as_images(test),
     )

@@ -6,66 +6,43 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compress.calibrate.statistics import Calibration
-from compress.choose import Budgets
-from compress.config import RunConfig
-from compress.data import batches
+from compress.choose import Budgets, Chooser
 from compress.errors import ConfigError, DataError
-from compress.fit.layers import fit_plan
-from compress.inputs.load import Inputs
-from compress.measure.accuracy import all_logits, compare, require_labels
-from compress.network.baseline import Network
+from compress.measure.accuracy import Yardstick, require_labels
+from compress.pipeline.job import Job
 from compress.plan import Choice, Plan
-from compress.progress import Track
+from compress.rules.macs import BY_MACS
 
 # Evaluations of a compressed network on the validation images, at most.
 EVALUATIONS = 8
 
 
-def searched_plan(
-    network: Network,
-    inputs: Inputs,
-    calibration: Calibration,
-    config: RunConfig,
-    batch_size: int,
-    track: Track,
-) -> Plan:
-    """The cheapest plan whose validation accuracy falls by at most ``target_drop`` points.
+def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice]:
+    """The cheapest choices whose validation accuracy falls by at most so many points.
 
     Raises:
         DataError: There are no labelled validation images to measure it on.
     """
-    images = inputs.split.validation
+    images, network = job.inputs.split.validation, job.network
     if not len(images):
         raise DataError(
             "There are no validation images to measure the accuracy on, which --target-drop looks "
             "at: calibrate on two images at least (--data, --calibration-images)."
         )
     require_labels(images)
-    target = config.rule_value or 0.0
-    loaded = batches(images, batch_size, config.workers)
-    before = all_logits(network.original, loaded, "search: original", track)
-
-    def plan_of(choices: list[Choice]) -> Plan:
-        return Plan("target_drop", target, config.metric, tuple(choices))
+    # Accuracy, whatever measure of the user's own the result is judged by in the end.
+    yardstick = Yardstick(job.loader, track=job.track)
+    before = yardstick.logits(network.original, images, "search: original")
 
     def drop(choices: list[Choice]) -> float:
-        replaced = fit_plan(
-            network, plan_of(choices), calibration, config, inputs.split, batch_size, track
-        )
-        metric = compare(
-            network.original, replaced.model, images, config,
-            batch_size=batch_size, describe="search", before_logits=before, track=track,
-        )  # fmt: skip
+        plan = Plan(job.config.rule, points, job.config.metric, tuple(choices))
+        replaced = job.fitter.carry_out(plan, chooser.calibration)
+        metric = yardstick.compare(network.original, replaced.model, images, "search", before)
         return metric.drop or 0.0
 
-    budgets = Budgets(network.model, network.sites, calibration, config, track)
-    found = cheapest_within_drop(budgets, drop, target)
-    why = f"cheapest found that loses at most {target:g} points on the validation images"
-    choices = [
-        dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices
-    ]
-    return plan_of(choices)
+    found = cheapest_within_drop(chooser.budgets(BY_MACS), drop, points)
+    why = f"cheapest found that loses at most {points:g} points on the validation images"
+    return [dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices]
 
 
 @dataclass(frozen=True)

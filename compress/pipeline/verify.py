@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import copy
-import platform
-from typing import Any
+from collections.abc import Iterable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from compress import __version__
 from compress.artefact.manifest import Manifest, memory_format, read_manifest
 from compress.artefact.model import load
 from compress.choose import scheme_cost
 from compress.config import RunConfig
-from compress.data import ImageSet, batches
+from compress.data import ImageSet, Loader
+from compress.data.held import hold
 from compress.errors import ArtefactError, ConfigError
 from compress.files import sha256_file
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images
-from compress.measure.accuracy import compare, require_labels
-from compress.measure.gates import check_gates
+from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers
 from compress.measure.speed import costs
 from compress.network.baseline import Network, prepare
+from compress.pipeline.outcome import current_versions, limits_of
+from compress.plan import DENSE
 from compress.progress import Track, silent
-from compress.result import LayerErrors, LayerResult, Result, Versions
+from compress.report import judged
+from compress.result import EndMetric, LayerErrors, LayerResult, Result
 from compress.specs import needs_trust
 
 
 def verify_result(
     config: RunConfig, artefact: str, *, trust_code: bool = False, track: Track = silent
 ) -> Result:
-    """Hold a result to its gates again, against the original, on any test set and machine.
+    """Hold a result to its limits again, against the original, on any test set and machine.
 
     Args:
-        config: The original's ``checkpoint`` and ``model``, ``test``, gates, preprocessing.
+        config: The original's ``checkpoint`` and ``model``, ``test``, limits, preprocessing.
         artefact: The result.
         trust_code: As `load_result`.
         track: Progress.
@@ -49,48 +49,61 @@ def verify_result(
         CompressError: Something is missing or cannot be used.
     """
     manifest = read_manifest(artefact)
-    spec = config.model or manifest.model
-    if not config.checkpoint or not config.test or not spec:
-        lacking = "checkpoint" if not config.checkpoint else "test" if not config.test else "model"
-        raise ConfigError(f"No {lacking} given; pass --{lacking}.")
-    _check_checkpoint(config, manifest)
-    if not config.model and needs_trust(spec) and not trust_code:
-        raise ArtefactError(
-            f"The result names the code {spec!r}; pass --model to say what builds it, or "
-            "--trust-code where you trust that code."
-        )
-    config = config.replace(model=spec)
+    config = _with_model(config, manifest, trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
     compressed = load(artefact, model=copy.deepcopy(original)).to(config.device)
     test = open_images(config.test, config, original, preprocessing)
-    own = metric_function(config)
-    if own is None:
+    metric = metric_function(config)
+    if metric is None:
         require_labels(test)
     example = test[0][0].unsqueeze(0).to(config.device)
     network = prepare(original.to(config.device), example)
-    batch_size = batch_size_for(config, example)
-    metric = compare(
-        network.original, compressed, test, config, batch_size=batch_size, metric=own, track=track
-    )
-    loaded = batches(test, batch_size, config.workers)
-    tracked = track(loaded, "layer errors", len(loaded))
-    layers = _verified_layers(network, manifest, compressed, tracked)
-    return Result(
-        versions=Versions(__version__, torch.__version__, platform.python_version()),
-        model=spec,
+    loader = Loader(batch_size_for(config, example), config.workers)
+    yardstick = Yardstick(loader, metric, track)
+    test = hold(test, loader, track)
+    found = yardstick.compare(network.original, compressed, test)
+    formats = (memory_format(manifest),)
+    result = Result(
+        versions=current_versions(),
+        model=config.model,
         config={"test": config.test, "device": config.device},
         source=config.checkpoint,
         source_sha256=sha256,
         model_fingerprint=sha256,
         test_fingerprint=test.fingerprint,
         dtype=manifest.dtype,
-        layers=layers,
-        test=metric,
-        cost=costs(network, compressed, dtype, config, (memory_format(manifest),)),
-        gates=check_gates(config, metric, layers),
-        warnings=_test_warnings(manifest, test, metric.near_chance),
+        layers=_verified_layers(network, manifest, compressed, _tracked(yardstick, test)),
+        test=found,
+        cost=costs(network, compressed, dtype, config.latency_batch, formats),
+        warnings=_test_warnings(manifest, test, found),
         folded=tuple(pair.norm for pair in network.folded),
     )
+    return judged(result, limits_of(config))
+
+
+def _tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Tensor, Tensor]]:
+    loaded = yardstick.loader.batches(images)
+    return yardstick.track(loaded, "layer errors", len(loaded))
+
+
+def _with_model(config: RunConfig, manifest: Manifest, *, trust_code: bool) -> RunConfig:
+    """Return the configuration with the original's model named.
+
+    Raises:
+        ConfigError: Something needed is not named.
+        ArtefactError: The checkpoint is another one, or only the result names code.
+    """
+    spec = config.model or manifest.model
+    for name, value in (("checkpoint", config.checkpoint), ("test", config.test), ("model", spec)):
+        if not value:
+            raise ConfigError(f"No {name} given; pass --{name}.")
+    _check_checkpoint(config, manifest)
+    if not config.model and needs_trust(spec) and not trust_code:
+        raise ArtefactError(
+            f"The result names the code {spec!r}; pass --model to say what builds it, or "
+            "--trust-code where you trust that code."
+        )
+    return config.replace(model=spec)
 
 
 def _check_checkpoint(config: RunConfig, manifest: Manifest) -> None:
@@ -107,17 +120,21 @@ def _check_checkpoint(config: RunConfig, manifest: Manifest) -> None:
 
 
 def _verified_layers(
-    network: Network, manifest: Manifest, compressed: nn.Module, tracked: Any
+    network: Network,
+    manifest: Manifest,
+    compressed: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
 ) -> tuple[LayerResult, ...]:
     replaced = {r.name: r for r in manifest.replacements}
+    element = next(compressed.parameters()).element_size()
     errors = {}
     if replaced:
         plain = copy.deepcopy(compressed).float()
-        errors = measure_layers(network.model, plain, replaced, tracked)
+        errors = measure_layers(network.model, plain, replaced, batches)
     layers = []
     for site in network.sites:
         found = replaced.get(site.name)
-        scheme, ranks = (found.scheme, found.ranks) if found else ("dense", ())
+        scheme, ranks = (found.scheme, found.ranks) if found else (DENSE, ())
         cost = scheme_cost(site, scheme, ranks)
         alone, in_place = errors.get(site.name, (None, None))
         layers.append(
@@ -133,17 +150,19 @@ def _verified_layers(
                 macs=cost.macs,
                 dense_params=site.params,
                 params=cost.params,
+                dense_bytes=site.params * element,
+                bytes=cost.params * element,
                 errors=LayerErrors(validation_alone=alone, validation_in_place=in_place),
             )
         )
     return tuple(layers)
 
 
-def _test_warnings(manifest: Manifest, test: ImageSet, near_chance: bool) -> tuple[str, ...]:
+def _test_warnings(manifest: Manifest, test: ImageSet, found: EndMetric) -> tuple[str, ...]:
     warnings = []
     if manifest.verified and manifest.verified.get("data") != test.fingerprint:
         warnings.append("These are other test images than those of the run.")
-    if near_chance:
+    if found.near_chance:
         warnings.append(
             "The original is hardly better than chance on the test images; check the order of the "
             "classes (--class-map) and the normalisation (--mean, --std)."

@@ -5,7 +5,7 @@ Nothing here measures anything: reports arrange and format what a `compress.resu
 
 from compress.report.baseline import build_comparison, compare_with_baseline
 from compress.report.build import build_report, with_gates, with_notes
-from compress.report.gates import LIMITS, check_gates, gate_sentence
+from compress.report.gates import LIMITS, check_gates, gate_sentence, judged
 from compress.report.junit import render_junit
 from compress.report.markdown import render_markdown
 from compress.report.page import render_html
@@ -22,6 +22,7 @@ __all__ = [
     "check_report",
     "compare_with_baseline",
     "gate_sentence",
+    "judged",
     "read_report",
     "render_csv",
     "render_html",

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UsageError
 from compress.report.build import REPORT_FORMAT, Report, end_metric
 
-# (key, label, unit, whether less is better)
+
+@dataclass(frozen=True)
+class _Figure:
+    """One figure that is compared with the baseline's."""
+
+    key: str
+    label: str
+    unit: str
+    less_is_better: bool
+
+
 _ROWS = (
-    ("after", "metric after compression", "accuracy", False),
-    ("drop", "drop", "points", True),
-    ("agreement", "agreement", "fraction", False),
-    ("mean_kl", "mean KL", "number", True),
-    ("ece_after", "calibration error (ECE)", "fraction", True),
-    ("macs_ratio", "MACs ratio", "ratio", True),
-    ("params_ratio", "parameter ratio", "ratio", True),
-    ("bytes_ratio", "size ratio", "ratio", True),
-    ("latency_ratio", "latency ratio", "ratio", True),
+    _Figure("after", "metric after compression", "accuracy", False),
+    _Figure("drop", "drop", "points", True),
+    _Figure("agreement", "agreement", "fraction", False),
+    _Figure("mean_kl", "mean KL", "number", True),
+    _Figure("ece_after", "calibration error (ECE)", "fraction", True),
+    _Figure("macs_ratio", "MACs ratio", "ratio", True),
+    _Figure("params_ratio", "parameter ratio", "ratio", True),
+    _Figure("bytes_ratio", "size ratio", "ratio", True),
+    _Figure("latency_ratio", "latency ratio", "ratio", True),
 )
 
 
 def compare_with_baseline(
-    report: Report, baseline: Report, allow_mismatch: bool = False, name: str = "the baseline"
+    report: Report,
+    baseline: Report,
+    *,
+    allow_mismatch: bool = False,
+    name: str = "the baseline",
 ) -> Report:
     """Return the report with what changed since an earlier one of the same model and test set.
 
@@ -41,7 +56,7 @@ def compare_with_baseline(
     notes = mismatches([baseline, report], [name, "this report"])
     if notes and not allow_mismatch:
         raise UsageError(_refusal(notes))
-    rows = [_row(report, baseline, *spec) for spec in _ROWS]
+    rows = [_row(report, baseline, figure) for figure in _ROWS]
     compared = {
         "name": name,
         "rows": [r for r in rows if r["before"] is not None or r["now"] is not None],
@@ -52,7 +67,7 @@ def compare_with_baseline(
 
 
 def build_comparison(
-    reports: Sequence[Report], names: Sequence[str], allow_mismatch: bool = False
+    reports: Sequence[Report], names: Sequence[str], *, allow_mismatch: bool = False
 ) -> Report:
     """Arrange several runs side by side, as a report of kind ``"several"``.
 
@@ -143,9 +158,8 @@ def _value(report: Report, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _row(
-    report: Report, baseline: Report, key: str, label: str, unit: str, less_is_better: bool
-) -> dict[str, Any]:
+def _row(report: Report, baseline: Report, figure: _Figure) -> dict[str, Any]:
+    key, label, unit = figure.key, figure.label, figure.unit
     before, now = _value(baseline, key), _value(report, key)
     metric = report["headline"]["metric"]
     if unit == "accuracy":
@@ -156,7 +170,7 @@ def _row(
         change = (now - before) * (100.0 if unit == "fraction" else 1.0)
     better = None
     if change and (unit != "number" or key != "after"):
-        better = (change < 0) == less_is_better
+        better = (change < 0) == figure.less_is_better
     return {
         "key": key,
         "label": label,

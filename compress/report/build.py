@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.plan import DENSE
 from compress.report import text
 from compress.result import GateResult, Result, to_dict
 
@@ -28,7 +29,7 @@ def build_report(result: Result) -> Report:
     return {
         "format": REPORT_FORMAT,
         "kind": "run",
-        "verdict": verdict(gates, plain["test"] is not None),
+        "verdict": verdict(gates, tested=plain["test"] is not None),
         "headline": headline(plain),
         "gates": gates,
         "notes": [],
@@ -37,7 +38,7 @@ def build_report(result: Result) -> Report:
     }
 
 
-def verdict(gates: list[dict[str, Any]], tested: bool) -> str:
+def verdict(gates: list[dict[str, Any]], *, tested: bool) -> str:
     """``"failed"`` if any limit broke, else whether a test set vouches for the result."""
     if not all(g["passed"] for g in gates):
         return "failed"
@@ -48,7 +49,7 @@ def with_gates(report: Report, gates: list[GateResult]) -> Report:
     """Return the report with further limits added to it and the verdict brought up to date."""
     every = report["gates"] + [to_dict(g) for g in gates]
     tested = report["result"]["test"] is not None
-    return {**report, "gates": every, "verdict": verdict(every, tested)}
+    return {**report, "gates": every, "verdict": verdict(every, tested=tested)}
 
 
 def with_notes(report: Report, notes: list[str]) -> Report:
@@ -70,7 +71,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     where = "test" if result["test"] else "validation" if metric else None
     cost = result["cost"]
     latency = cost["latency"][0] if cost["latency"] else None
-    rewritten = sum(layer["scheme"] != "dense" for layer in result["layers"])
+    rewritten = sum(layer["scheme"] != DENSE for layer in result["layers"])
     custom = metric["custom"] if metric else None
     interval = metric["drop_interval"] if metric else None
     return {

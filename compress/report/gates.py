@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.errors import UsageError, near_matches
 from compress.report import text
-from compress.report.build import Report
-from compress.result import GateResult
+from compress.report.build import Report, build_report
+from compress.result import GateResult, Result
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,30 @@ def check_gates(report: Report, limits: Mapping[str, float]) -> list[GateResult]
     return results
 
 
-def gate_sentence(name: str, limit: float, value: float | None, passed: bool, where: str) -> str:
+def judged(result: Result, limits: Mapping[str, float]) -> Result:
+    """Return a result held to limits, by the names in `LIMITS`.
+
+    Raises:
+        UsageError: A limit is unknown.
+    """
+    return replace(result, gates=tuple(check_gates(build_report(result), limits)))
+
+
+def gate_sentence(gate: GateResult) -> str:
     """Say how a limit went and, where it broke, by how much."""
-    known = LIMITS.get(name)
-    label = known.label if known else name.replace("_", " ")
+    known = LIMITS.get(gate.name)
+    label = known.label if known else gate.name.replace("_", " ")
     unit = known.unit if known else "number"
     bound = "at least" if known and known.at_least else "at most"
-    if value is None:
-        return f"{label}: not measured ({where or 'no test set'}); the limit is {bound} " + _show(
-            limit, unit
+    limit = _show(gate.limit, unit)
+    if gate.value is None:
+        return (
+            f"{label}: not measured ({gate.where or 'no test set'}); the limit is {bound} {limit}"
         )
-    at = f" ({where})" if where else ""
-    shown = f"{label} is {_show(value, unit)}{at}; the limit is {bound} {_show(limit, unit)}"
-    return shown if passed else f"{shown}, broken by {_show(abs(value - limit), unit)}"
+    at = f" ({gate.where})" if gate.where else ""
+    shown = f"{label} is {_show(gate.value, unit)}{at}; the limit is {bound} {limit}"
+    broken = f"{shown}, broken by {_show(abs(gate.value - gate.limit), unit)}"
+    return shown if gate.passed else broken
 
 
 def _show(value: float, unit: str) -> str:

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 from compress.report.build import Report, accuracy_sentence, cost_sentence
 from compress.report.gates import gate_sentence
+from compress.result import GateResult
 
 # Characters that XML 1.0 cannot hold at all, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -44,7 +45,7 @@ def _suite(root: ElementTree.Element, run: Report) -> None:
     out = ElementTree.SubElement(case, "system-out")
     out.text = _clean(f"{accuracy_sentence(run)} {cost_sentence(run)}")
     for gate in gates:
-        sentence = _clean(gate_sentence(**gate))
+        sentence = _clean(gate_sentence(GateResult(**gate)))
         case = ElementTree.SubElement(suite, "testcase", classname=name, name=_clean(gate["name"]))
         if gate["passed"]:
             ElementTree.SubElement(case, "system-out").text = sentence

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from compress.plan import DENSE
 from compress.report import points, text
 from compress.report.build import (
     Report,
@@ -18,6 +19,7 @@ from compress.report.build import (
 )
 from compress.report.gates import gate_sentence
 from compress.report.rows import baseline_rows, metric_rows, worst_first
+from compress.result import GateResult
 
 _MARKS = {"passed": "✅", "failed": "❌", "unverified": "⚠️"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
@@ -49,7 +51,7 @@ def _run(report: Report) -> list[str]:
     if report["gates"]:
         lines += ["### Limits", ""]
         lines += [
-            f"- {'✅' if g['passed'] else '❌'} {escape(gate_sentence(**g))}"
+            f"- {'✅' if g['passed'] else '❌'} {escape(gate_sentence(GateResult(**g)))}"
             for g in report["gates"]
         ]
         lines.append("")
@@ -136,7 +138,7 @@ def _layers(result: dict[str, Any]) -> list[str]:
     rows = []
     for layer in result["layers"]:
         in_place = layer["errors"]["validation_in_place"]
-        rewritten = layer["scheme"] != "dense"
+        rewritten = layer["scheme"] != DENSE
         rows.append(
             (
                 layer["name"],
@@ -148,7 +150,7 @@ def _layers(result: dict[str, Any]) -> list[str]:
                 f"{text.count(layer['dense_macs'])} → {text.count(layer['macs'])}",
                 text.number(layer["predicted_relative_mse"]),
                 text.number(in_place["relative_mse"] if in_place else None),
-                layer["reason"],
+                text.why(layer),
             )
         )
     head = ("layer", "shape", "scheme", "rank", "MACs", "predicted", "measured", "why")

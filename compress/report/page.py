@@ -20,6 +20,7 @@ from markupsafe import Markup
 from compress.report import build, gates, points, rows, text
 from compress.report.build import Report
 from compress.report.plots import CLASSES_DRAWN, plot_data
+from compress.result import GateResult
 
 # In this order: the plotting library, what it stands on first, then the page's own script.
 SCRIPTS = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "assets/report.js")
@@ -45,7 +46,7 @@ def render_html(report: Report, thumbnails: Mapping[int, bytes] | None = None) -
         points=points,
         text=text,
         build=build,
-        gate_sentence=lambda gate: gates.gate_sentence(**gate),
+        gate_sentence=lambda gate: gates.gate_sentence(GateResult(**gate)),
         thumbnails={i: _data_uri(png) for i, png in (thumbnails or {}).items()},
         flips_first=_FLIPS_FIRST,
         flips_drawn=_FLIPS_DRAWN,

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 from compress.linalg.schemes import SCHEMES
+from compress.plan import DENSE
 from compress.report import points, text
 from compress.report.build import Report, end_metric
 from compress.report.rows import worst_first
+from compress.rules import rule_named
 
 Data = dict[str, Any]
 
@@ -30,7 +32,7 @@ def _run(report: Report) -> Data:
     result = report["result"]
     head = report["headline"]
     limit = next((g["limit"] for g in report["gates"] if g["name"] == "max_drop"), None)
-    drop = None
+    rule, drop = rule_named(result["rule"]), None
     if head["drop_low"] is not None:
         drop = {"change": -head["drop"], "low": -head["drop_high"], "high": -head["drop_low"]}
         drop["limit"] = None if limit is None else -limit
@@ -41,7 +43,7 @@ def _run(report: Report) -> Data:
         "bins": _bins(metric) if metric else [],
         "layers": [_layer(layer) for layer in result["layers"]],
         "spectra": [_spectrum(layer) for layer in result["layers"] if layer["eigenvalues"]],
-        "threshold": result["value"] if result["rule"] == "threshold" else None,
+        "threshold": result["value"] if rule and rule.cuts_spectra_at_value else None,
         "correlation": result["rank_correlation"],
     }
 
@@ -57,7 +59,7 @@ def _bins(metric: dict[str, Any]) -> list[Data]:
 
 def _layer(layer: dict[str, Any]) -> Data:
     errors = layer["errors"]
-    rewritten = layer["scheme"] != "dense"
+    rewritten = layer["scheme"] != DENSE
     full, rank = layer["full_rank"], max(layer["ranks"], default=None)
     return {
         **{k: layer[k] for k in _COPIED},

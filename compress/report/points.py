@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from compress.plan import DENSE
 from compress.report import text
 from compress.report.build import REPORT_FORMAT, Report, end_metric
 from compress.result import SweepResult, to_dict
@@ -59,7 +60,7 @@ def treatment(row: Point, layer: str) -> str:
     scheme = row["schemes"].get(layer)
     if scheme is None:
         return text.UNKNOWN
-    if scheme == "dense":
+    if scheme == DENSE:
         return "kept"
     return f"{scheme.replace('_', '-')} {text.ranks(row['ranks'].get(layer))}"
 
@@ -100,7 +101,7 @@ def render_csv(report: Report) -> str:
     for row in rows:
         ranks = [
             "x".join(str(r) for r in row["ranks"].get(name, ()))
-            or ("dense" if name in row["schemes"] else "")
+            or (DENSE if name in row["schemes"] else "")
             for name in layers
         ]
         writer.writerow([_cell(row[c]) for c in COLUMNS] + ranks)

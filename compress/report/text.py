@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from compress.plan import DENSE
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -87,3 +90,9 @@ def ranks(values: Any) -> str:
 def plural(n: int, noun: str, many: str = "") -> str:
     """``"1 image"``, ``"1,200 images"``."""
     return f"{n:,} {noun if n == 1 else many or noun + 's'}"
+
+
+def why(layer: Mapping[str, Any]) -> str:
+    """Say why a layer was treated as it was, and whether a dense one was refitted all the same."""
+    refitted = layer.get("refitted") and layer["scheme"] == DENSE
+    return f"{layer['reason']}; its weights were refitted" if refitted else str(layer["reason"])

@@ -41,6 +41,8 @@ class LayerResult:
         full_rank: First rank at which the scheme loses nothing; ``min(d, c_out)`` for dense.
         break_even: Largest rank that still saves; 0 where none does.
         reason: How the rank was chosen, or why the layer was kept.
+        refitted: Whether the refit changed its weights; a dense layer may take part too.
+        dense_bytes: Bytes of its parameters as saved; ``bytes`` those of its replacement.
         predicted_held_out_mse: The prediction on held-out rows, given where samples were few.
         predicted_loss: Predicted increase of the objective per image.
         measured_loss: Measured increase when only this layer is rewritten.
@@ -58,6 +60,7 @@ class LayerResult:
     full_rank: int | None = None
     break_even: int | None = None
     reason: str = ""
+    refitted: bool = False
     dense_macs: int = 0
     macs: int = 0
     dense_params: int = 0

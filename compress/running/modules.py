@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
@@ -19,3 +22,36 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of another, by qualified name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, replacements: Mapping[str, nn.Module]
+) -> Iterator[dict[str, nn.Module]]:
+    """Put modules in the places of others for a while.
+
+    Args:
+        model: The model, as it was again when the block is left.
+        replacements: By qualified name; a shared module is named by each of its names.
+
+    Yields:
+        The modules that stood there before, by name.
+    """
+    before = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            replace_module(model, name, module)
+        yield before
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+def dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The floating type that most of some tensors have; of equally many, the one met first.
+
+    Returns:
+        ``torch.float32`` where none is floating.
+    """
+    counts = Counter(t.dtype for t in tensors if t.is_floating_point())
+    return counts.most_common(1)[0][0] if counts else torch.float32

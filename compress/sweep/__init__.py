@@ -3,5 +3,6 @@
 from compress.sweep.grid import Grid, parse_grid
 from compress.sweep.pick import Pick, parse_pick
 from compress.sweep.run import Swept, sweep, sweep_network
+from compress.sweep.work import Options
 
-__all__ = ["Grid", "Pick", "Swept", "parse_grid", "parse_pick", "sweep", "sweep_network"]
+__all__ = ["Grid", "Options", "Pick", "Swept", "parse_grid", "parse_pick", "sweep", "sweep_network"]

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from compress.config import RULES, RunConfig
+from compress.config import RunConfig
 from compress.errors import ConfigError
+from compress.rules import GRID_RULES, Currency
+from compress.rules.record import GridFlag
 
-# The rules that a sweep can walk along; those with a search or a clock inside are no grid.
-GRID_RULES = ("threshold", "energy", "macs", "params")
-FLAGS = {
-    "threshold": "--thresholds",
-    "energy": "--energies",
-    "macs": "--macs",
-    "params": "--params",
-}
 _FORMS = "a list such as 0.9,0.8,0.65 or a range such as 1e-4:1e-1:9 (first:last:count)"
 LARGEST_GRID = 10_000
 
@@ -25,7 +19,8 @@ class Grid:
     """The points of a sweep.
 
     Attributes:
-        rule: ``"threshold"``, ``"energy"``, ``"macs"`` or ``"params"``.
+        rule: The name of a rule that a sweep can walk along; those with a search or a clock inside
+            are no grid.
         values: The rule's value at each point, in the order given, none twice.
 
     Raises:
@@ -36,18 +31,19 @@ class Grid:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.rule not in GRID_RULES:
-            raise ConfigError(
-                f"A sweep cannot walk along {self.rule!r}; it takes {', '.join(GRID_RULES)}."
-            )
+        flag = _flag(self.rule).flag
         if not self.values:
-            raise ConfigError(f"The grid of {FLAGS[self.rule]} is empty; give {_FORMS}.")
+            raise ConfigError(f"The grid of {flag} is empty; give {_FORMS}.")
         object.__setattr__(self, "values", tuple(dict.fromkeys(self.values)))
         for value in self.values:
             if not math.isfinite(value):
-                raise ConfigError(f"{FLAGS[self.rule]} holds {value}, which is no finite number.")
+                raise ConfigError(f"{flag} holds {value}, which is not a finite number.")
             self.at(RunConfig(), value)
-            self.at(RunConfig(), value)
+
+    @property
+    def currency(self) -> Currency | None:
+        """What the points are budgets of, if they are budgets."""
+        return _flag(self.rule).currency
 
     def at(self, config: RunConfig, value: float) -> RunConfig:
         """Return the configuration of one point: this rule at a value, and no other rule.
@@ -55,11 +51,23 @@ class Grid:
         Raises:
             ConfigError: The value is out of the rule's range.
         """
-        rules = dict.fromkeys(RULES) | {self.rule: value}
-        return config.replace(**rules)
+        return config.with_rule(self.rule, value)
 
     def __str__(self) -> str:
-        return f"{FLAGS[self.rule]} {','.join(f'{v:g}' for v in self.values)}"
+        return f"{_flag(self.rule).flag} {','.join(f'{v:g}' for v in self.values)}"
+
+
+def _flag(rule: str) -> GridFlag:
+    """How a sweep walks along a rule.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    for known in GRID_RULES:
+        if known.name == rule and known.grid is not None:
+            return known.grid
+    names = ", ".join(known.name for known in GRID_RULES)
+    raise ConfigError(f"A sweep cannot walk along {rule!r}; it takes {names}.")
 
 
 def parse_grid(rule: str, text: str) -> Grid:
@@ -74,7 +82,8 @@ def parse_grid(rule: str, text: str) -> Grid:
         ConfigError: Nothing there, no number, a count that is no positive whole number, or values
             out of the rule's range.
     """
-    flag = FLAGS.get(rule, rule)
+    grid = _flag(rule)
+    flag = grid.flag
     parts = text.split(":")
     if len(parts) == 1:
         return Grid(rule, tuple(_number(p, flag, text) for p in text.split(",") if p.strip()))
@@ -87,12 +96,12 @@ def parse_grid(rule: str, text: str) -> Grid:
             f"{flag} {text!r}: the count {parts[2]!r} is no whole number from 1 to "
             f"{LARGEST_GRID}; give {_FORMS}."
         )
-    if rule == "threshold" and min(first, last) <= 0:
+    if grid.logarithmic and min(first, last) <= 0:
         raise ConfigError(
             f"{flag} {text!r}: a range of thresholds is spaced in the logarithm, so both ends "
             "must be above 0; list the values to include 0."
         )
-    return Grid(rule, tuple(_spaced(first, last, int(count), logarithmic=rule == "threshold")))
+    return Grid(rule, tuple(_spaced(first, last, int(count), logarithmic=grid.logarithmic)))
 
 
 def _spaced(first: float, last: float, count: int, *, logarithmic: bool) -> list[float]:
@@ -112,5 +121,5 @@ def _number(part: str, flag: str, text: str) -> float:
         return float(part)
     except ValueError as error:
         raise ConfigError(
-            f"{flag} {text!r}: {part.strip()!r} is no number; give {_FORMS}."
+            f"{flag} {text!r}: {part.strip()!r} is not a number; give {_FORMS}."
         ) from error

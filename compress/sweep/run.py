@@ -6,23 +6,22 @@ import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from compress.config import RULES, RunConfig
+from compress.config import RunConfig
 from compress.errors import ConfigError, DataError, GateError
-from compress.files import check_apart, write_atomically
+from compress.files import SWEEP, atomic_update, check_apart, check_output, write_atomically
+from compress.files.leftovers import remove
 from compress.inputs.load import Inputs, input_paths, load_network
-from compress.pipeline.folder import save_result
+from compress.pipeline.folder import save_into
 from compress.pipeline.outcome import Compressed
 from compress.pipeline.run import compress_network
-from compress.progress import Track, silent
 from compress.report import build_sweep_report, write_report
 from compress.result import SweepPoint, SweepResult
 from compress.sweep.evaluate import brief
 from compress.sweep.grid import Grid
 from compress.sweep.pick import NEEDS_LABELS, Pick
-from compress.sweep.store import CHOSEN, PointStore, check_folder, content_key, open_folder, remove
-from compress.sweep.work import OnPoint, SweepWork, ignore
+from compress.sweep.store import CHOSEN, PointStore, content_key
+from compress.sweep.work import Options, SweepWork
 
 
 @dataclass(frozen=True)
@@ -44,71 +43,85 @@ def sweep(
     *,
     pick: Pick | None = None,
     resume: bool = False,
-    test_points: bool = True,
-    track: Track = silent,
-    on_point: OnPoint = ignore,
+    options: Options = Options(),
 ) -> Swept:
     """Sweep as ``compress sweep`` does: read, measure every point, choose, save, report.
 
     The folder ``config.output`` receives ``report.json``, ``report.md``, ``report.html``,
     ``sweep.csv``, ``config.toml``, the finished points and, with a pick, the result folder
-    ``chosen``.
+    ``chosen``. What an earlier sweep left there stands until all of it can be replaced.
 
     Args:
         config: Inputs and settings; its own rank rule is not looked at.
         grid: The points.
         pick: What the chosen point must satisfy on validation images; None chooses none.
         resume: Take finished points of the same content from the output folder.
-        test_points: Measure every point on the test set, and not the chosen one alone.
-        track: Progress.
-        on_point: Called with each point as it finishes, and whether it was finished before.
+        options: How the sweep is done.
 
     Raises:
-        GateError: No point satisfies the pick, or the chosen one fails a gate; the reports stand.
+        GateError: No point satisfies the pick, or the chosen one fails a limit; the reports stand.
         CompressError: Anything else that stops it; finished points are kept for ``resume``.
     """
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the sweep's folder.")
-    config = _without_rule(config)
-    check_folder(config.output, resume, config.force)
+    config = config.replace(rules={})  # the grid stands for the rank rule
+    check_output(config.output, force=resume or config.force, kind=SWEEP)
     check_apart(config.output, input_paths(config))
     inputs = load_network(config)
-    store = PointStore(Path(config.output), content_key(inputs, config, test_points))
-    work = SweepWork(inputs, config, grid, test_points=test_points, store=store, track=track)
+    key = content_key(inputs, config, test_points=options.test_points)
+    store = PointStore(Path(config.output), key, resume)
+    work = SweepWork(inputs, config, grid, options, store)
     if pick is not None:
         _check_pick(pick, inputs, config)
-    folder = open_folder(config.output, resume, config.force)
+    store.open()
     try:
-        points = work.points(on_point)
+        points = work.points()
     except BaseException:
         with suppress(OSError):
-            folder.rmdir()  # goes where no point and no statistics came to be
+            store.folder.rmdir()  # goes where no point and no statistics came to be
         raise
+    swept = _chosen(work, points, pick)
+    _save(work, swept, pick)
+    _judge(config, list(swept.result.points), pick, swept.chosen)
+    return swept
+
+
+def _chosen(work: SweepWork, points: list[SweepPoint], pick: Pick | None) -> Swept:
+    """Compress the point that the pick chooses, if any."""
     index = None if pick is None else pick.choose(points)
-    compressed = None
-    if index is None and pick is not None:
-        remove(folder / CHOSEN)  # an earlier choice, which this pick does not make
-    if index is not None:
-        compressed = _save_chosen(work, points[index])
-        test = compressed.result.test and brief(compressed.result.test)
-        points[index] = dataclasses.replace(points[index], chosen=True, test=test)
-    result = work.result(points, pick)
-    header = f"# compress sweep {grid}{f' --pick {pick.text!r}' if pick else ''}\n"
-    write_atomically(folder / "config.toml", header + config.to_toml())
-    write_report(build_sweep_report(result), folder)
-    store.forget_calibration()
-    _judge(config, points, pick, compressed)
-    return Swept(result, compressed)
+    if index is None:
+        return Swept(work.result(points, pick))
+    compressed = _compressed(work, points[index])
+    test = compressed.result.test and brief(compressed.result.test)
+    points[index] = dataclasses.replace(points[index], chosen=True, test=test)
+    return Swept(work.result(points, pick), compressed)
+
+
+def _save(work: SweepWork, swept: Swept, pick: Pick | None) -> None:
+    """Put reports and the chosen result into the folder, all in one step."""
+    config, store = work.config, work.store
+    if store is None:
+        raise ValueError("a sweep without a store is not saved")
+    with atomic_update(store.folder) as new:
+        remove(new / CHOSEN)  # an earlier choice
+        if swept.chosen is not None:
+            (new / CHOSEN).mkdir()
+            save_into(new / CHOSEN, swept.chosen, _chosen_config(work, swept), work.inputs.test)
+        header = f"# compress sweep {work.grid}{f' --pick {pick.text!r}' if pick else ''}\n"
+        write_atomically(new / "config.toml", header + config.to_toml())
+        write_report(build_sweep_report(swept.result), new)
+        store.tidy(new, swept.result.points)
+
+
+def _chosen_config(work: SweepWork, swept: Swept) -> RunConfig:
+    """The configuration that makes the chosen result again."""
+    value = next(point.value for point in swept.result.points if point.chosen)
+    config = work.grid.at(work.config, value)
+    return config.replace(output=str(Path(work.config.output) / CHOSEN), force=True)
 
 
 def sweep_network(
-    inputs: Inputs,
-    config: RunConfig,
-    grid: Grid,
-    *,
-    test_points: bool = True,
-    track: Track = silent,
-    on_point: OnPoint = ignore,
+    inputs: Inputs, config: RunConfig, grid: Grid, options: Options = Options()
 ) -> SweepResult:
     """Measure every point of a grid and write nothing.
 
@@ -116,22 +129,13 @@ def sweep_network(
         inputs: The trained network and its images.
         config: Settings; its own rank rule is not looked at.
         grid: The points.
-        test_points: Measure every point on the test set as well, where there is one.
-        track: Progress.
-        on_point: Called with each point as it finishes.
+        options: How the sweep is done.
 
     Raises:
         CompressError: Of the kind that says whose fault it is; see `compress.errors`.
     """
-    config = _without_rule(config)
-    work = SweepWork(inputs, config, grid, test_points=test_points, track=track)
-    return work.result(work.points(on_point), None)
-
-
-def _without_rule(config: RunConfig) -> RunConfig:
-    """A grid stands for the rank rule, so that of a configuration file does not count."""
-    rules: dict[str, Any] = dict.fromkeys(RULES)
-    return config.replace(**rules)
+    work = SweepWork(inputs, config.replace(rules={}), grid, options)
+    return work.result(work.points(), None)
 
 
 def _check_pick(pick: Pick, inputs: Inputs, config: RunConfig) -> None:
@@ -147,25 +151,19 @@ def _check_pick(pick: Pick, inputs: Inputs, config: RunConfig) -> None:
             )
 
 
-def _save_chosen(work: SweepWork, point: SweepPoint) -> Compressed:
-    """Compress the chosen point as ``compress run`` does, and save it beside the sweep."""
-    assert work.store is not None
-    fit = work.inputs.split.fit
+def _compressed(work: SweepWork, point: SweepPoint) -> Compressed:
+    """Compress the chosen point as ``compress run`` does."""
     config = work.grid.at(work.config, point.value)
-    config = config.replace(output=str(work.store.folder / CHOSEN), force=True)
-    statistics = work.config.calibration or str(work.store.calibration_file)
-    made = compress_network(work.inputs, config.replace(calibration=statistics), track=work.track)
+    output = str(Path(work.config.output) / CHOSEN)
+    config = config.replace(output=output, force=True)
     # The statistics' file goes away with the sweep: what is kept tells what it was made from.
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    compressed = dataclasses.replace(
-        made,
-        result=dataclasses.replace(made.result, config=settings, data_fingerprint=fit.fingerprint),
-        manifest=dataclasses.replace(
-            made.manifest, calibration={**made.manifest.calibration, "data": fit.fingerprint}
-        ),
+    statistics = work.job.config.calibration
+    made = compress_network(
+        work.inputs, config.replace(calibration=statistics), track=work.options.track
     )
-    save_result(compressed, config, work.inputs.test)
-    return compressed
+    return dataclasses.replace(
+        made, result=dataclasses.replace(made.result, config=config.settings())
+    )
 
 
 def _judge(

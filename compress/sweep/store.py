@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from compress import __version__
-from compress.config import RULES, RunConfig
+from compress.config import Role, RunConfig, settings_of
 from compress.errors import ArtefactError
 from compress.files import write_atomically
 from compress.inputs.load import Inputs
@@ -29,20 +28,14 @@ from compress.result import SweepPoint, from_dict, to_dict
 STORE_FORMAT = 1
 POINTS = "sweep.points"
 CHOSEN = "chosen"
-# What a sweep's folder may hold; anything else in it is somebody's, and is refused.
-_OWN = (POINTS, CHOSEN, "sweep.csv", "config.toml", "report.json", "report.md", "report.html")
 _CALIBRATION = "sweep.calibration-"
 
-# Paths, whose content is in the fingerprints; what decides only speed; what decides only whether
+# Places, whose content is in the fingerprints; what decides only speed; what decides only whether
 # the chosen point is saved; and the rules, of which each point has its own.
-_NO_PART = {
-    "checkpoint", "model", "data", "test", "output", "class_map", "calibration", "force",
-    "device", "threads", "batch_size", "workers", "latency_batch", "latency_table",
-    "max_drop", "max_layer_relative_mse", "min_agreement", *RULES,
-}  # fmt: skip
+_NO_PART = settings_of(Role.PLACE, Role.SPEED, Role.PERMISSION, Role.TIMING, Role.GATE, Role.RULE)
 
 
-def content_key(inputs: Inputs, config: RunConfig, test_points: bool) -> dict[str, Any]:
+def content_key(inputs: Inputs, config: RunConfig, *, test_points: bool) -> dict[str, Any]:
     """Return what decides every number of a sweep's points, as plain data.
 
     Args:
@@ -50,7 +43,7 @@ def content_key(inputs: Inputs, config: RunConfig, test_points: bool) -> dict[st
         config: Settings; of paths only the content counts.
         test_points: Whether points are measured on the test set as well.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in _NO_PART}
+    settings = {k: v for k, v in config.settings().items() if k not in _NO_PART}
     test = inputs.test if test_points else None
     return {
         "format": STORE_FORMAT,
@@ -83,10 +76,17 @@ def _code_digest(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class PointStore:
-    """The finished points of one folder, for one content key."""
+    """The finished points of one folder, for one content key.
+
+    Attributes:
+        folder: The sweep's folder.
+        key: What decides the points' numbers; see `content_key`.
+        resume: Whether points that are there already count.
+    """
 
     folder: Path
     key: Mapping[str, Any]
+    resume: bool = True
 
     @property
     def digest(self) -> str:
@@ -105,6 +105,8 @@ class PointStore:
 
     def read(self, rule: str, value: float) -> SweepPoint | None:
         """Return a finished point, or None where there is none that can be read."""
+        if not self.resume:
+            return None
         try:
             raw = json.loads(self.path(rule, value).read_text(encoding="utf-8"))
             point = from_dict(SweepPoint, raw["point"], "the point")
@@ -119,77 +121,30 @@ class PointStore:
         record = {"key": self.key, "point": to_dict(point)}
         write_atomically(path, json.dumps(record, indent=1, default=str, allow_nan=False) + "\n")
 
-    def forget_calibration(self) -> None:
-        """Delete the kept statistics: the sweep is done."""
-        self.calibration_file.unlink(missing_ok=True)
+    def open(self) -> None:
+        """Make the folder, and clear what an interrupted sweep left that does not count.
 
+        Raises:
+            ArtefactError: It cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                self.calibration_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"The output {self.folder} cannot be written: {error.strerror}; pass another "
+                "folder."
+            ) from error
 
-def check_folder(output: str, resume: bool, force: bool) -> None:
-    """Refuse a folder that a sweep must not write into; call it before hours of work.
+    def tidy(self, folder: Path, points: Iterable[SweepPoint]) -> None:
+        """Take out of a copy of the folder what a finished sweep does not need.
 
-    Raises:
-        ArtefactError: It is a file, holds something that is no sweep's, or holds a sweep and
-            neither ``resume`` nor ``force`` was given.
-    """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ArtefactError(f"The output {folder} is a file; pass a folder for the sweep.")
-    held = _entries(folder)
-    foreign = sorted(set(held) - set(_own(held)))
-    if foreign:
-        raise ArtefactError(
-            f"The output folder {folder} holds {foreign[0]}, which is no part of a sweep; pass a "
-            "folder of its own."
-        )
-    if held and not resume and not force:
-        raise ArtefactError(
-            f"The output folder {folder} already holds a sweep; pass --resume to go on with it, "
-            "--force to start over, or another folder."
-        )
-
-
-def open_folder(output: str, resume: bool, force: bool) -> Path:
-    """Make or take the folder that a sweep writes into.
-
-    Args:
-        output: The folder; missing parents are made.
-        resume: Keep the finished points in it.
-        force: Where ``resume`` is not set, delete them, and the rest of the old sweep.
-
-    Raises:
-        ArtefactError: As `check_folder`, or it cannot be made.
-    """
-    check_folder(output, resume, force)
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if force and not resume:
-            for name in _own(_entries(folder)):
-                remove(folder / name)
-    except OSError as error:
-        raise ArtefactError(
-            f"The output {folder} cannot be written: {error.strerror}; pass another folder."
-        ) from error
-    return folder
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder of the sweep's own, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _entries(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def _own(names: list[str]) -> list[str]:
-    """Names that a sweep writes, leftovers of writes that were cut off included."""
-
-    def own(name: str) -> bool:
-        partial = name.startswith(".") and name.endswith((".partial", ".old"))
-        return name in _OWN or name.startswith(_CALIBRATION) or partial
-
-    return [name for name in names if own(name)]
+        Those are the statistics and, unless the sweep was resumed, points that are not its own.
+        """
+        for kept in folder.glob(f"{_CALIBRATION}*.safetensors"):
+            kept.unlink()
+        own = {self.path(point.rule, point.value).name for point in points}
+        for found in (folder / POINTS).glob("*.json"):
+            if not self.resume and found.name not in own:
+                found.unlink()

@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from compress import __version__
 from compress.calibrate.statistics import Calibration, without_unseen
-from compress.choose import Budgets, make_plan
+from compress.choose import Chooser
 from compress.config import RunConfig
-from compress.data import Split
 from compress.errors import DataError
-from compress.fit.layers import fit_plan
-from compress.inputs.load import Inputs, batch_size_for
+from compress.inputs.load import Inputs
 from compress.measure.cost import model_cost
-from compress.network.baseline import Network, prepare
-from compress.pipeline.run import calibrated
+from compress.network.baseline import Network
+from compress.pipeline.job import Job
+from compress.pipeline.outcome import current_versions
 from compress.plan import Plan
 from compress.progress import Track, silent
-from compress.result import Cost, EndMetric, SweepPoint, SweepResult, Versions
-from compress.sweep.evaluate import Judge, hold
+from compress.result import Cost, EndMetric, SweepPoint, SweepResult
+from compress.sweep.evaluate import Judge
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick
 from compress.sweep.store import PointStore
 
-OnPoint = Callable[[SweepPoint, bool], None]
+OnPoint = Callable[[SweepPoint], None]
 
 
-def ignore(point: SweepPoint, finished_before: bool) -> None:
+def ignore(point: SweepPoint) -> None:
     """Tell no one about a point."""
-    del point, finished_before
+    del point
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is done.
+
+    Attributes:
+        test_points: Measure every point on the test set, and not only the chosen one.
+        track: Progress.
+        on_point: Called with each point as it is measured.
+        on_known: Called with each point that was finished before.
+    """
+
+    test_points: bool = True
+    track: Track = silent
+    on_point: OnPoint = ignore
+    on_known: OnPoint = ignore
 
 
 class SweepWork:
@@ -44,11 +59,10 @@ class SweepWork:
 
     Args:
         inputs: The network and its images.
-        config: Settings, without a rank rule.
+        config: Settings; a rank rule of its own does not count.
         grid: The points.
-        test_points: Measure every point on the test set as well.
+        options: How the sweep is done.
         store: Where finished points are kept, if anywhere.
-        track: Progress.
     """
 
     def __init__(
@@ -56,46 +70,54 @@ class SweepWork:
         inputs: Inputs,
         config: RunConfig,
         grid: Grid,
-        *,
-        test_points: bool = True,
+        options: Options = Options(),
         store: PointStore | None = None,
-        track: Track = silent,
     ) -> None:
-        self.inputs, self.config, self.grid = inputs, config, grid
-        self.store, self.track = store, track
-        self.batch_size = batch_size_for(config, inputs.example)
+        self.given, self.config, self.grid = inputs, config, grid
+        self.options, self.store = options, store
         self.calibration_seconds: float | None = None
-        original = self.network.original
-        sets = {"validation": inputs.split.validation}
-        if test_points and inputs.test is not None:
-            sets["test"] = inputs.test
-        if not len(sets["validation"]):
+        if not len(inputs.split.validation):
             raise DataError(
                 "There are no validation images to measure points on: give at least two images "
                 "with --data."
             )
-        self.judges = {
-            name: Judge(original, images, config, self.batch_size, name, track)
-            for name, images in sets.items()
-        }
 
     @cached_property
-    def network(self) -> Network:
-        """The dense baseline."""
-        device = self.config.device
-        return prepare(self.inputs.model.to(device), self.inputs.example.to(device))
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """The statistics, taken once; kept in the store until the sweep is done."""
+    def job(self) -> Job:
+        """The dense baseline and its images, which are decoded once for all points."""
         # Under the rule of the grid, which decides what statistics are taken.
         config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
+        return Job.open(self.given, config, self.options.track)
+
+    @property
+    def inputs(self) -> Inputs:
+        """The network and its images, held where memory allows it."""
+        return self.job.inputs
+
+    @property
+    def network(self) -> Network:
+        """The dense baseline."""
+        return self.job.network
+
+    @cached_property
+    def judges(self) -> dict[str, Judge]:
+        """What compares points with the original, by set of images."""
+        inputs, original = self.inputs, self.network.original
+        sets = {"validation": inputs.split.validation}
+        if self.options.test_points and inputs.test is not None:
+            sets["test"] = inputs.test
+        yardstick = self.job.yardstick
+        return {name: Judge(original, found, yardstick, name) for name, found in sets.items()}
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The statistics, taken once; kept in the store until the sweep is done."""
+        config = self.job.config
         known = bool(config.calibration) and Path(config.calibration).exists()
         start = time.perf_counter()
-        schemes = config.schemes_in_play
-        found = calibrated(self.network, self.inputs, config, schemes, self.batch_size, self.track)
+        found = self.job.calibrate(config.schemes_in_play)
         if not known:
             self.calibration_seconds = time.perf_counter() - start
         return found
@@ -104,38 +126,41 @@ class SweepWork:
     def planner(self) -> Callable[[float], Plan]:
         """From a value of the rule to the plan that ``compress run`` would make."""
         network, calibration = without_unseen(self.network, self.calibration), self.calibration
-        config, rule = self.config, self.grid.rule
-        if rule not in ("macs", "params"):
-            return lambda value: make_plan(
-                network.model, network.sites, calibration, self.grid.at(config, value)
-            )
-        # The candidates do not depend on the budget, and they are what costs time.
-        first = self.grid.at(config, self.grid.values[0])
-        budgets = Budgets(network.model, network.sites, calibration, first)
-        return lambda value: Plan(rule, value, config.metric, tuple(budgets.spend(value)))
+        rule, currency = self.grid.rule, self.grid.currency
 
-    def points(self, on_point: OnPoint) -> list[SweepPoint]:
+        def chooser(config: RunConfig) -> Chooser:
+            return Chooser(network.model, network.sites, calibration, config)
+
+        if currency is None:
+            return lambda value: chooser(self.grid.at(self.config, value)).plan()
+        # The candidates do not depend on the budget, and they are what costs time.
+        budgets = chooser(self.job.config).budgets(currency)
+        metric = self.config.metric
+        return lambda value: Plan(rule, value, metric, tuple(budgets.spend(value)))
+
+    def points(self) -> list[SweepPoint]:
         """Measure every point that is not finished yet; return all in the grid's order.
 
         All plans are made before the first point is measured, so that a budget that cannot be
         reached stops the sweep while nothing is lost.
         """
-        done: dict[float, SweepPoint] = {}
-        for value in self.grid.values if self.store else ():
-            assert self.store is not None
-            point = self.store.read(self.grid.rule, value)
-            if point is not None:
-                done[value] = point
+        done = self._known()
         plans = {v: self.planner(v) for v in self.grid.values if v not in done}
         for value in self.grid.values:
             if value in done:
-                on_point(done[value], True)
+                self.options.on_known(done[value])
                 continue
             done[value] = self.measure(plans[value], value, list(done.values()))
             if self.store is not None:
                 self.store.write(done[value])
-            on_point(done[value], False)
+            self.options.on_point(done[value])
         return pareto([done[v] for v in self.grid.values])
+
+    def _known(self) -> dict[float, SweepPoint]:
+        if self.store is None:
+            return {}
+        found = {value: self.store.read(self.grid.rule, value) for value in self.grid.values}
+        return {value: point for value, point in found.items() if point is not None}
 
     def measure(self, plan: Plan, value: float, others: list[SweepPoint]) -> SweepPoint:
         """Fit, rewrite and judge one point; a point that comes to the same network is copied.
@@ -151,16 +176,7 @@ class SweepWork:
         for other in others:
             if (other.schemes, other.ranks) == (schemes, ranks):
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
-        config = self.grid.at(self.config, value)
-        replaced = fit_plan(
-            self.network,
-            plan,
-            self.calibration,
-            config,
-            self.inputs.split,
-            self.batch_size,
-            self.track,
-        )
+        replaced = self.job.fitter.carry_out(plan, self.calibration)
         model = replaced.model.to(self.inputs.dtype)
         cost = model_cost(model, self.network.example.to(next(model.parameters())))
         measured = {name: judge(model) for name, judge in self.judges.items()}
@@ -179,15 +195,6 @@ class SweepWork:
         )
 
     @cached_property
-    def split(self) -> Split:
-        """The images of the refit, held where memory allows it: every point reads them again."""
-        split, workers = self.inputs.split, self.config.workers
-        if not self.config.refit:
-            return split
-        fit = hold(split.fit, self.batch_size, workers)
-        return Split(fit, self.judges["validation"].images, split.record)
-
-    @cached_property
     def folded(self) -> Cost:
         """The cost of the dense baseline, what ratios are relative to."""
         size = torch.empty((), dtype=self.inputs.dtype).element_size()
@@ -197,10 +204,10 @@ class SweepWork:
         """Put the points into a record with where they come from."""
         inputs, config = self.inputs, self.config
         return SweepResult(
-            versions=Versions(__version__, torch.__version__, platform.python_version()),
+            versions=current_versions(),
             model=inputs.spec,
             points=tuple(points),
-            config={k: v for k, v in dataclasses.asdict(config).items() if v is not None},
+            config=config.settings(),
             source=inputs.source,
             source_sha256=inputs.sha256,
             model_fingerprint=inputs.sha256,

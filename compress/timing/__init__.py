@@ -7,14 +7,16 @@ layers is measured once; the times of one call to `LatencyTable.time` are the on
 """
 
 from compress.running.memory_format import MEMORY_FORMATS, in_memory_format, put_in_format
-from compress.timing.layers import LatencyKey, LatencyTable, Setting, describe_layer
+from compress.timing.layers import LatencyKey, LatencyTable, LayerTimer, Setting, describe_layer
 from compress.timing.networks import Timing, time_network, time_network_formats
-from compress.timing.turns import measure
+from compress.timing.turns import Pace, measure
 
 __all__ = [
     "MEMORY_FORMATS",
     "LatencyKey",
     "LatencyTable",
+    "LayerTimer",
+    "Pace",
     "Setting",
     "Timing",
     "describe_layer",

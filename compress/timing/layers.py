@@ -185,6 +185,21 @@ class LatencyTable:
             ) from error
 
 
+@dataclass(frozen=True)
+class LayerTimer:
+    """How layers are timed.
+
+    Attributes:
+        table: What is known already; filled.
+        setting: Where and how layers run.
+        batch: Images a batch.
+    """
+
+    table: LatencyTable
+    setting: Setting
+    batch: int
+
+
 def _entry(raw: dict[str, Any]) -> tuple[LatencyKey, float]:
     seconds = float(raw["seconds"])
     if not 0 <= seconds < math.inf:

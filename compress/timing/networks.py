@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.running.memory_format import MEMORY_FORMATS, Layout, evaluating, in_format
-from compress.timing.turns import ROUNDS, Case, Clock, sample
+from compress.timing.turns import Case, Pace, sample
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,15 @@ class Timing:
 def time_network(
     models: Mapping[str, nn.Module],
     example: Tensor,
-    rounds: int = ROUNDS,
-    *,
     memory_format: str = "contiguous",
-    min_seconds: float = 0.5,
-    clock: Clock = time.perf_counter,
+    pace: Pace = Pace(),
 ) -> dict[str, float]:
     """Time whole networks in turns on one batch; see `time_network_formats`.
 
     Returns:
         The median seconds of one batch by the name of the model.
     """
-    timings = time_network_formats(
-        models, example, (memory_format,), rounds=rounds, min_seconds=min_seconds, clock=clock
-    )
+    timings = time_network_formats(models, example, (memory_format,), pace)
     return {name: timing.seconds for (name, _), timing in timings.items()}
 
 
@@ -57,10 +51,7 @@ def time_network_formats(
     models: Mapping[str, nn.Module],
     example: Tensor,
     memory_formats: Sequence[str] = tuple(MEMORY_FORMATS),
-    *,
-    rounds: int = ROUNDS,
-    min_seconds: float = 0.5,
-    clock: Clock = time.perf_counter,
+    pace: Pace = Pace(),
 ) -> dict[tuple[str, str], Timing]:
     """Time whole networks, each in every memory format, all in turns on one batch.
 
@@ -71,15 +62,13 @@ def time_network_formats(
         models: Networks by name, on the device of ``example`` and in its dtype.
         example: A batch ``[N, …]``.
         memory_formats: Of weights and, where it has four dimensions, of the batch.
-        rounds: Turns of each, at least.
-        min_seconds: How long each is timed in all, at least.
-        clock: Seconds since some moment.
+        pace: How thoroughly.
 
     Returns:
         A `Timing` by model name and memory format.
 
     Raises:
-        ValueError: An unknown memory format, or ``rounds`` is not positive.
+        ValueError: An unknown memory format, or ``pace.rounds`` is not positive.
     """
     pairs = [(name, form) for form in memory_formats for name in models]
     layout = Layout(models.values(), memory_formats)
@@ -92,10 +81,10 @@ def time_network_formats(
         with evaluating(models.values()):
             samples = sample(
                 [case(*pair) for pair in pairs],
-                rounds,
-                min_seconds,
+                pace.rounds,
+                pace.min_seconds,
                 synchroniser(example.device),
-                clock,
+                pace.clock,
             )
     finally:
         layout.restore()

@@ -45,6 +45,21 @@ def measure(
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How thoroughly something is timed.
+
+    Attributes:
+        rounds: Turns of each, at least.
+        min_seconds: How long each is timed in all, at least.
+        clock: Seconds since some moment.
+    """
+
+    rounds: int = ROUNDS
+    min_seconds: float = 0.5
+    clock: Clock = time.perf_counter
+
+
+@dataclass(frozen=True)
 class Case:
     """What is timed, and what has to be done before each turn outside the time."""
 

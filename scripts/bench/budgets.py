@@ -12,21 +12,36 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from compress.choose import make_plan
 from compress.config import RunConfig
-from compress.fit.layers import fit_plan
-from compress.inputs.load import batch_size_for, load_network
-from compress.measure.accuracy import compare
-from compress.network.baseline import prepare
-from compress.pipeline.run import calibrated
-from compress.progress import silent
+from compress.inputs.load import load_network
+from compress.measure.accuracy import Yardstick
+from compress.pipeline.job import Job
+from compress.pipeline.planning import choose
+from compress.result import EndMetric
 
+Budget = tuple[str, float]
 HERE = Path(__file__).resolve().parents[2]
+
+
+def measured(config: RunConfig, budgets: Sequence[Budget]) -> Iterator[tuple[Budget, EndMetric]]:
+    """Each budget's result on the test images, on one calibration."""
+    start = time.perf_counter()
+    job = Job.open(load_network(config), config.with_rule("macs", 0.5))
+    calibration = job.calibrate(job.config.schemes_in_play)
+    print(f"calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    assert job.inputs.test is not None
+    for rule, fraction in budgets:
+        job = replace(job, config=config.with_rule(rule, fraction))
+        replaced = job.fitter.carry_out(choose(job, calibration), calibration)
+        yardstick = Yardstick(replace(job.loader, batch_size=256))
+        found = yardstick.compare(job.network.original, replaced.model, job.inputs.test)
+        yield (rule, fraction), found
 
 
 @click.command()
@@ -35,8 +50,7 @@ HERE = Path(__file__).resolve().parents[2]
 @click.option("--params", default="0.65,0.5", help="Budgets of parameters; empty for none.")
 @click.option("--seeds", default=3, help="Seeds 0, 1, ...")
 @click.option("--images", default=2000, help="Calibration images, a quarter of them validating.")
-@click.option("--refit/--no-refit", default=True)
-def main(shared: str, macs: str, params: str, seeds: int, images: int, refit: bool) -> None:
+def main(shared: str, macs: str, params: str, seeds: int, images: int) -> None:
     """Measure ResNet-20 on CIFAR-10 at each budget."""
     root = Path(shared)
     base = RunConfig(
@@ -47,41 +61,20 @@ def main(shared: str, macs: str, params: str, seeds: int, images: int, refit: bo
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         calibration_images=images,
-        refit=refit,
     )
     budgets = [("macs", float(f)) for f in macs.split(",") if f]
     budgets += [("params", float(f)) for f in params.split(",") if f]
-    lost: dict[tuple[str, float], list[float]] = {b: [] for b in budgets}
-    bounds: dict[tuple[str, float], list[str]] = {b: [] for b in budgets}
+    lost: dict[Budget, list[float]] = {b: [] for b in budgets}
+    bounds: dict[Budget, list[str]] = {b: [] for b in budgets}
     for seed in range(seeds):
-        config = replace(base, seed=seed)
-        inputs = load_network(config)
-        network = prepare(inputs.model, inputs.example)
-        batch = batch_size_for(config, inputs.example)
-        start = time.perf_counter()
-        first = replace(config, macs=0.5)
-        calibration = calibrated(network, inputs, first, first.schemes_in_play, batch, silent)
-        print(f"seed {seed}: calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        for rule, fraction in budgets:
-            start = time.perf_counter()
-            settings = replace(config, **{rule: fraction})
-            plan = make_plan(network.model, network.sites, calibration, settings)
-            replaced = fit_plan(network, plan, calibration, settings, inputs.split, batch, silent)
-            spent = time.perf_counter() - start
-            assert inputs.test is not None
-            metric = compare(
-                network.original, replaced.model, inputs.test, settings, batch_size=256
-            )
+        for budget, metric in measured(base.replace(seed=seed), budgets):
             assert metric.drop is not None
             assert metric.drop_interval is not None
-            lost[rule, fraction].append(metric.drop)
+            lost[budget].append(metric.drop)
             interval = metric.drop_interval
-            bounds[rule, fraction].append(f"{interval.low:.2f} to {interval.high:.2f}")
-            print(
-                f"seed {seed}, {rule} {fraction}: {100 * (metric.top1_before or 0):.2f} -> "
-                f"{100 * (metric.top1_after or 0):.2f}, {spent:.0f} s",
-                file=sys.stderr,
-            )
+            bounds[budget].append(f"{interval.low:.2f} to {interval.high:.2f}")
+            before, after = 100 * (metric.top1_before or 0), 100 * (metric.top1_after or 0)
+            print(f"seed {seed}, {budget}: {before:.2f} -> {after:.2f}", file=sys.stderr)
     print("| budget | points lost, mean | by seed | paired 95% intervals |")
     print("| --- | --- | --- | --- |")
     for (rule, fraction), values in lost.items():

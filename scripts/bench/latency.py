@@ -20,15 +20,17 @@ import torch
 import compress
 from compress.vision.torchvision import torchvision_model
 
+# Smooth noise to calibrate on.
+IMAGES = 64
+
 
 @click.command()
 @click.option("--models", default="resnet18,vgg16")
 @click.option("--latency", default=0.6)
 @click.option("--batch", default=8)
 @click.option("--threads", default=2)
-@click.option("--images", default=64, help="Calibration images, smooth noise.")
 @click.option("--table", default="", help="Measured times of layers, reused where it exists.")
-def main(models: str, latency: float, batch: int, threads: int, images: int, table: str) -> None:
+def main(models: str, latency: float, batch: int, threads: int, table: str) -> None:
     torch.set_num_threads(threads)
     print(
         "| network | budget | batch | dense, ms | compressed, ms | measured | MACs | format | run |"
@@ -37,11 +39,11 @@ def main(models: str, latency: float, batch: int, threads: int, images: int, tab
     for name in models.split(","):
         torch.manual_seed(0)
         model = torchvision_model(name)
-        coarse = torch.randn(images, 3, 14, 14)
+        coarse = torch.randn(IMAGES, 3, 14, 14)
         pictures = torch.nn.functional.interpolate(coarse, size=224, mode="bilinear")
         start = time.perf_counter()
         made = compress.compress_model(
-            model, pictures, latency=latency, latency_batch=batch, calibration_images=images,
+            model, pictures, latency=latency, latency_batch=batch, calibration_images=IMAGES,
             refit=False, latency_table=table,
         )  # fmt: skip
         spent = time.perf_counter() - start

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
-from compress.calibrate.statistics import Calibration
-from compress.choose import make_plan
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, Source
+from compress.choose import Chooser
 from compress.config import RunConfig
-from compress.data import as_images, split
-from compress.fit.layers import fit_plan
+from compress.data import Loader, as_images, split
+from compress.fit.layers import Fitter
 from compress.network.baseline import Network, prepare
-from compress.progress import silent
 from compress.running.forward import evaluation_mode
 from compress.running.memory_format import in_format, in_memory_format
 from compress.vision.torchvision import torchvision_model
@@ -50,10 +50,9 @@ def plain(model: nn.Module, count: int, size: int, memory_format: str = "contigu
 
 def calibrated(network: Network, count: int, size: int) -> tuple[float, Calibration]:
     start = time.perf_counter()
-    found = calibrate(
-        network.model, network.sites, batches(count, size), count * size, weigh=False,
-        memory_format=network.memory_format,
-    )  # fmt: skip
+    source = Source(count * size, memory_format=network.memory_format)
+    recipe = Recipe(weigh=False)
+    found = calibrate(network.model, network.sites, batches(count, size), source, recipe)
     return time.perf_counter() - start, found
 
 
@@ -84,10 +83,12 @@ def main(threads: int, count: int, size: int, rounds: int) -> None:
     calibrated(network, 3 * count, size)
     large = peak()
     start = time.perf_counter()
-    config = RunConfig(threshold=1e-2, metric="mse", refit=False)
-    plan = make_plan(network.model, network.sites, calibration, config)
+    config = RunConfig(rules={"threshold": 1e-2}, metric="mse", refit=False)
+    plan = Chooser(network.model, network.sites, calibration, config).plan()
     parts = split(as_images(torch.randn(4, 3, 224, 224)), 4, 0)
-    fit_plan(network, plan, calibration, config, parts, size, silent)
+    Fitter(network, parts, Loader(size), Recipe(weigh=False), refit=False).carry_out(
+        plan, calibration
+    )
     planning = time.perf_counter() - start
     command = [sys.executable, "-m", "compress.commands", "--help"]
     starts = []

@@ -29,21 +29,17 @@ from torch import nn
 
 from compress.config import RunConfig, make_config
 from compress.data import ImageSet, batches
-from compress.fit.layers import fit_plan
-from compress.inputs.load import batch_size_for, load_network
+from compress.data.held import hold
+from compress.inputs.load import load_network
 from compress.measure.accuracy import all_logits
-from compress.network.baseline import prepare
-from compress.pipeline.run import calibrated
-from compress.progress import silent
 from compress.sweep import parse_grid, sweep
-from compress.sweep.evaluate import hold
 from compress.sweep.work import SweepWork
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.3
 
 
-def settings(demo: bool, images: int) -> RunConfig:
+def settings(images: int, *, demo: bool) -> RunConfig:
     if demo:
         folder = ROOT / "compress" / "demo_data"
         named = {
@@ -88,22 +84,16 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    config = settings(arguments.demo, arguments.images)
+    config = settings(arguments.images, demo=arguments.demo)
     if arguments.no_test:
         config = config.replace(test="")
     grid = parse_grid("threshold", arguments.grid)
     inputs = load_network(config)
-    network = prepare(inputs.model, inputs.example)
-    batch_size = batch_size_for(config, inputs.example)
-    sets = [s for s in (inputs.split.validation, inputs.test) if s is not None]
-    held = [hold(images, batch_size, 0) for images in sets]
     work = SweepWork(inputs, config, grid)
-    models = [
-        fit_plan(
-            network, work.planner(v), work.calibration, config, inputs.split, batch_size, silent
-        ).model
-        for v in grid.values
-    ]
+    job, batch_size = work.job, work.job.loader.batch_size
+    sets = [s for s in (inputs.split.validation, inputs.test) if s is not None]
+    held = [hold(images, job.loader) for images in sets]
+    models = [job.fitter.carry_out(work.planner(v), work.calibration).model for v in grid.values]
     times: dict[str, list[float]] = {}
 
     def swept() -> None:
@@ -111,9 +101,9 @@ def main() -> None:
             sweep(config.replace(output=str(Path(folder) / "sweep")), grid)
 
     count = len(grid.values)
-    original = [network.original] * count
+    original = [job.network.original] * count
     steps: dict[str, Callable[[], object]] = {
-        "calibration": lambda: calibrated(network, inputs, config, ("output",), batch_size, silent),
+        "calibration": lambda: job.calibrate(job.config.schemes_in_play),
         f"{count} evaluations of the original, images read each time": lambda: evaluate(
             original, sets, batch_size
         ),

@@ -149,7 +149,7 @@ def test_networks_are_timed_in_turns_and_left_as_they_were() -> None:
     before = [snapshot(m) for m in models.values()]
     example = torch.randn(2, 3, 8, 8)
     random_state = torch.get_rng_state()
-    timings = time_network_formats(models, example, rounds=2, min_seconds=0.0, clock=fake.clock)
+    timings = time_network_formats(models, example, pace=Pace(2, 0.0, fake.clock))
     threads = torch.get_num_threads()
     assert timings == {
         ("dense", "contiguous"): Timing(4.0, 2, 2, "contiguous", threads),
@@ -169,8 +169,8 @@ def test_time_network_gives_plain_seconds() -> None:
     models = {"a": Timed(fake, "a", 4.0), "b": Timed(fake, "b", 3.0)}
     example = torch.randn(2, 3, 8, 8)
     options = {"min_seconds": 0.0, "clock": fake.clock}
-    assert time_network(models, example, 2, **options) == {"a": 4.0, "b": 3.0}
-    last = time_network(models, example, 2, memory_format="channels_last", **options)
+    assert time_network(models, example, pace=pace) == {"a": 4.0, "b": 3.0}
+    last = time_network(models, example, "channels_last", pace)
     assert last == {"a": 2.0, "b": 1.5}
 
 
@@ -178,14 +178,14 @@ def test_networks_are_restored_when_one_fails() -> None:
     model = Timed(FakeTime(), "a", 1.0)
     before = snapshot(model)
     with pytest.raises(RuntimeError):
-        time_network_formats({"a": model}, torch.randn(1, 7, 8, 8), ("channels_last",), rounds=1)
+        time_network_formats({"a": model}, torch.randn(1, 7, 8, 8), ("channels_last",), Pace(1))
     assert snapshot(model) == before
     assert not torch.is_inference_mode_enabled()
 
 
 def test_real_networks_take_real_time() -> None:
     models = {"conv": nn.Conv2d(3, 8, 3), "linear": nn.Sequential(nn.Flatten(), nn.Linear(192, 4))}
-    seconds = time_network(models, torch.randn(2, 3, 8, 8), 2, min_seconds=0.0)
+    seconds = time_network(models, torch.randn(2, 3, 8, 8), pace=Pace(2, 0.0))
     assert seconds.keys() == models.keys()
     assert all(0 < s < math.inf for s in seconds.values())
 

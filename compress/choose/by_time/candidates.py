@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from compress.choose.budgets import plan_within
-from compress.choose.overrides import Overrides
+from compress.choose.budgets import Budgets
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, Candidate, Choice
 from compress.progress import Track, silent
-from compress.timing.layers import LatencyTable, Setting
+from compress.timing.layers import LayerTimer
 
 # Candidates of one scheme that are timed, and the turns of each.
 TIMED = 10
@@ -32,27 +31,25 @@ class TimedBudgets:
     """All budgets of time over one set of timed candidates, in one memory format.
 
     Attributes:
-        sites: All layers.
-        overrides: What the user fixed.
-        found: Candidates with their seconds a batch, by layer name.
+        budgets: Of candidates with their seconds a batch; everything that no choice changes is
+            fixed.
         dense: Seconds of the layers as they are, by name.
-        total: Seconds of the whole dense network.
         memory_format: What it was all timed in.
-        why: The reason that choices record.
     """
 
-    sites: tuple[LayerSite, ...]
-    overrides: Overrides
-    found: Mapping[str, list[Candidate]]
+    budgets: Budgets
     dense: Mapping[str, float]
-    total: float
     memory_format: str
-    why: str = "best within the latency"
 
     @property
-    def fixed(self) -> float:
-        """Seconds of everything that no choice changes."""
-        return self.total - sum(self.dense.values())
+    def found(self) -> Mapping[str, list[Candidate]]:
+        """Candidates by layer name."""
+        return self.budgets.found
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole dense network."""
+        return self.budgets.total
 
     def spend(self, fraction: float) -> list[Choice]:
         """One choice per layer: the least summed loss within a fraction of ``total``, as predicted.
@@ -60,11 +57,7 @@ class TimedBudgets:
         Raises:
             BudgetError: No choice is predicted to be so fast.
         """
-        choices = plan_within(
-            self.sites, self.overrides, self.found, "latency", fraction, self.total, self.fixed,
-            self.why,
-        )  # fmt: skip
-        return [self._explained(choice) for choice in choices]
+        return [self._explained(choice) for choice in self.budgets.spend(fraction)]
 
     def loss(self, choices: Iterable[Choice]) -> float:
         """Summed predicted loss of a plan's choices."""
@@ -76,9 +69,8 @@ class TimedBudgets:
 
     def smallest(self) -> float:
         """The smallest fraction of ``total`` that is predicted to be reachable."""
-        least = sum(min(c.seconds or 0.0 for c in found) for found in self.found.values())
         # A hair more, so that rounding does not put it out of its own reach.
-        return (least + self.fixed) / self.total * (1 + 1e-9)
+        return self.budgets.smallest() * (1 + 1e-9)
 
     def _explained(self, choice: Choice) -> Choice:
         """Add measured times, and why a layer was left dense."""
@@ -123,9 +115,7 @@ def timed_candidates(
     model: nn.Module,
     sites: Iterable[LayerSite],
     found: Mapping[str, list[Candidate]],
-    table: LatencyTable,
-    setting: Setting,
-    batch: int,
+    timer: LayerTimer,
     track: Track = silent,
 ) -> tuple[dict[str, float], dict[str, list[Candidate]]]:
     """Measure every layer and its candidates, in turns.
@@ -134,9 +124,7 @@ def timed_candidates(
         model: The dense network, on the device and in the dtype of the setting.
         sites: Its layers.
         found: Candidates by layer name.
-        table: What is known already; filled.
-        setting: Where and how it runs.
-        batch: Images a batch.
+        timer: How layers are timed.
         track: Progress.
 
     Returns:
@@ -145,15 +133,17 @@ def timed_candidates(
     modules = dict(model.named_modules(remove_duplicate=False))
     free = [site for site in sites if site.name in found]
     dense, timed = {}, {}
-    for site in track(free, f"time layers, {setting.memory_format}", len(free)):
+    for site in track(free, f"time layers, {timer.setting.memory_format}", len(free)):
         module = modules[site.name]
         rewrites = [c for c in found[site.name] if c.scheme != DENSE]
         chains = [random_chain(site.geometry, c.scheme, c.ranks, module) for c in rewrites]
-        shapes = [site.input_shape(call, batch) for call in site.calls]
-        flat = table.time(
+        shapes = [site.input_shape(call, timer.batch) for call in site.calls]
+        flat = timer.table.time(
             [(layer, shape) for layer in (module, *chains) for shape in shapes],
-            setting, rounds=ROUNDS, min_seconds=MIN_SECONDS,
-        )  # fmt: skip
+            timer.setting,
+            rounds=ROUNDS,
+            min_seconds=MIN_SECONDS,
+        )
         of_layers = (flat[i : i + len(shapes)] for i in range(0, len(flat), len(shapes)))
         dense[site.name], *seconds = map(sum, of_layers)
         spent = dict(zip(rewrites, seconds, strict=True))

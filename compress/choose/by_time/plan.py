@@ -7,87 +7,74 @@ from pathlib import Path
 
 import torch
 
-from compress.calibrate.statistics import Calibration
-from compress.choose import Overrides, options, problems
+from compress.choose.budgets import Budgets, options
 from compress.choose.by_time.candidates import TimedBudgets, thinned, timed_candidates
 from compress.choose.by_time.rounding import fastest_multiple
 from compress.choose.by_time.search import slowest_within
-from compress.config import RunConfig
+from compress.choose.choices import problems
+from compress.choose.chooser import Chooser
+from compress.choose.overrides import Overrides
 from compress.files import write_atomically
 from compress.network.baseline import Network
 from compress.network.chains import random_chain, replaced
-from compress.plan import Choice, Plan
-from compress.progress import Track
-from compress.timing.layers import LatencyTable, Setting
+from compress.plan import Choice
+from compress.rules.latency import BY_TIME
+from compress.timing.layers import LatencyTable, LayerTimer, Setting
 from compress.timing.networks import Timing, time_network_formats
+from compress.timing.turns import Pace
 
 # Turns of each network in a trial, and how long each is timed in all at least.
 ROUNDS = 7
 MIN_SECONDS = 0.5
 
 
-def timed_plan(
-    network: Network,
-    calibration: Calibration,
-    config: RunConfig,
-    dtype: torch.dtype,
-    track: Track,
-) -> Plan:
-    """The plan of least predicted loss whose network, as measured, keeps ``--latency``.
+def choose_by_time(
+    network: Network, chooser: Chooser, dtype: torch.dtype, fraction: float
+) -> list[Choice]:
+    """The choices of least predicted loss whose network, as measured, keeps ``--latency``.
 
     Args:
         network: The dense baseline.
-        calibration: Its layers' statistics.
-        config: The budget, the batch, overrides and schemes.
+        chooser: Its layers' statistics, the batch, overrides and schemes.
         dtype: What the result will compute in.
-        track: Progress.
+        fraction: The budget, of the dense network's time.
 
     Raises:
-        BudgetError: No plan is so fast; the message names what can be reached.
+        BudgetError: No choice is so fast; the message names what can be reached.
         InputError: The latency table cannot be read.
     """
+    config = chooser.config
     path = Path(config.latency_table) if config.latency_table else None
     table = LatencyTable.read(path) if path is not None and path.exists() else LatencyTable()
     timer = _Timer(network, dtype, config.latency_batch)
-    budgets = _budgets(network, calibration, config, timer, table, track)
+    budgets = _budgets(chooser, timer, table, f"best within latency {fraction:g}")
     if path is not None:
         write_atomically(path, table.to_json())
-    fraction = config.rule_value or 1.0
-    found = slowest_within(budgets, timer.ratio, fraction)
-    return Plan("latency", fraction, config.metric, tuple(found.choices))
+    return slowest_within(budgets, timer.ratio, fraction).choices
 
 
-def _budgets(
-    network: Network,
-    calibration: Calibration,
-    config: RunConfig,
-    timer: _Timer,
-    table: LatencyTable,
-    track: Track,
-) -> list[TimedBudgets]:
+def _budgets(chooser: Chooser, timer: _Timer, table: LatencyTable, why: str) -> list[TimedBudgets]:
     """Timed candidates in every memory format that the network takes."""
-    device, sites = network.example.device, network.sites
+    config, sites = chooser.config, chooser.sites
+    timers = {form: timer.of_layers(table, form) for form in timer.totals}
     overrides = Overrides(config, sites)
-    free = [site for site in sites if overrides.kept(site) is None]
-    settings = {f: Setting.here(device, timer.dtype, f) for f in network.memory_formats}
     if config.round_to is None:
-        multiple = fastest_multiple(
-            timer.dense, free, table, settings[timer.dense_format], timer.batch
-        )
-        config = config.replace(round_to=multiple)
-    problem = problems(network.model, calibration, fitted=True)
-    found = options(sites, overrides, config, problem, "macs", track)
+        free = [site for site in sites if overrides.kept(site) is None]
+        multiple = fastest_multiple(timer.dense, free, timers[timer.dense_format])
+        overrides = Overrides(config.replace(round_to=multiple), sites)
+    problem = problems(chooser.model, chooser.calibration, fitted=True)
+    found = options(sites, overrides, problem, BY_TIME.size, chooser.track)
     found = {name: thinned(candidates) for name, candidates in found.items()}
-    why = f"best within latency {config.rule_value:g}"
-    if config.round_to and config.round_to > 1:
-        why += f" in ranks of {config.round_to}"
-    budgets = []
-    for form, setting in settings.items():
-        dense, timed = timed_candidates(
-            timer.dense, sites, found, table, setting, timer.batch, track
-        )
-        budgets.append(TimedBudgets(sites, overrides, timed, dense, timer.totals[form], form, why))
-    return budgets
+    multiple = overrides.config.round_to or 1
+    why += f" in ranks of {multiple}" if multiple > 1 else ""
+    made = []
+    for form, of_layers in timers.items():
+        dense, timed = timed_candidates(timer.dense, sites, found, of_layers, chooser.track)
+        total = timer.totals[form]
+        fixed = total - sum(dense.values())
+        budgets = Budgets(sites, overrides, timed, BY_TIME, total, fixed, why)
+        made.append(TimedBudgets(budgets, dense, form))
+    return made
 
 
 class _Timer:
@@ -112,9 +99,12 @@ class _Timer:
     def _time(
         self, models: dict[str, torch.nn.Module], formats: tuple[str, ...]
     ) -> dict[tuple[str, str], Timing]:
-        return time_network_formats(
-            models, self.images, formats, rounds=ROUNDS, min_seconds=MIN_SECONDS
-        )
+        return time_network_formats(models, self.images, formats, Pace(ROUNDS, MIN_SECONDS))
+
+    def of_layers(self, table: LatencyTable, memory_format: str) -> LayerTimer:
+        """How single layers are timed in a memory format, to be compared with these times."""
+        setting = Setting.here(self.images.device, self.dtype, memory_format)
+        return LayerTimer(table, setting, self.batch)
 
     def ratio(self, choices: list[Choice], memory_format: str) -> float:
         """Time of a plan's network in a memory format, over the dense one's at its best."""

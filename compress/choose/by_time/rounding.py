@@ -11,7 +11,7 @@ from compress.choose.choices import break_even
 from compress.linalg.schemes import OUTPUT
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
-from compress.timing.layers import LatencyTable, Setting
+from compress.timing.layers import LayerTimer
 
 # Tried from the largest. Rounding up is worth it while it costs less than this.
 MULTIPLES = (16, 8, 4)
@@ -24,9 +24,7 @@ MIN_SECONDS = 0.1
 def fastest_multiple(
     model: nn.Module,
     sites: Iterable[LayerSite],
-    table: LatencyTable,
-    setting: Setting,
-    batch: int,
+    timer: LayerTimer,
 ) -> int:
     """The largest multiple that ranks may be rounded up to for nothing.
 
@@ -37,9 +35,7 @@ def fastest_multiple(
     Args:
         model: The dense network.
         sites: Its layers that may be rewritten.
-        table: What is known already; filled.
-        setting: Where and how it runs.
-        batch: Images a batch.
+        timer: How layers are timed.
 
     Returns:
         One of `MULTIPLES`, or 1.
@@ -53,9 +49,9 @@ def fastest_multiple(
             continue
         ranks = [top, *(top - m + 1 for m in MULTIPLES)]
         layers = [random_chain(site.geometry, OUTPUT.name, (r,), modules[site.name]) for r in ranks]
-        shape = site.input_shape(site.calls[0], batch)
-        rounded, *short = table.time(
-            [(layer, shape) for layer in layers], setting, min_seconds=MIN_SECONDS
+        shape = site.input_shape(site.calls[0], timer.batch)
+        rounded, *short = timer.table.time(
+            [(layer, shape) for layer in layers], timer.setting, min_seconds=MIN_SECONDS
         )
         for multiple, seconds in zip(MULTIPLES, short, strict=True):
             slower[multiple].append(rounded / seconds)

@@ -1,0 +1,100 @@
+"""Choosing by what calibration found out: a `compress.rules.Planning` without images or a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress.calibrate.statistics import Calibration
+from compress.choose.budgets import Budgets, options
+from compress.choose.by_spectrum import Asked, choose_by_spectrum
+from compress.choose.choices import problems
+from compress.choose.overrides import Overrides
+from compress.config import RunConfig
+from compress.errors import ConfigError
+from compress.network.sites import LayerSite
+from compress.plan import Choice, Plan
+from compress.progress import Track, silent
+from compress.rules import Currency, RankOf
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """What rules can choose by where only statistics are known.
+
+    Attributes:
+        model: The network, norms folded.
+        sites: Its layers.
+        calibration: Their statistics.
+        config: Rule, overrides, schemes.
+        track: Progress.
+    """
+
+    model: nn.Module
+    sites: tuple[LayerSite, ...]
+    calibration: Calibration
+    config: RunConfig
+    track: Track = silent
+
+    def plan(self) -> Plan:
+        """Choose by the configuration's rule.
+
+        Raises:
+            BudgetError: The budget cannot be reached; the smallest reachable fraction is named.
+            ConfigError: Overrides that fit no layer, or a rule that needs more than statistics.
+        """
+        config = self.config
+        choices = config.chosen_rule.choose(self, config.rule_value or 0.0)
+        return Plan(config.rule, config.rule_value, config.metric, tuple(choices))
+
+    def by_spectrum(self, rank_of: RankOf | None, rule: str) -> list[Choice]:
+        """Give each layer the rank that its spectrum calls for; see `compress.rules.Planning`."""
+        overrides, problem = (
+            Overrides(self.config, self.sites),
+            problems(self.model, self.calibration),
+        )
+        asked = Asked(rank_of, rule)
+
+        def spectra(site: LayerSite) -> list[list[float]]:
+            return [spectrum.tolist() for spectrum in problem(site).plain_spectrum]
+
+        tracked = self.track(self.sites, "plan", len(self.sites))
+        return [choose_by_spectrum(site, overrides, spectra, asked) for site in tracked]
+
+    def budgets(self, currency: Currency) -> Budgets:
+        """Make the candidates that all budgets in a currency choose from."""
+        overrides = Overrides(self.config, self.sites)
+        problem = problems(self.model, self.calibration, fitted=True)
+        found = options(self.sites, overrides, problem, currency.size, self.track)
+        dense = {site.name: float(currency.size(site)) for site in self.sites}
+        fixed = sum(cost for name, cost in dense.items() if name not in found)
+        return Budgets(self.sites, overrides, found, currency, sum(dense.values()), fixed)
+
+    def within(self, currency: Currency, fraction: float) -> list[Choice]:
+        """Spend a fraction of the dense network's cost; see `compress.rules.Planning`."""
+        return self.budgets(currency).spend(fraction)
+
+    def within_time(self, fraction: float) -> list[Choice]:
+        """Refuse: time is measured on whole networks.
+
+        Raises:
+            ConfigError: Always.
+        """
+        del fraction
+        raise self._more_than_statistics()
+
+    def within_drop(self, points: float) -> list[Choice]:
+        """Refuse: accuracy is measured on images.
+
+        Raises:
+            ConfigError: Always.
+        """
+        del points
+        raise self._more_than_statistics()
+
+    def _more_than_statistics(self) -> ConfigError:
+        return ConfigError(
+            f"the {self.config.rule} rule measures whole networks, which a plan from statistics "
+            "does not"
+        )

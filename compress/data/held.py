@@ -1,0 +1,86 @@
+"""Images decoded once and kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from compress.data.images import ImageSet
+from compress.data.loading import Loader, Split
+from compress.progress import Track, silent
+
+# Sets whose decoded images take more than this are decoded again whenever they are read.
+HELD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class HeldImages(ImageSet):
+    """A set whose inputs are in memory, ``[N, ...]``; otherwise the set it was made from."""
+
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def held(self) -> bool:
+        """Whether reading an image decodes nothing."""
+        return True
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one input and its label."""
+        return self.inputs[index], self.label(index)
+
+    def stack(self, positions: Sequence[int]) -> Tensor:
+        """Return the inputs at some positions as one tensor."""
+        if isinstance(positions, range) and positions.step == 1:
+            return self.inputs[positions.start : positions.stop]
+        return self.inputs[torch.as_tensor(list(positions))]
+
+    def subset(self, positions: Sequence[int]) -> ImageSet:
+        """Return the images at some positions of this set, in the order given."""
+        chosen = self.inputs[torch.as_tensor(list(positions), dtype=torch.long)]
+        return replace(self, indices=[self.indices[p] for p in positions], inputs=chosen)
+
+
+def hold(
+    images: ImageSet, loader: Loader, track: Track = silent, cap: int = HELD_BYTES
+) -> ImageSet:
+    """Decode a set into memory.
+
+    Args:
+        images: The set.
+        loader: How it is decoded.
+        track: Progress.
+        cap: Bytes that it may take.
+
+    Returns:
+        The set with its inputs held, or as it is where they would take more than ``cap``.
+
+    Raises:
+        DataError: An image cannot be read, or two differ in shape.
+    """
+    if images.held or not len(images):
+        return images
+    first = images[0][0]
+    if first.numel() * first.element_size() * len(images) > cap:
+        return images
+    loaded = loader.batches(images)
+    inputs = torch.cat([stacked for stacked, _ in track(loaded, "read images", len(loaded))])
+    return HeldImages(
+        images.source,
+        images.preprocessing,
+        images.indices,
+        images.class_names,
+        images.label_order,
+        inputs,
+    )
+
+
+def hold_split(split: Split, loader: Loader, track: Track = silent) -> Split:
+    """Decode the images to fit and to validate on into memory, as far as each fits; see `hold`."""
+    return replace(
+        split,
+        fit=hold(split.fit, loader, track),
+        validation=hold(split.validation, loader, track),
+    )

@@ -1,0 +1,213 @@
+"""The walk from cut to cut of the graph, and training what lies between two cuts."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibrate.fisher import Objective
+from compress.fit.cuts import Segment
+from compress.fit.lockstep import Frontier, Pair
+from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
+from compress.linalg.moments import Moments
+from compress.linalg.spectrum import regularise, square_roots
+from compress.network.sites import LayerSite
+
+EPOCHS = 12
+# Images a step, whatever the batches are: results must not depend on what fits into memory.
+STEP_IMAGES = 32
+# Steps are this part of each weight's root mean square: factors are balanced, layers differ.
+STEP = 0.01
+LARGEST_GRADIENT = 10.0
+
+
+class StretchWalk(Walk):
+    """The walk that stops at the cuts of the graph.
+
+    Attributes:
+        layers: The compressed network's layers that may change, by name.
+    """
+
+    def __init__(self, traced: Traced, frontier: Frontier) -> None:
+        super().__init__(traced, frontier)
+        self.layers: dict[str, nn.Module] = {}
+
+    def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
+        """Put a module in a layer's place in the compressed network; it may change."""
+        self.layers[site.name] = module.requires_grad_(False)
+        return super().place(site, module)
+
+    def free(self, site: LayerSite) -> None:
+        """Let a dense layer differ between the networks."""
+        self.place(site, copy.deepcopy(self.lockstep.modules[site.name]))
+
+    def positions(self) -> list[int]:
+        """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
+        nodes = self.lockstep.nodes
+        first = nodes[0].name
+        images = self.frontier.look(0)[first].dense.clone()
+        environment = {first: Pair(images, images)}
+        found = []
+        with torch.no_grad():
+            for node in nodes:
+                if node.name not in environment:
+                    self.lockstep.run(environment, [node])
+                value = environment[node.name].dense
+                known = isinstance(value, Tensor) and value.dim() > 1
+                found.append(value[:, 0].numel() // len(images) if known else 0)
+        return found
+
+    def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
+        """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
+        moments: dict[int, Moments] = {}
+        fitted = self.batches(held_out=False)
+        images = sum(len(self.labels[batch]) for batch in fitted)
+        objective = Objective(images, settings.seed, settings.loss)
+        for batch in fitted:
+            for end, gradient in self._gradients(batch, segments, objective):
+                rows = channel_rows(gradient)
+                found = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
+                found.update(rows.unsqueeze(0))
+        return {
+            end: square_roots(regularise(found.second_moment))[0][0].float()
+            for end, found in moments.items()
+        }
+
+    def _gradients(
+        self, batch: int, segments: list[Segment], objective: Objective
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Gradients of a batch's loss at the ends that have channels."""
+        nodes = self.lockstep.nodes
+        value = self.frontier.look(batch)[nodes[0].name].dense.detach().clone().requires_grad_()
+        ends, at = {}, 0
+        for segment in segments:
+            value = self.lockstep.across(value, at, segment.end, compressed=False)
+            ends[segment.end], at = value, segment.end
+        output = self.lockstep.across(value, at, len(nodes) - 2, compressed=False)
+        total = objective(output, self.labels[batch])
+        gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
+        for end, gradient in zip(ends, gradients, strict=True):
+            if gradient is not None and gradient.dim() in (2, 4):
+                yield end, gradient
+
+    def advance(self, segment: Segment) -> torch.Size:
+        """Bring all batches to a stretch's start with what it should give; return its shape."""
+        shape = torch.Size()
+        with torch.no_grad():
+            for batch in range(len(self.held_out)):
+                (pair,) = self.frontier.take(batch).values()
+                dense, given = (
+                    self.lockstep.across(value, self.position, segment.start, compressed=second)
+                    for value, second in ((pair.dense, False), (pair.compressed, True))
+                )
+                target = self.lockstep.across(dense, segment.start, segment.end, compressed=False)
+                shape = target.shape
+                self.frontier.put(batch, {"stretch": Pair(target, given)})
+        self.position = segment.start
+        return shape
+
+    def finish(self, segment: Segment) -> None:
+        """Take all batches to the end of a stretch."""
+        with torch.no_grad():
+            for batch in range(len(self.held_out)):
+                (pair,) = self.frontier.take(batch).values()
+                reached = self.through(segment, pair.compressed)
+                self.frontier.put(batch, {"cut": Pair(pair.dense, reached)})
+        self.position = segment.end
+
+    def through(self, segment: Segment, given: Tensor) -> Tensor:
+        """What the compressed network's stretch makes of its input."""
+        return self.lockstep.across(given, segment.start, segment.end, compressed=True)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One stretch of the compressed network, with all batches at its start.
+
+    Attributes:
+        walk: The walk that stands there.
+        segment: Where it is, and its layers.
+        root: ``G^½ [channels, channels]`` that its error is weighted by.
+    """
+
+    walk: StretchWalk
+    segment: Segment
+    root: Tensor
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights that may change."""
+        return [p for n in self.segment.layers for p in self.walk.layers[n].parameters()]
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Weighted error on the held-out batches, the mean over their images."""
+        found = [self._loss(batch) for batch in self.walk.batches(held_out=True)]
+        return sum(float(e) * n for e, n in found) / max(sum(n for _, n in found), 1)
+
+    def train(self, scale: float, seed: int) -> None:
+        """Run Adam with a falling step over the fit images, in a seeded order.
+
+        Args:
+            scale: What errors are divided by, of their order.
+            seed: Of the order.
+        """
+        parameters = self.parameters()
+        for parameter in parameters:
+            parameter.requires_grad_()
+        self._train(parameters, scale, seed)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+    def _train(self, parameters: list[nn.Parameter], scale: float, seed: int) -> None:
+        labels, batches = self.walk.labels, self.walk.batches(held_out=False)
+        each = max(STEP_IMAGES // len(labels[0]), 1)
+        steps = [batches[i : i + each] for i in range(0, len(batches), each)]
+        sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
+        groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, sizes, strict=True)]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        total = EPOCHS * len(steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / total))
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(EPOCHS):
+            for index in torch.randperm(len(steps), generator=generator).tolist():
+                adam.zero_grad()
+                images = sum(len(labels[batch]) for batch in steps[index])
+                for batch in steps[index]:
+                    error, count = self._loss(batch)
+                    torch.autograd.backward(error * (count / images / scale))
+                nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+                adam.step()
+                schedule.step()
+
+    def _loss(self, batch: int) -> tuple[Tensor, int]:
+        """Weighted error of a batch, the mean over its images, and their number."""
+        (pair,) = self.walk.frontier.look(batch).values()
+        output = self.walk.through(self.segment, pair.compressed)
+        images = len(pair.compressed)
+        return (channel_rows(output - pair.dense) @ self.root).square().sum() / images, images
+
+
+def pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut batches anew, into the largest equal parts of a step that are no larger than the first.
+
+    Only the last piece may be smaller.
+    """
+    size, images, labels = 0, torch.empty(0), torch.empty(0)
+    for more, more_labels in batches:
+        if not size:
+            size = 1 << (min(len(more), STEP_IMAGES).bit_length() - 1)
+            images, labels = more, more_labels
+        else:
+            images, labels = torch.cat([images, more]), torch.cat([labels, more_labels])
+        while len(images) >= size:
+            yield images[:size], labels[:size]
+            images, labels = images[size:], labels[size:]
+    if len(images):
+        yield images, labels

@@ -1,0 +1,112 @@
+"""All batches at one node of the graph of both networks: what the refits walk with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from compress.calibrate.fisher import LossFunction
+from compress.fit.factors import Factors
+from compress.fit.lockstep import Frontier, Lockstep, Pair
+from compress.network.chains import build_chain
+from compress.network.sites import LayerSite
+
+# Batches of images and labels; only a loss of the user's own looks at the labels.
+Labelled = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A dense network that can be walked.
+
+    Attributes:
+        model: The network, norms folded.
+        graph: Its graph.
+        sites: Its layers by name.
+    """
+
+    model: nn.Module
+    graph: fx.Graph
+    sites: Mapping[str, LayerSite]
+
+
+@dataclass(frozen=True)
+class RefitImages:
+    """What a refit is fitted to, and what decides whether it stays."""
+
+    fit: Labelled
+    validation: Labelled
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How a refit is done.
+
+    Attributes:
+        seed: Of sampled positions, the order of batches, and random signs.
+        weigh: Whether errors are weighted by the loss; else all outputs count alike.
+        loss: The user's own, as `compress.calibrate.fisher.Objective` takes it.
+        iterations: Rounds of alternation for the factors before the last.
+        cache_bytes: Memory for activations; what exceeds it goes to disk.
+    """
+
+    seed: int = 0
+    weigh: bool = True
+    loss: LossFunction | None = None
+    iterations: int = 6
+    cache_bytes: int = 1 << 30
+
+
+class Walk:
+    """The walk of all batches through both networks.
+
+    Args:
+        traced: The dense network.
+        frontier: Where the batches' values are kept.
+
+    Attributes:
+        lockstep: The interpreter of both networks.
+        held_out: Of each batch, whether it only decides.
+        labels: Of each batch.
+        position: Index of the node that the batches stand at.
+    """
+
+    def __init__(self, traced: Traced, frontier: Frontier) -> None:
+        self.traced, self.frontier = traced, frontier
+        self.lockstep = Lockstep(traced.model, traced.graph)
+        self.device = next(traced.model.parameters()).device
+        self.held_out: list[bool] = []
+        self.labels: list[Tensor] = []
+        self.position = 0
+
+    def install(self, site: LayerSite, found: Factors) -> nn.Module:
+        """Put factors in a layer's place from here on; return the chain built of them."""
+        built = build_chain(site.geometry, found.chain, self.lockstep.modules[site.name])
+        return self.place(site, built)
+
+    def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
+        """Put a module in a layer's place in the compressed network."""
+        for alias in site.aliases:
+            self.lockstep.chains[alias] = module
+        return module
+
+    def start(self, images: RefitImages) -> None:
+        """Put every batch at the first node."""
+        first = self.lockstep.nodes[0].name
+        for batches, held_out in ((images.fit, False), (images.validation, True)):
+            for inputs, labels in batches:
+                inputs = inputs.to(self.device)
+                self.frontier.put(len(self.held_out), {first: Pair(inputs, inputs)})
+                self.held_out.append(held_out)
+                self.labels.append(labels)
+
+    def batches(self, *, held_out: bool) -> list[int]:
+        """Numbers of the batches that only decide, or of those that are fitted to."""
+        return [batch for batch, only in enumerate(self.held_out) if only == held_out]
+
+
+def channel_rows(value: Tensor) -> Tensor:
+    """``[batch, channels, ...]`` as ``[rows, channels]``."""
+    return value.flatten(2).transpose(1, 2).flatten(0, 1) if value.dim() > 2 else value

@@ -1,0 +1,129 @@
+"""What one run works on, put together once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.calibrate.collect import calibrate
+from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, Source
+from compress.config import RunConfig
+from compress.data import ImageSet, Loader
+from compress.data.held import hold, hold_split
+from compress.errors import ArtefactError
+from compress.fit.layers import Fitter
+from compress.inputs.functions import loss_function, metric_function
+from compress.inputs.load import Inputs, batch_size_for
+from compress.measure.accuracy import Yardstick
+from compress.network.baseline import Network, prepare
+from compress.progress import Track, silent
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to compress, its images, and how.
+
+    Attributes:
+        inputs: The trained network and its images, held in memory where they fit.
+        config: Rules, overrides, limits.
+        network: The dense baseline.
+        loader: How images reach it.
+        track: Progress.
+    """
+
+    inputs: Inputs
+    config: RunConfig
+    network: Network
+    loader: Loader
+    track: Track = silent
+
+    @classmethod
+    def open(cls, inputs: Inputs, config: RunConfig, track: Track = silent) -> Job:
+        """Prepare a network and read its images.
+
+        Raises:
+            ModelError: The network cannot be copied, does not run on the example, or gives NaN.
+            DataError: An image cannot be read.
+        """
+        network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+        loader = Loader(
+            batch_size_for(config, inputs.example),
+            config.workers,
+            network.example.device,
+            network.memory_format,
+        )
+        split = hold_split(inputs.split, loader, track)
+        test = inputs.test and hold(inputs.test, loader, track)
+        inputs = dataclasses.replace(inputs, split=split, test=test)
+        return cls(inputs, config, network, loader, track)
+
+    def recipe(self, schemes: tuple[str, ...]) -> Recipe:
+        """Which statistics the configuration asks for, with some schemes in play."""
+        config = self.config
+        return Recipe(
+            schemes=schemes,
+            weigh=config.metric == "loss",
+            pool=config.pools,
+            loss=loss_function(config),
+            samples_per_dimension=config.samples_per_dimension,
+            seed=config.seed,
+        )
+
+    @property
+    def yardstick(self) -> Yardstick:
+        """What networks are compared by."""
+        return Yardstick(self.loader, metric_function(self.config), self.track)
+
+    @property
+    def fitter(self) -> Fitter:
+        """What plans are carried out with."""
+        recipe = self.recipe(self.config.schemes_in_play)
+        config = self.config
+        return Fitter(
+            self.network, self.inputs.split, self.loader, recipe, config.refit, self.track
+        )
+
+    def calibrate(self, schemes: tuple[str, ...]) -> Calibration:
+        """Statistics of the fit images that some schemes need: from the file, or measured.
+
+        Raises:
+            CalibrationError: The file is damaged, or made from something else.
+            ArtefactError: There is no folder to write the file into.
+        """
+        path = Path(self.config.calibration) if self.config.calibration else None
+        fit, key = self.inputs.split.fit, self._calibration_key(schemes)
+        if path is not None and path.exists():
+            return read_calibration(path, key)
+        if path is not None and not path.parent.is_dir():
+            raise ArtefactError(
+                f"The calibration {path} cannot be written: there is no folder {path.parent}; make "
+                "it, or pass another file."
+            )
+        calibration = self._measured(fit, schemes)
+        if path is not None:
+            write_calibration(path, calibration, key)
+        return calibration
+
+    def _measured(self, fit: ImageSet, schemes: tuple[str, ...]) -> Calibration:
+        network, loaded = self.network, self.loader.batches(fit)
+        source = Source(len(fit), fit.fingerprint, self.inputs.sha256, network.memory_format)
+        tracked = self.track(loaded, "calibrate", len(loaded))
+        return calibrate(network.model, network.sites, tracked, source, self.recipe(schemes))
+
+    def _calibration_key(self, schemes: tuple[str, ...]) -> CalibrationKey:
+        config = self.config
+        statistics = (*schemes, "pooled") if config.pools else schemes
+        return CalibrationKey(
+            self.inputs.sha256,
+            self.inputs.split.fit.fingerprint,
+            {
+                "metric": config.metric,
+                "seed": config.seed,
+                "samples_per_dimension": config.samples_per_dimension,
+                "statistics": sorted(statistics),
+                "loss_fn": config.loss_fn,
+            },
+        )
