@@ -27,7 +27,7 @@ class Commands(click.Group):
         complete_var: str | None = None,
         **extra: Any,
     ) -> NoReturn:
-        """Run a command line and exit: 0, 1, 2, 3, 70 or 130 (see ``docs/cli.md``)."""
+        """Run a command line and exit: 0, 1, 2, 3, 70 or 130 (see ``docs/reference/cli.md``)."""
         extra.pop("standalone_mode", None)  # errors are always handled here
         arguments = list(sys.argv[1:] if args is None else args)
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from places import ROOT
+from places import DOCS, ROOT
 from workbench import command, paragraph
 
 from compress import __version__
@@ -45,7 +45,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_flag_is_documented(name: str) -> None:
     assert f"`compress {name}" in (ROOT / "README.md").read_text()
-    page = (ROOT / "docs" / "cli.md").read_text()
+    page = (DOCS / "reference" / "cli.md").read_text()
     assert f"`compress {name}" in page
     assert [flag for flag in sorted(flags_of(name)) if f"`{flag}" not in page] == []
 
@@ -191,7 +191,7 @@ def test_every_error_has_one_of_the_documented_codes() -> None:
         return [kind, *(found for child in kind.__subclasses__() for found in below(child))]
 
     codes = {kind.exit_code for kind in below(CompressError)}
-    page = (ROOT / "docs" / "cli.md").read_text()
+    page = (DOCS / "reference" / "cli.md").read_text()
     assert codes == {1, 2, 3}
     for code in (0, *codes, 70, 130):
         assert f"| {code} |" in page

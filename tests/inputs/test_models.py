@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import DOCS, NETWORKS
+from places import NETWORKS
 from shared_data import shared_path
 from torch import nn
 
@@ -218,15 +218,6 @@ def test_nothing_but_vision_imports_torchvision():
     for path in Path(importlib.util.find_spec("compress").origin).parent.rglob("*.py"):
         if path.parent.name != "vision":
             assert not re.search(r"^\s*(import|from) torchvision\b", path.read_text(), re.M), path
-
-
-def test_the_documentations_examples_run(monkeypatch):
-    page = DOCS / "models-and-data.md"
-    monkeypatch.chdir(page.parents[1])
-    examples = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example, page.name, "exec"), {})
 
 
 @pytest.mark.shared

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from places import ROOT
 from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import SPEC, Workbench, made_images, trained
@@ -151,13 +149,3 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtefactError, match=r"thesis\.tex"):
         compress_model(NETWORK, torch.rand(4, 2, 8, 8), output=str(tmp_path))
-
-
-@pytest.mark.parametrize("page", ["docs/index.md"])
-def test_the_documented_calls_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / page).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), {})
-    assert "best within macs" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -456,11 +455,7 @@ def test_a_grid_is_a_rule_of_its_own(config):
     assert grid.at(config.replace(threshold=0.1), 0.5).rule == "macs"
 
 
-def test_the_example_on_the_page_runs(capsys):
-    page = (DOCS / "sweep.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    exec(compile(block, "sweep.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [float(line.split()[0]) for line in lines] == [1e-3, 1e-1]
+def test_every_quantity_is_documented():
+    page = (DOCS / "reference" / "sweep.md").read_text(encoding="utf-8")
     for quantity in QUANTITIES:
         assert f"| `{quantity}` |" in page
