@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import absorbed_bias, layer_problem
-from compress.fit.in_order import Factors
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Source
+from compress.fit.factors import Factors
+from compress.fit.walk import Traced
 from compress.linalg.fit import fit
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.network.baseline import Network
@@ -42,7 +45,7 @@ def factors_of(
 ) -> dict[str, Factors]:
     batches = [(images, torch.zeros(len(images)))]
     calibration = calibrate(
-        network.model, network.sites, batches, len(images), schemes=SCHEME_NAMES
+        network.model, network.sites, batches, Source(len(images)), Recipe(schemes=SCHEME_NAMES)
     )
     found = {}
     for name, (scheme, rank) in ranks.items():
@@ -62,3 +65,15 @@ def rewritten(
 ) -> nn.Module:
     sites = {s.name: s for s in network.sites}
     return rewrite(network.model, sites, {n: f.chain for n, f in factors.items()}, kept)
+
+
+def traced_of(network: Network) -> Traced:
+    """The network as refits walk it."""
+    assert network.graph is not None
+    return Traced(network.model, network.graph, {site.name: site for site in network.sites})
+
+
+def labelled(images: Tensor, size: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images, all with label 0."""
+    parts = images.split(size or len(images))
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in parts]

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import absorbed_bias, layer_problem
-from compress.calibrate.statistics import Calibration, LayerStatistics
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, LayerStatistics, Source
 from compress.layers import kind_of, registered
 from compress.linalg.fit import Fit, Problem, fit, grid_losses, rank_grid
 from compress.linalg.geometry import Geometry
@@ -72,7 +73,7 @@ def run(case: Case, x: Tensor, sizes: tuple[int, ...], **changes: object) -> Cal
     layer = case.layer()
     sites = find_sites(layer, x[:1])
     settings: dict[str, object] = {"schemes": SCHEME_NAMES, "loss": cubic_loss, **changes}
-    return calibrate(layer, sites, batches(x, sizes), len(x), **settings)  # type: ignore[arg-type]
+    return calibrate(layer, sites, batches(x, sizes), Source(len(x)), Recipe(**settings))  # type: ignore[arg-type]
 
 
 @cache
@@ -269,7 +270,7 @@ def test_the_source_is_untouched(case: Case) -> None:
     layer, x = case.layer().train(), case.inputs()
     before, random = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
     (site,) = find_sites(layer, x[:1])
-    found = calibrate(layer, [site], batches(x, (len(x),)), len(x), loss=cubic_loss)
+    found = calibrate(layer, [site], batches(x, (len(x),)), Source(len(x)), Recipe(loss=cubic_loss))
     problem = layer_problem(site, layer, found.statistics[""])
     first = fit(problem, "output", (1,))
     bias = absorbed_bias(layer, found.statistics[""], first)
@@ -300,7 +301,11 @@ def test_output_recovers_data_of_true_rank(case: Case) -> None:
     (site,) = find_sites(layer, x[:1])
     for weigh in (True, False):
         statistics = calibrate(
-            layer, [site], batches(x, (len(x),)), len(x), loss=cubic_loss, weigh=weigh
+            layer,
+            [site],
+            batches(x, (len(x),)),
+            Source(len(x)),
+            Recipe(loss=cubic_loss, weigh=weigh),
         ).statistics[""]
         found = fit(layer_problem(site, layer, statistics), "output", (rank,))
         bias = absorbed_bias(layer, statistics, found)

@@ -262,10 +262,10 @@ def test_an_output_inside_an_input_folder_is_refused(tmp_path):
     images = tmp_path / "images"
     (images / "cat").mkdir(parents=True)
     with pytest.raises(ArtefactError, match="would read it as data"):
-        check_apart(images / "result", [images])
+        check_apart(images / "result", [images], [images])
     with pytest.raises(ArtefactError, match="would replace the input"):
-        check_apart(tmp_path, [images])
-    check_apart(tmp_path / "result", [images])
+        check_apart(tmp_path, [images], [images])
+    check_apart(tmp_path / "result", [images], [images])
 
 
 def test_an_update_keeps_what_else_is_there(tmp_path):

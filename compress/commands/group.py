@@ -25,10 +25,11 @@ class Commands(click.Group):
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
         complete_var: str | None = None,
+        standalone_mode: bool = True,  # noqa: FBT001 - click's own signature
         **extra: Any,
     ) -> NoReturn:
         """Run a command line and exit: 0, 1, 2, 3, 70 or 130 (see ``docs/reference/cli.md``)."""
-        extra.pop("standalone_mode", None)  # errors are always handled here
+        del standalone_mode  # errors are always handled here
         arguments = list(sys.argv[1:] if args is None else args)
         try:
             code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)

@@ -32,14 +32,14 @@ def plan(settings: Settings, terminal: Terminal) -> None:
     Edit "scheme" and "ranks" in the file as you like, then hand it to `compress apply`.
     """
     from compress.files import check_apart, write_atomically
-    from compress.inputs.load import input_paths
+    from compress.inputs.load import image_folders, input_paths
     from compress.pipeline.run import choose_plan
 
     config = settings.config()
     if config.output and Path(config.output).exists() and not config.force:
         raise ArtefactError(f"The plan {config.output} exists; pass --force to replace it.")
     if config.output:
-        check_apart(config.output, input_paths(config))
+        check_apart(config.output, input_paths(config), image_folders(config))
     chosen, warnings = choose_plan(config, track=terminal.track)
     if config.output:
         write_atomically(config.output, chosen.to_json())

@@ -69,7 +69,7 @@ def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     Exits with 1 if a limit broke, and says which and by how much. What a report does not hold
     (a test set, a latency) keeps no limit.
     """
-    limits = _limits(settings, {name: flags.pop(name) for name in LIMIT_HELP})
+    limits = _limits(settings, {n: flags.pop(n) for n in LIMIT_HELP if n in flags})
     asked = Asked(**flags)
     thumbnails: Mapping[int, bytes] = {}
     if asked.measures:

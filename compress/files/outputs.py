@@ -137,22 +137,29 @@ def _check_name(target: Path) -> None:
         )
 
 
-def check_apart(target: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse an output that is an input, holds one, or lies in a folder that is read as one.
+def check_apart(
+    target: str | Path, inputs: Iterable[str | Path], folders: Iterable[str | Path] = ()
+) -> None:
+    """Refuse an output that is an input, holds one, or lies in a folder that is read whole.
+
+    Args:
+        target: The output.
+        inputs: Files and folders that are read.
+        folders: Those of them in which everything is read.
 
     Raises:
         ArtefactError: It is: writing there would cost the user that input, or the next run would
-            take the result for images.
+            take the result for data.
     """
     real = Path(target).resolve()
     for path in inputs:
-        given = Path(path).resolve()
-        if given.is_relative_to(real):
+        if Path(path).resolve().is_relative_to(real):
             raise ArtefactError(
                 f"The output {target} would replace the input {path}; pass an output elsewhere."
             )
-        if given.is_dir() and real.is_relative_to(given):
+    for folder in folders:
+        if real.is_relative_to(Path(folder).resolve()):
             raise ArtefactError(
-                f"The output {target} lies in the input {path}, where the next run would read it "
+                f"The output {target} lies in the input {folder}, where the next run would read it "
                 "as data; pass an output elsewhere."
             )

@@ -110,6 +110,13 @@ def input_paths(config: RunConfig) -> list[str]:
     return [path for path in paths if path]
 
 
+def image_folders(config: RunConfig) -> list[str]:
+    """The folders whose every picture a configuration reads."""
+    heads = [split_spec(spec, DataError)[0] for spec in (config.data, config.test)]
+    found = [head.partition(":") for head in heads]
+    return [place for kind, _, place in found if kind == "imagefolder"]
+
+
 def open_images(
     spec: str, config: RunConfig, model: nn.Module, preprocessing: Preprocessing
 ) -> ImageSet:

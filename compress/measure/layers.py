@@ -131,7 +131,7 @@ def measured_losses(
         names: Aliases of every replaced layer, by name.
         inputs: Images ``[B, ...]``.
     """
-    after = dict(compressed.named_modules(remove_duplicate=False))
+    after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     losses = {}
     with torch.inference_mode(), evaluation_mode(model):
         reference = torch.log_softmax(run_model(model, inputs).double(), 1)

@@ -27,7 +27,7 @@ class Job:
     """A network to compress, its images, and how.
 
     Attributes:
-        inputs: The trained network and its images, held in memory where they fit.
+        inputs: The trained network and its images.
         config: Rules, overrides, limits.
         network: The dense baseline.
         loader: How images reach it.
@@ -42,11 +42,10 @@ class Job:
 
     @classmethod
     def open(cls, inputs: Inputs, config: RunConfig, track: Track = silent) -> Job:
-        """Prepare a network and read its images.
+        """Prepare a network.
 
         Raises:
             ModelError: The network cannot be copied, does not run on the example, or gives NaN.
-            DataError: An image cannot be read.
         """
         network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
         loader = Loader(
@@ -55,10 +54,19 @@ class Job:
             network.example.device,
             network.memory_format,
         )
-        split = hold_split(inputs.split, loader, track)
-        test = inputs.test and hold(inputs.test, loader, track)
-        inputs = dataclasses.replace(inputs, split=split, test=test)
         return cls(inputs, config, network, loader, track)
+
+    def with_images(self) -> Job:
+        """Return the job with its images decoded and held, as far as memory is set aside for them.
+
+        Raises:
+            DataError: An image cannot be read, or two differ in shape.
+        """
+        split = hold_split(self.inputs.split, self.loader, self.track)
+        test = self.inputs.test and hold(self.inputs.test, self.loader, self.track)
+        return dataclasses.replace(
+            self, inputs=dataclasses.replace(self.inputs, split=split, test=test)
+        )
 
     def recipe(self, schemes: tuple[str, ...]) -> Recipe:
         """Which statistics the configuration asks for, with some schemes in play."""

@@ -15,7 +15,7 @@ from compress.data import ImageSet, as_images, split
 from compress.errors import ConfigError, GateError, PlanError
 from compress.files import check_apart, check_output
 from compress.fit.layers import Replaced
-from compress.inputs.load import Inputs, input_paths, load_network, weights_hash
+from compress.inputs.load import Inputs, image_folders, input_paths, load_network, weights_hash
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.measure.assess import Rewritten, assess
 from compress.measure.speed import costs
@@ -56,6 +56,8 @@ def compress_network(
     with clock.stage("prepare"):
         job = Job.open(inputs, config, track)
         check_runs_in(job.network.original, job.network.example, inputs.dtype)
+    with clock.stage("read"):
+        job = job.with_images()
     with clock.stage("calibrate"):
         calibration = job.calibrate(_schemes(config, plan))
         job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
@@ -114,7 +116,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     Raises:
         CompressError: As `run`.
     """
-    job = Job.open(load_network(config), config, track)
+    job = Job.open(load_network(config), config, track).with_images()
     calibration = job.calibrate(config.schemes_in_play)
     job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
     warnings = (*job.inputs.warnings, *job.network.warnings)
@@ -140,8 +142,8 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
     """
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the result folder.")
+    check_apart(config.output, input_paths(config), image_folders(config))
     check_output(config.output, force=config.force)
-    check_apart(config.output, input_paths(config))
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)

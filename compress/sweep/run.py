@@ -11,7 +11,7 @@ from compress.config import RunConfig
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import SWEEP, atomic_update, check_apart, check_output, write_atomically
 from compress.files.leftovers import remove
-from compress.inputs.load import Inputs, input_paths, load_network
+from compress.inputs.load import Inputs, image_folders, input_paths, load_network
 from compress.pipeline.folder import save_into
 from compress.pipeline.outcome import Compressed
 from compress.pipeline.run import compress_network
@@ -66,7 +66,7 @@ def sweep(
         raise ConfigError("No output given; pass --output DIR for the sweep's folder.")
     config = config.replace(rules={})  # the grid stands for the rank rule
     check_output(config.output, force=resume or config.force, kind=SWEEP)
-    check_apart(config.output, input_paths(config))
+    check_apart(config.output, input_paths(config), image_folders(config))
     inputs = load_network(config)
     key = content_key(inputs, config, test_points=options.test_points)
     store = PointStore(Path(config.output), key, resume)
@@ -157,9 +157,9 @@ def _compressed(work: SweepWork, point: SweepPoint) -> Compressed:
     output = str(Path(work.config.output) / CHOSEN)
     config = config.replace(output=output, force=True)
     # The statistics' file goes away with the sweep: what is kept tells what it was made from.
-    statistics = work.job.config.calibration
+    statistics = work.prepared.config.calibration
     made = compress_network(
-        work.inputs, config.replace(calibration=statistics), track=work.options.track
+        work.job.inputs, config.replace(calibration=statistics), track=work.options.track
     )
     return dataclasses.replace(
         made, result=dataclasses.replace(made.result, config=config.settings())

@@ -73,7 +73,7 @@ class SweepWork:
         options: Options = Options(),
         store: PointStore | None = None,
     ) -> None:
-        self.given, self.config, self.grid = inputs, config, grid
+        self.inputs, self.config, self.grid = inputs, config, grid
         self.options, self.store = options, store
         self.calibration_seconds: float | None = None
         if not len(inputs.split.validation):
@@ -83,28 +83,28 @@ class SweepWork:
             )
 
     @cached_property
-    def job(self) -> Job:
-        """The dense baseline and its images, which are decoded once for all points."""
+    def prepared(self) -> Job:
+        """The dense baseline."""
         # Under the rule of the grid, which decides what statistics are taken.
         config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
-        return Job.open(self.given, config, self.options.track)
+        return Job.open(self.inputs, config, self.options.track)
 
-    @property
-    def inputs(self) -> Inputs:
-        """The network and its images, held where memory allows it."""
-        return self.job.inputs
+    @cached_property
+    def job(self) -> Job:
+        """The same with its images, which are decoded once for all points."""
+        return self.prepared.with_images()
 
     @property
     def network(self) -> Network:
         """The dense baseline."""
-        return self.job.network
+        return self.prepared.network
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
         """What compares points with the original, by set of images."""
-        inputs, original = self.inputs, self.network.original
+        inputs, original = self.job.inputs, self.network.original
         sets = {"validation": inputs.split.validation}
         if self.options.test_points and inputs.test is not None:
             sets["test"] = inputs.test
@@ -114,7 +114,7 @@ class SweepWork:
     @cached_property
     def calibration(self) -> Calibration:
         """The statistics, taken once; kept in the store until the sweep is done."""
-        config = self.job.config
+        config = self.prepared.config
         known = bool(config.calibration) and Path(config.calibration).exists()
         start = time.perf_counter()
         found = self.job.calibrate(config.schemes_in_play)
@@ -134,7 +134,7 @@ class SweepWork:
         if currency is None:
             return lambda value: chooser(self.grid.at(self.config, value)).plan()
         # The candidates do not depend on the budget, and they are what costs time.
-        budgets = chooser(self.job.config).budgets(currency)
+        budgets = chooser(self.prepared.config).budgets(currency)
         metric = self.config.metric
         return lambda value: Plan(rule, value, metric, tuple(budgets.spend(value)))
 

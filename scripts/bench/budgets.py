@@ -32,15 +32,16 @@ HERE = Path(__file__).resolve().parents[2]
 def measured(config: RunConfig, budgets: Sequence[Budget]) -> Iterator[tuple[Budget, EndMetric]]:
     """Each budget's result on the test images, on one calibration."""
     start = time.perf_counter()
-    job = Job.open(load_network(config), config.with_rule("macs", 0.5))
+    job = Job.open(load_network(config), config.with_rule("macs", 0.5)).with_images()
     calibration = job.calibrate(job.config.schemes_in_play)
     print(f"calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    assert job.inputs.test is not None
+    test = job.inputs.test
+    assert test is not None
     for rule, fraction in budgets:
         job = replace(job, config=config.with_rule(rule, fraction))
         replaced = job.fitter.carry_out(choose(job, calibration), calibration)
         yardstick = Yardstick(replace(job.loader, batch_size=256))
-        found = yardstick.compare(job.network.original, replaced.model, job.inputs.test)
+        found = yardstick.compare(job.network.original, replaced.model, test)
         yield (rule, fraction), found
 
 

@@ -16,7 +16,8 @@ import compress.calibrate.collect as calibrate_module
 from compress.calibrate.collect import calibrate, wants_patches
 from compress.calibrate.fisher import RandomSigns
 from compress.calibrate.problems import absorbed_bias, layer_problem
-from compress.calibrate.statistics import Calibration, LayerStatistics
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, LayerStatistics, Source
 from compress.errors import CalibrationError, ModelError
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
@@ -62,7 +63,8 @@ def run(
     sites = settings.pop("sites", None) or find_sites(model, x[:1])
     parts = torch.split(x, sizes or [len(x)])
     batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in parts]
-    return calibrate(model, sites, batches, len(x), **settings)
+    source = Source(len(x), memory_format=settings.pop("memory_format", "contiguous"))
+    return calibrate(model, sites, batches, source, Recipe(**settings))
 
 
 def site_of(model: nn.Module, x: Tensor, name: str = "") -> LayerSite:
@@ -152,16 +154,6 @@ def test_the_memory_format_changes_nothing_but_rounding() -> None:
     assert {n: (p.data_ptr(), p.stride()) for n, p in model.named_parameters()} == before
 
 
-def test_statistics_of_parts_add_up() -> None:
-    model, x = network(), images(10)
-    settings: dict[str, Any] = {"weigh": False, "schemes": ("spatial",)}
-    whole = run(model, x, **settings).statistics
-    first, second = (run(model, part, **settings).statistics for part in (x[:3], x[3:]))
-    for name, statistics in first.items():
-        statistics.merge(second[name])
-        assert_same(statistics, whole[name])
-
-
 def test_a_shared_layer_pools_its_calls_and_is_seen_before_in_place_operations() -> None:
     model, x = network(), images(6)
     found = run(model, x, weigh=False, schemes=("output",)).statistics["shared"]
@@ -247,7 +239,7 @@ def test_a_loss_of_the_users_own_gets_the_labels() -> None:
     sites = find_sites(layer, x[:1])
     batches = [(x[:2], labels[:2]), (x[2:], labels[2:])]
     found = calibrate(
-        layer, sites, batches, 5, loss=lambda y, t: (y * t.unsqueeze(1)).sum()
+        layer, sites, batches, Source(5), Recipe(loss=lambda y, t: (y * t.unsqueeze(1)).sum())
     ).statistics[""]
     assert found.weighting is not None
     wanted = (labels.double() ** 2).mean() * torch.ones(1, 2, 2, dtype=torch.float64)

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
-from compress.calibrate.statistics import Calibration
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, Source
 from compress.errors import CalibrationError
 from compress.network.baseline import Network, prepare
 
@@ -27,17 +28,20 @@ def network() -> Network:
 def calibration(network: Network) -> Calibration:
     images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return calibrate(
-        network.model, network.sites, [(images, torch.zeros(16))], 16,
-        schemes=("output", "spatial"), weigh=True,
-    )  # fmt: skip
+        network.model,
+        network.sites,
+        [(images, torch.zeros(16))],
+        Source(16),
+        Recipe(schemes=("output", "spatial"), weigh=True),
+    )
 
 
 def test_what_is_read_is_what_was_written(calibration: Calibration, tmp_path: Path) -> None:
     file = tmp_path / "cal.safetensors"
     write_calibration(file, calibration, KEY)
     found = read_calibration(file, KEY)
-    assert (found.images, found.metric) == (16, "loss")
-    assert (found.data_fingerprint, found.model_fingerprint) == ("data", "model")
+    assert (found.source.images, found.metric) == (16, "loss")
+    assert (found.source.data, found.source.model) == ("data", "model")
     assert found.statistics.keys() == calibration.statistics.keys()
     for name, statistics in calibration.statistics.items():
         moments = found.statistics[name].moments()
@@ -80,7 +84,7 @@ def test_fewer_schemes_find_all_they_need(calibration: Calibration, tmp_path: Pa
     found = read_calibration(
         file, CalibrationKey("model", "data", {"seed": 0, "statistics": ["output"]})
     )
-    assert found.images == 16
+    assert found.source.images == 16
 
 
 def test_damaged_and_foreign_files_are_refused(calibration: Calibration, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from compress.calibrate import pooled
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import fit_problem, layer_problem
-from compress.calibrate.statistics import LayerStatistics
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import LayerStatistics, Source
 from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.network.sites import LayerSite, find_sites
@@ -31,7 +32,9 @@ def collected(case: Case, sizes: tuple[int, ...]) -> tuple[nn.Module, LayerSite,
     layer, x = case.layer(), case.inputs()
     (site,) = find_sites(layer, x[:1])
     parts = [(part, torch.zeros(len(part))) for part in x.split(list(sizes))]
-    found = calibrate(layer, (site,), parts, len(x), schemes=SCHEME_NAMES, pool=True, loss=loss)
+    found = calibrate(
+        layer, (site,), parts, Source(len(x)), Recipe(schemes=SCHEME_NAMES, pool=True, loss=loss)
+    )
     return layer, site, found.statistics[""]
 
 
@@ -119,10 +122,17 @@ def test_a_sketch_of_the_channels_is_right_on_average(monkeypatch: pytest.Monkey
     total = torch.zeros_like(whole.pooled.second_moment)
     layer, x = case.layer(), case.inputs()
     for seed in range(100):
-        found = calibrate(
-            layer, (site,), [(x, torch.zeros(6))], 6,
-            schemes=SCHEME_NAMES, pool=True, loss=loss, seed=seed,
-        ).statistics[""].pooled  # fmt: skip
+        found = (
+            calibrate(
+                layer,
+                (site,),
+                [(x, torch.zeros(6))],
+                Source(6),
+                Recipe(schemes=SCHEME_NAMES, pool=True, loss=loss, seed=seed),
+            )
+            .statistics[""]
+            .pooled
+        )
         assert found is not None
         assert found.count == 6 * 4
         total += found.second_moment / 100
@@ -135,9 +145,12 @@ def test_without_any_gradient_the_plain_metric_is_left() -> None:
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     (site,) = find_sites(layer, x[:1])
     found = calibrate(
-        layer, (site,), [(x, torch.zeros(4))], 4,
-        schemes=SCHEME_NAMES, pool=True, loss=lambda output, _: (0 * output).sum(),
-    ).statistics[""]  # fmt: skip
+        layer,
+        (site,),
+        [(x, torch.zeros(4))],
+        Source(4),
+        Recipe(schemes=SCHEME_NAMES, pool=True, loss=lambda output, _: (0 * output).sum()),
+    ).statistics[""]
     plain, problem = layer_problem(site, layer, found), fit_problem(site, layer, found)
     assert problem.input_covariance is not None
     assert plain.input_covariance is not None

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from shared_data import SHARED
 
 from compress.choose.knapsack import UnreachableBudgetError, allocate, frontier
-from compress.choose.spectrum import rank_by_energy, rank_by_threshold
 from compress.errors import BudgetError, CalibrationError
 from compress.plan import Candidate
+from compress.rules.spectrum import rank_by_energy, rank_by_threshold
 
 SPECTRA = SHARED / "data" / "mnist-width32-spectra.json"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench import Workbench, paragraph
 
 from compress.artefact.manifest import read_manifest
-from compress.choose import problems
+from compress.choose import Budgets, problems
 from compress.choose.by_time.candidates import TimedBudgets, thinned, timed_candidates
 from compress.choose.by_time.rounding import fastest_multiple
 from compress.choose.by_time.search import slowest_within
@@ -25,8 +25,9 @@ from compress.errors import BudgetError
 from compress.network.chains import random_chain
 from compress.network.sites import find_sites
 from compress.plan import Candidate, Choice
+from compress.rules.latency import BY_TIME
 from compress.running.forward import forward_hooks
-from compress.timing.layers import LatencyTable, Setting
+from compress.timing.layers import LatencyTable, LayerTimer, Setting
 from compress.timing.networks import Timing
 
 
@@ -45,7 +46,7 @@ def parameters(module: nn.Module) -> int:
 def parameters_cost_time(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     del bench  # which stops the clock, and has to do so first
 
-    def by_parameters(models: Any, images: Tensor, formats: Any, **_: Any) -> Any:
+    def by_parameters(models: Any, images: Tensor, formats: Any, *_: Any) -> Any:
         return {
             (name, form): Timing(1e-6 * len(images) * parameters(model), 1, len(images), form, 1)
             for name, model in models.items()
@@ -100,7 +101,7 @@ def test_candidates_cost_what_all_their_calls_take() -> None:
     small = Candidate("output", (2,), 0.5, 10, 20)
     setting = Setting.here()
     seconds, timed = timed_candidates(
-        model, sites, {"shared": [dense, small]}, ParameterTable(), setting, 4
+        model, sites, {"shared": [dense, small]}, LayerTimer(ParameterTable(), setting, 4)
     )
     weights = 8 * 8 * 9 + 8
     assert seconds == {"shared": pytest.approx(2 * 4e-6 * weights)}
@@ -112,7 +113,9 @@ def test_candidates_cost_what_all_their_calls_take() -> None:
         ("dense", (), 0.0), ("output", (2,), 0.5),
     ]  # fmt: skip
     # Ranks that the user fixed leave no dense candidate, and none is put in.
-    _, fixed = timed_candidates(model, sites, {"shared": [small]}, ParameterTable(), setting, 4)
+    _, fixed = timed_candidates(
+        model, sites, {"shared": [small]}, LayerTimer(ParameterTable(), setting, 4)
+    )
     assert [c.scheme for c in fixed["shared"]] == ["output"]
 
 
@@ -168,14 +171,14 @@ def test_ranks_are_rounded_to_what_the_device_computes_anyway(block: int) -> Non
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 128, 3), nn.Conv2d(128, 128, 3)).eval()
     sites = find_sites(model, torch.randn(1, 3, 12, 12))
     table = SteppedTable(block=block)
-    assert fastest_multiple(model, sites, table, Setting.here(), 2) == block
+    assert fastest_multiple(model, sites, LayerTimer(table, Setting.here(), 2)) == block
     assert max(table.asked) % 16 == 0
 
 
 def test_narrow_layers_are_not_rounded() -> None:
     model = nn.Conv2d(3, 8, 3).eval()
     sites = find_sites(model, torch.randn(1, 3, 12, 12))
-    assert fastest_multiple(model, sites, SteppedTable(), Setting.here(), 2) == 1
+    assert fastest_multiple(model, sites, LayerTimer(SteppedTable(), Setting.here(), 2)) == 1
 
 
 def timed_budgets(
@@ -190,12 +193,14 @@ def timed_budgets(
         for rank, s in zip(range(len(seconds), 0, -1), seconds[1:], strict=False)
     ]
     overrides = Overrides(RunConfig(), sites)
-    return TimedBudgets(sites, overrides, {"": found}, {"": seconds[0]}, total, memory_format)
+    fixed = total - seconds[0]
+    budgets = Budgets(sites, overrides, {"": found}, BY_TIME, total, fixed, "best within latency")
+    return TimedBudgets(budgets, {"": seconds[0]}, memory_format)
 
 
 def test_a_budget_of_time_takes_the_best_that_is_fast_enough_and_says_why() -> None:
     budgets = timed_budgets([4.0, 3.0, 2.0, 1.0, 0.5], total=10.0)
-    assert budgets.fixed == 6.0
+    assert budgets.budgets.fixed == 6.0
     assert budgets.smallest() == pytest.approx(0.65)
     made = budgets.spend(0.85)[0]
     assert (made.scheme, made.seconds, made.dense_seconds) == ("output", 2.0, 4.0)

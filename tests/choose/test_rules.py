@@ -16,15 +16,16 @@ from shared_data import shared_path
 from torch import nn
 
 from compress.calibrate.collect import calibrate
-from compress.calibrate.statistics import Calibration
-from compress.choose import break_even, check_plan, make_plan, scheme_cost
-from compress.choose.spectrum import rank_by_energy, rank_by_threshold
-from compress.config import RunConfig
+from compress.calibrate.recipe import Recipe
+from compress.calibrate.statistics import Calibration, Source
+from compress.choose import Chooser, break_even, check_plan, scheme_cost
+from compress.config import RunConfig, make_config
 from compress.demo_data.network import width32
 from compress.errors import BudgetError, ConfigError, PlanError
 from compress.network.baseline import Network, prepare
 from compress.network.sites import find_sites
 from compress.plan import Plan, read_plan
+from compress.rules.spectrum import rank_by_energy, rank_by_threshold
 
 HAND_PICKED = {
     "conv1": "9", "conv2": "24", "conv3": "48", "conv4": "48", "conv5": "120", "conv6": "120",
@@ -42,12 +43,12 @@ def network() -> Network:
 def calibration(network: Network) -> Calibration:
     images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     batches = [(images, torch.zeros(32))]
-    return calibrate(network.model, network.sites, batches, 32, weigh=False)
+    return calibrate(network.model, network.sites, batches, Source(32), Recipe(weigh=False))
 
 
 def chosen(network: Network, calibration: Calibration, **given: object) -> Plan:
-    config = RunConfig(metric="mse", **given)  # type: ignore[arg-type]
-    return make_plan(network.model, network.sites, calibration, config)
+    config = make_config({"metric": "mse", **given})
+    return Chooser(network.model, network.sites, calibration, config).plan()
 
 
 @pytest.mark.shared
@@ -69,15 +70,17 @@ def test_hand_picked_ranks_and_what_they_cost() -> None:
     model = width32()
     sites = find_sites(model, torch.rand(1, 1, 28, 28))
     images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    calibration = calibrate(model, sites, [(images, torch.zeros(8))], 8, weigh=False)
+    calibration = calibrate(
+        model, sites, [(images, torch.zeros(8))], Source(8), Recipe(weigh=False)
+    )
     config = RunConfig(rank=HAND_PICKED, metric="mse")
-    forced = make_plan(model, sites, calibration, config.replace(force_rank=True))
+    forced = Chooser(model, sites, calibration, config.replace(force_rank=True)).plan()
     assert [c.scheme for c in forced.choices] == ["output"] * 6 + ["dense"]
     params = [sum(getattr(c, k) for c in forced.choices) for k in ("dense_params", "params")]
     assert params == [205_802, 218_683]
     macs = [sum(getattr(c, k) for c in forced.choices) for k in ("dense_macs", "macs")]
     assert 1 - macs[1] / macs[0] == pytest.approx(0.131, abs=5e-4)
-    own = make_plan(model, sites, calibration, config)
+    own = Chooser(model, sites, calibration, config).plan()
     kept = [c.name for c in own.choices if not c.rewritten]
     assert kept == ["conv1", "conv5", "conv6", "head"]
     for name in ("conv1", "conv5", "conv6"):

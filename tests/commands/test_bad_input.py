@@ -32,41 +32,50 @@ class Exploit:
         return os.mkdir, (str(self.path),)
 
 
+def truncated_torch(path: Path) -> None:
+    torch.save(NETWORK.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def other_weights(**changed: torch.Tensor) -> Callable[[Path], None]:
+    return lambda path: save_file({**NETWORK.state_dict(), **changed}, path)
+
+
+# What stands at the checkpoint's place.
+BAD_CHECKPOINTS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "truncated header": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "truncated torch": truncated_torch,
+    "web page": lambda path: path.write_bytes(
+        b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20
+    ),
+    "architecture": lambda path: save_file(
+        {f"layer.{k}": v for k, v in NETWORK.state_dict().items()}, path
+    ),
+    "classes": other_weights(
+        **{k: v[:2].clone() for k, v in NETWORK.state_dict().items() if k.startswith("head")}
+    ),
+    "nan": other_weights(
+        **{"conv2.weight": torch.full_like(NETWORK.state_dict()["conv2.weight"], torch.nan)}
+    ),
+    "no tensors": lambda path: torch.save({"epoch": 3}, path),
+    "code": lambda path: path.write_bytes(
+        pickle.dumps({"state_dict": Exploit(path.parent / "owned")})
+    ),
+    "torch code": lambda path: torch.save({"state_dict": Exploit(path.parent / "owned")}, path),
+}
+
+
 def bad_checkpoint(kind: str, bench: Workbench) -> str:
     path = Path(bench.checkpoint)
-    content = path.read_bytes()
-    if kind in ("web page", "code", "torch code"):
-        path = path.with_suffix(".pt")
-    state = NETWORK.state_dict()
     if kind == "missing":
         return str(bench.folder / "wieghts.safetensors")
     if kind == "folder":
         return str(bench.folder)
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "truncated header":
-        path.write_bytes(content[:40])
-    elif kind == "truncated torch":
-        torch.save(state, path)
-        path.write_bytes(path.read_bytes()[:-500])
-    elif kind == "web page":
-        path.write_bytes(b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n" * 20)
-    elif kind == "architecture":
-        save_file({f"layer.{k}": v for k, v in state.items()}, path)
-    elif kind == "classes":
-        save_file({k: v[:2].clone() if k.startswith("head") else v for k, v in state.items()}, path)
-    elif kind == "nan":
-        save_file(
-            {**state, "conv2.weight": torch.full_like(state["conv2.weight"], torch.nan)}, path
-        )
-    elif kind == "no tensors":
-        torch.save({"epoch": 3}, path)
-    elif kind == "code":
-        path.write_bytes(pickle.dumps({"state_dict": Exploit(bench.folder / "owned")}))
-    elif kind == "torch code":
-        torch.save({"state_dict": Exploit(bench.folder / "owned")}, path)
+    if kind in ("web page", "code", "torch code"):
+        path = path.with_suffix(".pt")
+    BAD_CHECKPOINTS[kind](path)
     return str(path)
 
 
@@ -270,7 +279,7 @@ def test_a_calibration_in_no_folder_is_refused_before_the_work(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.job.calibrate", forbidden)
     file = str(bench.folder / "missing" / "cal.safetensors")
     text = paragraph(bench.run("--energy", "0.9", calibration=file), 3)
     assert f"no folder {bench.folder / 'missing'}" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from workbench import command, paragraph
 from compress import __version__
 from compress.commands import cli
 from compress.commands.options import GROUPS, Settings
-from compress.config import RunConfig
+from compress.config import Role, settings_of
 from compress.errors import CompressError
 
 COMMANDS = sorted(cli.commands)
@@ -58,7 +57,7 @@ def test_every_flag_says_what_it_does(name: str) -> None:
 
 def test_every_setting_has_a_flag() -> None:
     offered = {p.name for p in cli.commands["run"].params if isinstance(p, click.Option)}
-    settings = {field.name for field in dataclasses.fields(RunConfig)}
+    settings = set(settings_of(*Role))
     assert settings - offered == ARGUMENTS
 
 
@@ -132,14 +131,14 @@ def test_flags_win_over_the_file_and_the_file_over_the_base() -> None:
     file = {"energy": 0.9, "seed": 3, "keep": ["a"], "resize": 8}
     settings = Settings(file, {"seed": 4, "keep": ["b"]})
     config = settings.config(resize=4, crop=4, seed=1)
-    assert (config.energy, config.seed, config.keep) == (0.9, 4, ("b",))
+    assert (config.rules["energy"], config.seed, config.keep) == (0.9, 4, ("b",))
     assert (config.resize, config.crop) == (8, 4)
     assert config.batch_size is None
 
 
 def test_a_flag_with_a_rule_replaces_the_rule_of_the_file() -> None:
     config = Settings({"energy": 0.9, "seed": 3}, {"macs": 0.5}).config()
-    assert (config.rule, config.energy, config.seed) == ("macs", None, 3)
+    assert (config.rules.keys(), config.seed) == ({"macs"}, 3)
 
 
 def test_threads_reach_torch() -> None:

@@ -83,7 +83,7 @@ def test_equal_runs_give_equal_bytes(bench: Workbench) -> None:
 def test_the_configuration_beside_the_result_repeats_it(bench: Workbench) -> None:
     assert bench.run("--energy", "0.9", "--keep", "head", "--seed", "5").exit_code == 0
     config = make_config(read_toml(bench.output() / "config.toml"))
-    assert (config.energy, config.keep, config.seed) == (0.9, ("head",), 5)
+    assert (config.rules["energy"], config.keep, config.seed) == (0.9, ("head",), 5)
     assert (config.checkpoint, config.model) == (bench.checkpoint, SPEC)
     result = command("run", "--config", str(bench.output() / "config.toml"), "--force", "--json")
     assert result.exit_code == 0, result.stderr
@@ -209,7 +209,7 @@ def test_plan_and_apply_share_a_calibration(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.job.calibrate", forbidden)
     given = (*common, "--checkpoint", bench.checkpoint, "--test", bench.test)
     result = command("apply", plan, *given, "--output", str(bench.output("applied")))
     assert result.exit_code == 0, result.stderr
@@ -263,7 +263,7 @@ def test_a_calibration_is_written_once_and_reused(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("compress.pipeline.run.calibrate", forbidden)
+    monkeypatch.setattr("compress.pipeline.job.calibrate", forbidden)
     again = bench.run("--energy", "0.9", *file, "--force")
     assert again.exit_code == 0
     assert (bench.output() / "model.safetensors").read_bytes() == first

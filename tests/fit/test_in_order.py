@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from refitting import Residual, factors_of, rewritten
+from refitting import Residual, factors_of, labelled, rewritten, traced_of
 from torch import Tensor, nn
 
 from compress.errors import ArtefactError
-from compress.fit.in_order import _Walk, refit
+from compress.fit.in_order import _InOrder, refit
 from compress.fit.lockstep import Frontier, Lockstep, Pair, residual_partner
+from compress.fit.walk import RefitImages, RefitSettings
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.network.baseline import Network, prepare
 
@@ -42,8 +43,8 @@ def test_lockstep_computes_what_both_networks_compute_apart(
     factors = factors_of(network, images, RANKS)
     compressed = rewritten(network, factors)
     assert network.graph is not None
-    chains = {name: compressed.get_submodule(name) for name in RANKS}
-    lockstep = Lockstep(network.model, network.graph, chains)
+    lockstep = Lockstep(network.model, network.graph)
+    lockstep.chains |= {name: compressed.get_submodule(name) for name in RANKS}
     output = next(n for n in lockstep.nodes if n.op == "output").all_input_nodes[0]
     given = images.clone()
     with torch.no_grad():
@@ -57,8 +58,8 @@ def test_lockstep_computes_what_both_networks_compute_apart(
 
 def test_lockstep_computes_a_shared_prefix_once(network: Network, images: Tensor) -> None:
     assert network.graph is not None
-    chains = {"second": copy.deepcopy(network.model.second)}
-    lockstep = Lockstep(network.model, network.graph, chains)
+    lockstep = Lockstep(network.model, network.graph)
+    lockstep.chains["second"] = copy.deepcopy(network.model.get_submodule("second"))
     nodes = {n.name: n for n in lockstep.nodes}
     environment = {lockstep.nodes[0].name: Pair(images, images)}
     with torch.no_grad():
@@ -86,9 +87,11 @@ def test_the_partner_of_a_sum_is_found_where_it_is_known_already(network: Networ
 def test_the_target_is_what_the_sum_lacks(network: Network, images: Tensor, tmp_path: Path) -> None:
     factors = factors_of(network, images, RANKS)
     compressed = rewritten(network, factors)
-    assert network.graph is not None
-    sites = {s.name: s for s in network.sites}
-    walk = _Walk(network.model, network.graph, sites, factors, Frontier(1 << 30, tmp_path), 0)
+    traced = traced_of(network)
+    sites = traced.sites
+    walk = _InOrder(traced, Frontier(1 << 30, tmp_path))
+    for name, found in factors.items():
+        walk.install(sites[name], found)
     seen: dict[str, Tensor] = {}
 
     def watch(model: nn.Module, key: str) -> None:
@@ -103,9 +106,9 @@ def test_the_target_is_what_the_sum_lacks(network: Network, images: Tensor, tmp_
     watch(network.model, "dense")
     watch(compressed, "compressed")
     with torch.no_grad():
-        walk.start([images], [images])
+        walk.start(RefitImages(labelled(images), labelled(images)))
         node = next(n for n in walk.lockstep.nodes if n.name == "second")
-        train, _ = walk.advance(node, sites["second"])
+        train = walk.advance(node, sites["second"], 0).train
     # second's input is also its shortcut here
     target = seen["dense out"] + seen["dense in"] - seen["compressed in"]
     geometry = sites["second"].geometry
@@ -121,12 +124,9 @@ def test_the_target_is_what_the_sum_lacks(network: Network, images: Tensor, tmp_
 
 def test_refitting_lowers_the_error_of_the_whole_network(network: Network, images: Tensor) -> None:
     factors = factors_of(network, images[:36], RANKS)
-    assert network.graph is not None
-    sites = {s.name: s for s in network.sites}
     before = copy.deepcopy(network.model.state_dict())
-    new, outcome = refit(
-        network.model, network.graph, sites, factors, images[:36].split(9), images[36:].split(12)
-    )
+    given = RefitImages(labelled(images[:36], 9), labelled(images[36:], 12))
+    new, outcome = refit(traced_of(network), factors, given)
     assert any(new[n] is not factors[n] for n in factors)
     for name, change in outcome.items():
         assert change.after <= change.before
@@ -144,15 +144,11 @@ def test_refitting_lowers_the_error_of_the_whole_network(network: Network, image
 
 def test_spilling_to_disk_changes_nothing(network: Network, images: Tensor) -> None:
     factors = factors_of(network, images, RANKS)
-    assert network.graph is not None
-    sites = {s.name: s for s in network.sites}
+    given = RefitImages(labelled(images[:36], 9), labelled(images[36:], 12))
     found = [
-        refit(
-            network.model, network.graph, sites, factors, images[:36].split(9),
-            images[36:].split(12), cache_bytes=cap,
-        )[0]
+        refit(traced_of(network), factors, given, RefitSettings(cache_bytes=cap))[0]
         for cap in (1 << 30, 0)
-    ]  # fmt: skip
+    ]
     for name in factors:
         for a, b in zip(found[0][name].fit.weights, found[1][name].fit.weights, strict=True):
             assert torch.equal(a, b)

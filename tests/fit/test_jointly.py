@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from refitting import Residual, factors_of, rewritten
+from refitting import Residual, factors_of, labelled, rewritten, traced_of
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from compress.fit import jointly as segments
+from compress.fit import stretches
 from compress.fit.cuts import Segment, find_segments, join
-from compress.fit.in_order import Factors
-from compress.fit.jointly import Improved, refit_segments
+from compress.fit.factors import Factors
+from compress.fit.jointly import Improved, Movable, refit_jointly
 from compress.fit.lockstep import Frontier
+from compress.fit.stretches import StretchWalk, pieces
+from compress.fit.walk import RefitImages, RefitSettings
 from compress.linalg.fit import Covariances, Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
 from compress.network.baseline import Network, prepare
@@ -42,19 +43,17 @@ def factors(network: Network, images: Tensor) -> dict[str, Factors]:
     return factors_of(network, images[:64], RANKS)
 
 
-def batches(images: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(size)]
-
-
 def improved(
-    network: Network, images: Tensor, factors: dict[str, Factors], size: int = 8, **changes: Any
+    network: Network,
+    images: Tensor,
+    factors: dict[str, Factors],
+    *,
+    size: int = 8,
+    free: tuple[str, ...] = (),
+    settings: RefitSettings = RefitSettings(),
 ) -> Improved:
-    assert network.graph is not None
-    sites = {site.name: site for site in network.sites}
-    return refit_segments(
-        network.model, network.graph, sites, factors,
-        batches(images[:64], size), batches(images[64:], size), **changes,
-    )  # fmt: skip
+    given = RefitImages(labelled(images[:64], size), labelled(images[64:], size))
+    return refit_jointly(traced_of(network), Movable(factors, free), given, settings)
 
 
 def until_pooled(model: nn.Module, x: Tensor) -> Tensor:
@@ -107,9 +106,8 @@ def test_a_stretch_ends_before_a_pooling(network: Network) -> None:
 
 
 def test_positions_are_those_of_one_image(network: Network, images: Tensor, tmp_path: Path) -> None:
-    assert network.graph is not None
-    walk = segments._Walk(network.model, network.graph, Frontier(1 << 30, tmp_path))
-    walk.start([(images[:5], torch.zeros(5))], [])
+    walk = StretchWalk(traced_of(network), Frontier(1 << 30, tmp_path))
+    walk.start(RefitImages(labelled(images[:5]), []))
     *found, output = walk.positions()
     assert found == positions_of(network)[:-1]
     assert output == 0
@@ -148,9 +146,9 @@ def test_the_plain_error_falls_on_images_that_nothing_was_fitted_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Measured on the rewritten models, at the cut that the stretch is fitted for."""
-    monkeypatch.setattr(segments, "EPOCHS", 20)
+    monkeypatch.setattr(stretches, "EPOCHS", 20)
     start = {name: factors[name] for name in ("first", "second")}
-    found = improved(network, images, start, weigh=False, free=free)
+    found = improved(network, images, start, free=free, settings=RefitSettings(weigh=False))
     assert any(found.factors[name] is not start[name] for name in start)
     assert set(found.kept) == set(free)
     held_out = images[64:]
@@ -181,7 +179,7 @@ def test_a_free_layer_changes_its_values_and_nothing_else(
 def test_what_gets_no_better_stays(
     network: Network, images: Tensor, factors: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segments, "STEP", 100.0)
+    monkeypatch.setattr(stretches, "STEP", 100.0)
     found = improved(network, images, factors, free=("head",))
     assert all(found.factors[name] is factors[name] for name in factors)
     assert not found.kept
@@ -220,7 +218,7 @@ def test_the_batches_do_not_matter(
 def test_pieces_are_equal_parts_of_a_step(sizes: list[int], wanted: list[int]) -> None:
     numbers = torch.arange(sum(sizes))
     given = [(part.unsqueeze(1), part) for part in torch.split(numbers, sizes)] if sizes else []
-    found = list(segments._pieces(given))
+    found = list(pieces(given))
     assert [len(x) for x, _ in found] == wanted
     if wanted:
         assert torch.equal(torch.cat([x for x, _ in found]).squeeze(1), numbers)
@@ -230,7 +228,10 @@ def test_pieces_are_equal_parts_of_a_step(sizes: list[int], wanted: list[int]) -
 def test_spilling_to_disk_changes_nothing(
     network: Network, images: Tensor, factors: dict[str, Factors]
 ) -> None:
-    memory, disk = (improved(network, images, factors, cache_bytes=n).factors for n in (1 << 30, 0))
+    memory, disk = (
+        improved(network, images, factors, settings=RefitSettings(cache_bytes=n)).factors
+        for n in (1 << 30, 0)
+    )
     for name, factor in memory.items():
         assert torch.equal(factor.fit.matrix, disk[name].fit.matrix)
         assert torch.equal(factor.bias, disk[name].bias)

@@ -11,13 +11,11 @@ from networks.tiny import tiny
 from torch import Tensor, nn
 from workbench import made_images
 
-from compress.config import RunConfig
-from compress.data import as_images, batches
+from compress.data import Loader, as_images, batches
 from compress.errors import DataError, ModelError
-from compress.measure.accuracy import all_logits, compare, require_labels
-from compress.measure.gates import check_gates
+from compress.inputs.functions import Metric
+from compress.measure.accuracy import Yardstick, all_logits, require_labels
 from compress.measure.layers import measure_layers, measured_losses
-from compress.result import EndMetric, LayerErrors, LayerResult, MeasuredError
 
 
 def low_rank(layer: nn.Conv2d, rank: int) -> nn.Sequential:
@@ -117,13 +115,16 @@ def test_the_loss_of_one_layer_is_its_divergence(pair: tuple[nn.Module, nn.Modul
         assert isinstance(getattr(before, name), nn.Conv2d)
 
 
+FIVE = Yardstick(Loader(5))
+
+
 def test_comparing_equal_and_unequal_models(pair: tuple[nn.Module, nn.Module]) -> None:
     before, after = (m.float() for m in pair)
     pixels, labels = made_images(12)
     images = as_images((torch.tensor(pixels).unsqueeze(1).float() / 255, torch.tensor(labels)))
-    same = compare(before, before, images, RunConfig(), batch_size=5)
+    same = FIVE.compare(before, before, images)
     assert (same.agreement, same.drop, same.mean_kl) == (1.0, 0.0, pytest.approx(0.0, abs=1e-12))
-    found = compare(before, after, images, RunConfig(), batch_size=5)
+    found = FIVE.compare(before, after, images)
     with torch.no_grad():
         x = torch.stack([images[i][0] for i in range(12)])
         a, b = before(x).argmax(1), after(x).argmax(1)
@@ -134,9 +135,9 @@ def test_comparing_equal_and_unequal_models(pair: tuple[nn.Module, nn.Module]) -
     assert found.drop == pytest.approx(100 * (right[0] - right[1]))
     loaded = batches(images, 5)
     known = all_logits(before, loaded, "test")
-    assert compare(before, after, images, RunConfig(), batch_size=5, before_logits=known) == found
+    assert FIVE.compare(before, after, images, before_logits=known) == found
     unlabelled = as_images(torch.tensor(pixels).unsqueeze(1).float() / 255)
-    assert compare(before, after, unlabelled, RunConfig(), batch_size=5).top1_before is None
+    assert FIVE.compare(before, after, unlabelled).top1_before is None
     with pytest.raises(DataError, match="no labels"):
         require_labels(unlabelled)
 
@@ -145,46 +146,7 @@ def test_outputs_that_are_no_logits_ask_for_a_metric() -> None:
     images = as_images(torch.rand(4, 1, 8, 8))
     with pytest.raises(ModelError, match="--metric-fn"):
         all_logits(nn.Conv2d(1, 2, 3), batches(images, 2), "test")
-    found = compare(
-        nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3), images, RunConfig(), batch_size=2,
-        metric=lambda _, loaded: float(len(loaded)),
-    )  # fmt: skip
+    own = Metric("batches", lambda _, loaded: float(len(loaded)))
+    found = Yardstick(Loader(2), own).compare(nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3), images)
     assert found.custom is not None
     assert (found.custom.before, found.drop) == (2.0, 0.0)
-
-
-def layer(name: str, relative: float | None) -> LayerResult:
-    errors = LayerErrors(validation_alone=MeasuredError(1.0, relative))
-    return LayerResult(name=name, kind="Conv2d", scheme="output", errors=errors)
-
-
-@pytest.mark.parametrize(
-    ("limits", "passed"),
-    [
-        ({"max_drop": 1.0}, True),
-        ({"max_drop": 0.5}, True),
-        ({"max_drop": 0.49}, False),
-        ({"min_agreement": 0.98}, True),
-        ({"min_agreement": 0.981}, False),
-        ({"max_layer_relative_mse": 0.2}, True),
-        ({"max_layer_relative_mse": 0.19}, False),
-        ({"max_drop": 1.0, "min_agreement": 0.99}, False),
-    ],
-)
-def test_gates_hold_at_their_limit(limits: dict[str, float], passed: bool) -> None:
-    metric = EndMetric(images=100, drop=0.5, agreement=0.98)
-    gates = check_gates(
-        RunConfig(**limits), metric, [layer("a", 0.1), layer("b", 0.2), layer("c", None)]
-    )
-    assert len(gates) == len(limits)
-    assert all(g.passed for g in gates) == passed
-    for gate in gates:
-        if gate.name == "max_layer_relative_mse":
-            assert (gate.where, gate.value) == ("b", 0.2)
-
-
-def test_what_was_not_measured_has_not_passed() -> None:
-    config = RunConfig(max_drop=100.0, min_agreement=0.0)
-    for metric in (None, EndMetric(images=3)):
-        assert [g.passed for g in check_gates(config, metric, [])] == [False, False]
-    assert check_gates(RunConfig(), None, []) == ()

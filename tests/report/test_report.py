@@ -40,7 +40,7 @@ from compress.report.page import embed
 from compress.report.plots import SPECTRUM_POINTS, plot_data
 from compress.report.points import layer_names, points
 from compress.report.schema import SCHEMA_FILE, report_schema, schema_text
-from compress.result import (
+from compress.result import GateResult, (
     ClassResult,
     EndMetric,
     LayerResult,
@@ -200,7 +200,7 @@ class TestLimits:
     def test_a_broken_limit_says_by_how_much(self, report):
         (gate,) = check_gates(report, {"max_drop": 0.5})
         drop = report["headline"]["drop"]
-        assert gate_sentence(**to_dict(gate)) == (
+        assert gate_sentence(gate) == (
             f"drop of accuracy is {drop:.2f} points; the limit is at most 0.50 points, "
             f"broken by {drop - 0.5:.2f} points"
         )
@@ -223,7 +223,7 @@ class TestLimits:
         )
         (gate,) = check_gates(bare, {name: 0.0 if LIMITS[name].at_least else 1e9})
         assert (gate.value, gate.passed) == (None, False)
-        assert "not measured" in gate_sentence(**to_dict(gate))
+        assert "not measured" in gate_sentence(gate)
 
     def test_validation_images_vouch_for_nothing(self):
         (gate,) = check_gates(examples.thin("unverified"), {"max_drop": 100.0})
@@ -240,7 +240,7 @@ class TestLimits:
         assert "Failed: 1 of 3 limits broken" in render_markdown(failed)
 
     def test_a_gate_of_another_name_is_still_told(self):
-        words = gate_sentence("max_colour", 2.0, 3.5, False, "")
+        words = gate_sentence(GateResult("max_colour", 2.0, 3.5, False, ""))
         assert words == "max colour is 3.5; the limit is at most 2, broken by 1.5"
 
 

@@ -17,15 +17,15 @@ from stopwatch import stop_the_clock
 
 import compress
 from compress.config import make_config
-from compress.data import batches
+from compress.data import Loader, batches
+from compress.data.held import hold
 from compress.errors import ArtefactError, BudgetError, ConfigError, DataError, GateError
 from compress.inputs.load import load_network
 from compress.pipeline.run import compress_network
 from compress.pipeline.run import run as run_once
 from compress.report import read_report
 from compress.result import EndMetric, Interval, SweepPoint
-from compress.sweep import Grid, parse_grid, parse_pick, sweep, sweep_network
-from compress.sweep.evaluate import hold
+from compress.sweep import Grid, Options, parse_grid, parse_pick, sweep, sweep_network
 from compress.sweep.pick import QUANTITIES
 from compress.sweep.work import pareto
 
@@ -61,17 +61,23 @@ class Journal:
         self.tracked.append(description)
         return items
 
-    def on_point(self, point, finished_before):
+    def note(self, point, finished_before):
         self.points.append((point.value, finished_before))
         if len(self.points) == self.stop_after:
             raise KeyboardInterrupt
 
+    def options(self, test_points=True):
+        return Options(
+            test_points,
+            self.track,
+            lambda point: self.note(point, False),
+            lambda point: self.note(point, True),
+        )
 
-def swept(config, text=THRESHOLDS, rule="threshold", journal=None, **options):
-    journal = journal or Journal()
-    return sweep(
-        config, parse_grid(rule, text), track=journal.track, on_point=journal.on_point, **options
-    )
+
+def swept(config, text=THRESHOLDS, rule="threshold", journal=None, test_points=True, **how):
+    options = (journal or Journal()).options(test_points)
+    return sweep(config, parse_grid(rule, text), options=options, **how)
 
 
 # --- The grid and the pick ---------------------------------------------------------------------
@@ -104,7 +110,7 @@ def test_a_range_of_thresholds_has_equal_steps_in_the_logarithm():
     [
         ("threshold", "", "--thresholds is empty"),
         ("threshold", " , ", "--thresholds is empty"),
-        ("macs", "half", "'half' is no number"),
+        ("macs", "half", "'half' is not a number"),
         ("macs", "0.9:0.1", "is no grid"),
         ("macs", "0.9:0.1:0", "no whole number from 1"),
         ("macs", "0.9:0.1:2.5", "no whole number from 1"),
@@ -159,8 +165,8 @@ def test_of_points_with_equal_macs_the_one_with_fewer_parameters_is_picked():
         ("drop", "'drop' is no condition"),
         ("drop=0.5", "is no condition"),
         ("drops<=0.5", "no quantity 'drops'. Did you mean 'drop'"),
-        ("drop<=half", "'half' is no number"),
-        ("drop<=nan", "'nan' is no number"),
+        ("drop<=half", "'half' is not a number"),
+        ("drop<=nan", "'nan' is not a number"),
         ("drop<=0.5,,kl<1", "'' is no condition"),
     ],
 )
@@ -188,7 +194,7 @@ def test_every_point_is_what_a_single_run_gives(network, rule, text):
     inputs = load_network(config)
     result = sweep_network(inputs, config, parse_grid(rule, text))
     for swept_point in result.points:
-        alone = compress_network(inputs, config.replace(**{rule: swept_point.value}))
+        alone = compress_network(inputs, config.with_rule(rule, swept_point.value))
         rewritten = {c.name: c.ranks for c in alone.plan.choices if c.rewritten}
         assert rewritten
         assert swept_point.ranks == rewritten
@@ -208,7 +214,7 @@ def test_every_point_is_what_a_single_run_gives(network, rule, text):
 def test_parameters_never_grow_as_the_threshold_rises(network):
     config = make_config(network)
     grid = parse_grid("threshold", "1e-3:0.99:12")
-    result = sweep_network(load_network(config), config, grid, test_points=False)
+    result = sweep_network(load_network(config), config, grid, Options(test_points=False))
     params = [p.params for p in result.points]
     macs = [p.macs for p in result.points]
     assert params == sorted(params, reverse=True)
@@ -244,13 +250,13 @@ def test_a_metric_of_the_users_own_is_measured_once_for_the_original(network):
 
 def test_images_held_in_memory_are_the_images(network):
     images = load_network(make_config(network)).test
-    held = hold(images, 32, 0)
+    held = hold(images, Loader(32))
     assert held is not images
     for one, other in zip(batches(held, 50), batches(images, 50), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     torch.testing.assert_close(held.stack([5, 3]), images.stack([5, 3]), rtol=0, atol=0)
     assert held.labels == images.labels
-    assert hold(images, 32, 0, cap=100) is images
+    assert hold(images, Loader(32), cap=100) is images
 
 
 def test_one_point_is_a_sweep_with_a_word_about_it(config):
@@ -384,7 +390,7 @@ def test_the_chosen_point_is_saved_as_a_run_saves_it(config, tmp_path):
     expected = min(fit, key=lambda p: p.macs)
     chosen = [p for p in points if p.chosen]
     assert [p.value for p in chosen] == [expected.value]
-    single = config.replace(macs=expected.value, output=str(tmp_path / "single"))
+    single = config.with_rule("macs", expected.value).replace(output=str(tmp_path / "single"))
     run_once(single)
     folder = Path(config.output) / "chosen"
     assert (folder / "model.safetensors").read_bytes() == (
@@ -452,7 +458,7 @@ def test_the_record_of_a_point_says_what_it_depends_on(config):
 def test_a_grid_is_a_rule_of_its_own(config):
     grid = Grid("macs", (0.5,))
     assert str(grid) == "--macs 0.5"
-    assert grid.at(config.replace(threshold=0.1), 0.5).rule == "macs"
+    assert grid.at(config.with_rule("threshold", 0.1), 0.5).rule == "macs"
 
 
 def test_every_quantity_is_documented():

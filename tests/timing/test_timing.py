@@ -13,7 +13,7 @@ from compress.errors import InputError
 from compress.running.memory_format import in_memory_format
 from compress.timing.layers import LatencyTable, Setting, describe_layer
 from compress.timing.networks import Timing, time_network, time_network_formats
-from compress.timing.turns import measure
+from compress.timing.turns import Pace, measure
 
 
 class FakeTime:
@@ -168,7 +168,7 @@ def test_time_network_gives_plain_seconds() -> None:
     fake = FakeTime()
     models = {"a": Timed(fake, "a", 4.0), "b": Timed(fake, "b", 3.0)}
     example = torch.randn(2, 3, 8, 8)
-    options = {"min_seconds": 0.0, "clock": fake.clock}
+    pace = Pace(2, 0.0, fake.clock)
     assert time_network(models, example, pace=pace) == {"a": 4.0, "b": 3.0}
     last = time_network(models, example, "channels_last", pace)
     assert last == {"a": 2.0, "b": 1.5}

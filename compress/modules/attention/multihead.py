@@ -132,6 +132,11 @@ def attention_obstacle(module: nn.Module) -> str | None:
     return find_obstacle(module, ("out_proj",))
 
 
+def _check_attended(*projected: Tensor) -> None:
+    if any(tensor.is_nested for tensor in projected):
+        raise ValueError("unpacked attention does not take nested tensors; pass a padding mask")
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -151,8 +156,7 @@ def _attend(
     average: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with projections in the layout of `nn.MultiheadAttention`, parts of packed ones."""
-    if q.is_nested or k.is_nested or v.is_nested:
-        raise ValueError("unpacked attention does not take nested tensors; pass a padding mask")
+    _check_attended(q, k, v)
     if is_causal and attn_mask is None:
         raise ValueError("is_causal is a hint about attn_mask, which is missing; pass the mask")
     if packed:
