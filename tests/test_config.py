@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from places import ROOT
 
-from compress.config import RunConfig, make_config, read_toml
+from compress.config import Role, RunConfig, make_config, read_toml, settings_of
 from compress.errors import ConfigError
+from compress.rules import RULE_NAMES, RULES, Rule
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -96,7 +96,7 @@ def test_an_unknown_key_is_an_error_with_the_valid_ones(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "'treshold'" in text
     assert "Did you mean 'threshold'" in text
-    assert all(field.name in text for field in dataclasses.fields(RunConfig))
+    assert all(name in text for name in settings_of(*Role))
 
 
 @pytest.mark.parametrize(
@@ -137,3 +137,25 @@ def test_the_committed_configurations_are_valid(path: Path) -> None:
 
 def test_there_are_committed_configurations() -> None:
     assert CONFIGS
+
+
+def test_every_setting_has_one_role_and_every_list_of_settings_follows() -> None:
+    by_role = [settings_of(role) for role in Role]
+    listed = [name for names in by_role for name in names]
+    assert sorted(listed) == sorted(set(listed)), "a setting has one role"
+    flat = make_config({"macs": 0.5}).settings()
+    assert set(flat) <= set(listed)
+    assert set(settings_of(Role.RULE)) == set(RULE_NAMES)
+    assert settings_of(Role.GATE) == ("max_drop", "max_layer_relative_mse", "min_agreement")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_is_a_setting_like_any_other(rule: Rule, tmp_path: Path) -> None:
+    config = make_config({rule.name: 0.5})
+    assert (config.rule, config.rule_value) == (rule.name, 0.5)
+    assert config.settings()[rule.name] == 0.5
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    assert make_config(read_toml(path)) == config
+    with pytest.raises(ConfigError, match=f"{rule.name} = -1.0"):
+        make_config({rule.name: -1.0})

@@ -66,7 +66,7 @@ class Budgets:
         """The smallest fraction that can be reached."""
         cost = self.currency.cost
         least = sum(min(cost(c) for c in found) for found in self.found.values())
-        return (least + self.fixed) / max(self.total, 1.0)
+        return (least + self.fixed) / self.total if self.total else 0.0
 
     def _choice(self, site: LayerSite, candidate: Candidate | None, why: str) -> Choice:
         if candidate is None:

@@ -62,18 +62,19 @@ def hold(
     """
     if images.held or not len(images):
         return images
-    first = images[0][0]
-    if first.numel() * first.element_size() * len(images) > cap:
-        return images
     loaded = loader.batches(images)
-    inputs = torch.cat([stacked for stacked, _ in track(loaded, "read images", len(loaded))])
+    parts: list[Tensor] = []
+    for inputs, _ in track(loaded, "read images", len(loaded)):
+        if not parts and inputs[0].numel() * inputs.element_size() * len(images) > cap:
+            return images
+        parts.append(inputs)
     return HeldImages(
         images.source,
         images.preprocessing,
         images.indices,
         images.class_names,
         images.label_order,
-        inputs,
+        torch.cat(parts),
     )
 
 

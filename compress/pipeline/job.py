@@ -47,9 +47,10 @@ class Job:
         Raises:
             ModelError: The network cannot be copied, does not run on the example, or gives NaN.
         """
-        network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+        example = inputs.example.to(config.device)
+        network = prepare(inputs.model.to(config.device), example)
         loader = Loader(
-            batch_size_for(config, inputs.example),
+            batch_size_for(config, example),
             config.workers,
             network.example.device,
             network.memory_format,

@@ -48,10 +48,13 @@ def swapped(
 
 
 def dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The floating type that most of some tensors have; of equally many, the one met first.
+    """The floating type that holds most of some tensors' numbers; of equals, the one met first.
 
     Returns:
         ``torch.float32`` where none is floating.
     """
-    counts = Counter(t.dtype for t in tensors if t.is_floating_point())
-    return counts.most_common(1)[0][0] if counts else torch.float32
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] += tensor.numel()
+    return numbers.most_common(1)[0][0] if numbers else torch.float32

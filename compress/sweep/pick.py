@@ -111,7 +111,7 @@ def parse_pick(text: str) -> Pick:
     and ``macs`` (the ratio to the folded original).
 
     Raises:
-        ConfigError: No condition, an unknown quantity, or a limit that is no number.
+        ConfigError: No condition, an unknown quantity, or a limit that is not a number.
     """
     conditions = []
     for part in text.split(","):
@@ -133,6 +133,6 @@ def parse_pick(text: str) -> Pick:
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise ConfigError(f"--pick {text!r}: {limit!r} is no number.")
+            raise ConfigError(f"--pick {text!r}: {limit!r} is not a number.")
         conditions.append(Condition(quantity, symbol, number))
     return Pick(text, tuple(conditions))

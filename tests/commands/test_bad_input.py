@@ -239,7 +239,11 @@ def test_existing_outputs_are_refused(bench: Workbench) -> None:
     text = paragraph(bench.run(*ranks, "--force", output=str(bench.folder / "mine")), 3)
     assert "thesis.tex" in text
     text = paragraph(bench.run(*ranks, "--force", output=bench.checkpoint), 3)
+    assert "would replace the input" in text
+    (bench.folder / "a file").write_text("years of work")
+    text = paragraph(bench.run(*ranks, "--force", output=str(bench.folder / "a file")), 3)
     assert "is a file" in text
+    (bench.folder / "a file").unlink()
     assert "No output given" in paragraph(bench.run(*ranks, output=None), 2)
     assert bench.leftovers() == ["mine", "out"]
 

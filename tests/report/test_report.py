@@ -40,9 +40,10 @@ from compress.report.page import embed
 from compress.report.plots import SPECTRUM_POINTS, plot_data
 from compress.report.points import layer_names, points
 from compress.report.schema import SCHEMA_FILE, report_schema, schema_text
-from compress.result import GateResult, (
+from compress.result import (
     ClassResult,
     EndMetric,
+    GateResult,
     LayerResult,
     Result,
     SweepResult,

@@ -6,8 +6,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.files import MODEL_FILE, sha256_file
+from compress.running.modules import dtype_of
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "ema")
 PREFIXES = ("module.", "model.", "_orig_mod.")
@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         sha256=sha256_file(path),
         container=container,
         prefix=prefix,
-        dtype=_commonest_dtype(tensors.values()),
+        dtype=dtype_of(tensors.values()),
         extras=(*extras, *counters),
     )
 
@@ -275,14 +275,6 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
-
-
-def _commonest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    numbers: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            numbers[tensor.dtype] += tensor.numel()
-    return numbers.most_common(1)[0][0] if numbers else torch.float32
 
 
 def listed(names: list[str]) -> str:
