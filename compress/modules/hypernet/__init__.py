@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from compress.modules.hypernet.convert import hypernetize, hypernetize_single
 from compress.modules.hypernet.encoding import encode
-from compress.modules.hypernet.external import ExternalParameter, HyperModule
+from compress.modules.hypernet.external import HyperModule
 from compress.modules.hypernet.find import (
     find_modules_from_patterns,
     find_modules_of_type,
@@ -16,6 +16,7 @@ from compress.modules.hypernet.find import (
 )
 from compress.modules.hypernet.layers import HyperConv1d, HyperConv2d, HyperConv3d, HyperLinear
 from compress.modules.hypernet.network import HyperNet, Hypernet
+from compress.modules.hypernet.slot import ExternalParameter
 
 __all__ = [
     "ExternalParameter",
