@@ -6,6 +6,7 @@ Stable Hypernetwork Learning", arXiv 2304.07645.
 
 from __future__ import annotations
 
+from compress.modules.hypernet.batch import per_sample
 from compress.modules.hypernet.convert import hypernetize, hypernetize_single
 from compress.modules.hypernet.encoding import encode
 from compress.modules.hypernet.external import HyperModule
@@ -33,4 +34,5 @@ __all__ = [
     "find_parameters_from_patterns",
     "hypernetize",
     "hypernetize_single",
+    "per_sample",
 ]
