@@ -15,6 +15,10 @@ from compress.modules.hypernet.find import (
     find_modules_of_type,
     find_parameters_from_patterns,
 )
+from compress.modules.hypernet.hyperlight import (
+    state_dict_from_hyperlight,
+    state_dict_to_hyperlight,
+)
 from compress.modules.hypernet.layers import HyperConv1d, HyperConv2d, HyperConv3d, HyperLinear
 from compress.modules.hypernet.network import HyperNet, Hypernet
 from compress.modules.hypernet.slot import ExternalParameter
@@ -35,4 +39,6 @@ __all__ = [
     "hypernetize",
     "hypernetize_single",
     "per_sample",
+    "state_dict_from_hyperlight",
+    "state_dict_to_hyperlight",
 ]
