@@ -105,6 +105,7 @@ EXISTING = [
     *(Task(1, (16, 64, 128), rate, existing=True) for rate in (3e-3, 1e-2)),
     Task(16, (16, 64, 128), 3e-3, existing=True),
 ]
+# The class above, and initialisations of `Hypernet`.
 CANDIDATES = ("original", "constant_norm", "kaiming_normal")
 
 
@@ -190,7 +191,7 @@ def accuracy(digits: Digits, candidate: str, task: Task, seed: int, steps: int) 
     return 100 * statistics.mean(right)
 
 
-def norms(candidate: str, inputs: int, hidden: tuple[int, ...], draws: int = 20) -> list[float]:
+def norms(candidate: str, inputs: int, hidden: tuple[int, ...], draws: int) -> list[float]:
     """Norms before training: of the encoding, each hidden layer, and h beside the fixed weights.
 
     The last figure is the norm of h's part of the first layer's weight by that of θ₀'s.
@@ -227,13 +228,13 @@ def fixed_weight(net: nn.Module) -> Tensor:
     return pieces["1.weight"].view(net.shapes["1.weight"])
 
 
-def print_norms(hidden: tuple[int, ...]) -> None:
+def print_norms(hidden: tuple[int, ...], draws: int) -> None:
     print("\n| initialisation | inputs | encoding |", end="")
     print("".join(f" hidden {width} |" for width in hidden), "h by θ₀ |")
     print("| --- " * (len(hidden) + 4) + "|")
     for candidate in CANDIDATES:
         for inputs in (1, 4, 16, 64):
-            row = norms(candidate, inputs, hidden)
+            row = norms(candidate, inputs, hidden, draws)
             print(f"| {candidate} | {inputs} | " + " | ".join(f"{v:.2f}" for v in row), "|")
 
 
@@ -253,12 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=20, help="hypernetworks behind each norm")
     parser.add_argument("--tasks", type=int, default=None, help="only the first of each table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     print(f"torch {torch.__version__}, one thread, {platform.machine()}")
-    print_norms((16, 64, 128))
+    print_norms((16, 64, 128), arguments.draws)
     digits = Digits()
     for title, tasks in (("From scratch", TASKS), ("From existing weights", EXISTING)):
         print(f"\n{title}:")

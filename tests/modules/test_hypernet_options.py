@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -300,3 +304,24 @@ def test_from_existing_takes_the_names_of_hyperlight() -> None:
         fc_kws={"nonlinearity": "Tanh"},
     )  # fmt: skip
     assert torch.equal(net(h=torch.rand(2))["w"], weights["w"])
+
+
+def test_the_bench_measures_norms_and_accuracies() -> None:
+    """HyperLight's activations grow with the inputs, those of the default do not."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, str(root / "scripts" / "bench" / "hypernet.py")]
+    command += ["--seeds", "1", "--steps", "1", "--tasks", "1", "--draws", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    last_hidden = {(row[0], row[1]): float(row[5]) for row in rows if len(row) == 7 and row[1:2] and
+                   row[1].isdigit()}  # fmt: skip
+    assert last_hidden["original", "64"] > 4 * last_hidden["original", "1"]
+    assert last_hidden["constant_norm", "64"] == pytest.approx(1, abs=0.3)
+    trained = [row for row in rows if row[1:2] == ["16-64-128"]]
+    assert len(trained) == 2
+    # One step from existing weights: they classify upright digits, so far better than chance.
+    accuracies = [float(cell.partition(" ± ")[0]) for cell in trained[1][3:]]
+    assert len(accuracies) == 3
+    assert all(20 < value < 100 for value in accuracies)
