@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from compress.errors import near_matches
-from compress.modules.hypernet.external import ExternalParameter, HyperModule
+from compress.modules.hypernet.external import HyperModule
+from compress.modules.hypernet.optimisers import warn_of_optimisers
+from compress.modules.hypernet.slot import ExternalParameter
 
 Modules = nn.Module | Iterable[nn.Module | str] | Mapping[str, nn.Module]
 Parameters = Tensor | Iterable[Tensor | str] | Mapping[str, Tensor]
@@ -23,8 +26,9 @@ def hypernetize(
     model: nn.Module,
     modules: Modules | None = ...,
     parameters: Parameters | None = ...,
+    *,
     return_values: Literal[False] = ...,
-    inplace: bool = ...,
+    inplace: bool | None = ...,
 ) -> HyperModule: ...
 
 
@@ -35,7 +39,7 @@ def hypernetize(
     parameters: Parameters | None = ...,
     *,
     return_values: Literal[True],
-    inplace: bool = ...,
+    inplace: bool | None = ...,
 ) -> tuple[HyperModule, dict[str, Tensor]]: ...
 
 
@@ -43,8 +47,9 @@ def hypernetize(
     model: nn.Module,
     modules: Modules | None = None,
     parameters: Parameters | None = None,
+    *,
     return_values: bool = False,
-    inplace: bool = False,
+    inplace: bool | None = None,
 ) -> HyperModule | tuple[HyperModule, dict[str, Tensor]]:
     """Turn the parameters of chosen modules, and chosen parameters, into slots.
 
@@ -58,7 +63,8 @@ def hypernetize(
             parameters below them are taken.
         parameters: Parameters of the model, or their dotted names. With neither, all are taken.
         return_values: Whether to return the values too.
-        inplace: Change ``model`` instead of a copy.
+        inplace: Change ``model`` (True) or a copy (False). None changes a copy, and warns if an
+            optimiser holds parameters of ``model``.
 
     Returns:
         The model, or the model and the values that its slots had, by dotted name; with those put
@@ -67,16 +73,28 @@ def hypernetize(
     Raises:
         ValueError: Something that is not in the model, not initialised yet, or cannot be changed.
         TypeError: ``model`` is no module.
+
+    Warns:
+        UserWarning: Where HyperLight would do something else or training would have no effect: a
+            module object (not a name) with parameters in submodules that were not chosen, whose
+            own parameters alone HyperLight takes; neither ``modules`` nor ``parameters`` for a
+            model that has slots already; an existing optimiser of ``model``, which will not train
+            the copy, or will not train what becomes a slot.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hypernetize takes an nn.Module, not a {type(model).__name__}.")
+    # Once, for callers that pass iterators.
+    modules = None if modules is None else _items(modules, nn.Module)
+    parameters = None if parameters is None else _items(parameters, Tensor)
     names = _chosen_names(model, modules, parameters)
     _check_kinds(model, names)
+    _warn_of_differences(model, modules, parameters)
+    warn_of_optimisers(model, names, inplace)
     target = model if inplace else copy.deepcopy(model)
     named = dict(target.named_parameters())
     slots: dict[int, ExternalParameter] = {}
     for name in names:
-        slot = ExternalParameter(named[name].shape, named[name].dtype)
+        slot = ExternalParameter(named[name].shape, dtype=named[name].dtype)
         slot.name = name
         slots[id(named[name])] = slot
     values = {name: named[name].detach() for name in names}
@@ -94,17 +112,20 @@ def hypernetize(
 
 def hypernetize_single(
     module: nn.Module,
-    parameters: Iterable[str] | None = None,
+    parameters: Iterable[Tensor | str] | None = None,
+    *,
     return_values: bool = False,
-    inplace: bool = False,
+    return_parameters: bool = False,
+    inplace: bool | None = None,
 ) -> HyperModule | tuple[HyperModule, dict[str, Tensor]]:
-    """Turn parameters of one module, by name, into slots; its submodules stay as they are.
+    """Turn parameters of one module into slots; its submodules stay as they are.
 
     Args:
         module: The module.
-        parameters: Names of its own parameters; None takes all of them.
+        parameters: Its own parameters, or their names; None takes all of them.
         return_values: Whether to return the values too.
-        inplace: Change ``module`` instead of a copy.
+        return_parameters: The same as ``return_values``, as HyperLight calls it.
+        inplace: As for `hypernetize`.
 
     Returns:
         As `hypernetize`.
@@ -112,15 +133,23 @@ def hypernetize_single(
     Raises:
         ValueError: No such parameter of its own.
     """
-    own = [name for name, p in module._parameters.items() if p is not None]
-    wanted = own if parameters is None else list(parameters)
-    for name in wanted:
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    names = {id(p): name for name, p in own.items()}
+    wanted: list[Any] = list(own if parameters is None else _items(parameters, Tensor))
+    for index, name in enumerate(wanted):
+        if id(name) in names:
+            name = wanted[index] = names[id(name)]
+        if isinstance(name, Tensor):
+            raise ValueError(
+                f"This {type(name).__name__} of shape {tuple(name.shape)} is no parameter of the "
+                f"{type(module).__name__} itself."
+            )
         if name not in own:
             raise ValueError(
                 f"{type(module).__name__} has no parameter {name!r} of its own."
                 f"{near_matches(str(name), own)}"
             )
-    if return_values:
+    if return_values or return_parameters:
         return hypernetize(module, parameters=wanted, return_values=True, inplace=inplace)
     return hypernetize(module, parameters=wanted, inplace=inplace)
 
@@ -164,6 +193,39 @@ def _items(given: Any, single: type) -> list[Any]:
     if isinstance(given, str | single):
         return [given]
     return list(given.values()) if isinstance(given, Mapping) else list(given)
+
+
+def _warn_of_differences(
+    model: nn.Module, modules: Modules | None, parameters: Parameters | None
+) -> None:
+    """Warn where the same call of HyperLight takes other parameters."""
+    if modules is None and parameters is None:
+        if any(isinstance(m, HyperModule) and m._external_parameters for m in model.modules()):
+            warnings.warn(
+                f"This {type(model).__name__} has external parameters already; hypernetize with "
+                "neither modules nor parameters takes all others too, where HyperLight takes none. "
+                "Pass modules=[] to take none, or name what to take.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return
+    given = _items(modules, nn.Module)
+    objects = [module for module in given if isinstance(module, nn.Module)]
+    by_name = [model.get_submodule(name) for name in given if isinstance(name, str)]
+    every = dict(model.named_parameters(remove_duplicate=False))
+    alone = [every[p] if isinstance(p, str) else p for p in _items(parameters, Tensor)]
+    chosen = {id(p) for p in (*alone, *(p for m in by_name for p in m.parameters()))}
+    chosen |= {id(p) for m in objects for p in m._parameters.values() if p is not None}
+    for module in objects:
+        more = [name for name, p in module.named_parameters() if id(p) not in chosen]
+        if more:
+            warnings.warn(
+                f"The chosen {type(module).__name__} has {len(more)} parameters in its submodules "
+                f"({more[0]}, ...), which hypernetize takes too and HyperLight leaves; pass the "
+                "module's dotted name for all of them, or the submodules themselves.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _check_kinds(model: nn.Module, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Slots for parameters that come from outside, and modules that hold them."""
+"""Modules that hold slots for parameters that come from outside."""
 
 from __future__ import annotations
 
@@ -10,90 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import near_matches
+from compress.modules.hypernet.slot import ExternalParameter
 
 Values = Mapping[str, Tensor]
-
-
-class ExternalParameter:
-    """A slot for a tensor of a fixed shape.
-
-    Copies and pickles hold its value without the graph that made it.
-
-    Args:
-        shape: Shape of the values.
-        dtype: Their dtype; None takes any.
-
-    Attributes:
-        name: What errors call the slot; set by the module that holds it.
-    """
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-        self.name = "unnamed"
-        self._value: Tensor | None = None
-
-    @property
-    def is_set(self) -> bool:
-        """Whether there is a value."""
-        return self._value is not None
-
-    @property
-    def data(self) -> Tensor:
-        """The value.
-
-        Raises:
-            AttributeError: Reading before a value was set.
-            TypeError: Setting something that is no tensor.
-            ValueError: Setting a tensor of another shape or dtype.
-        """
-        if self._value is None:
-            raise AttributeError(
-                f"The external parameter {self.name!r} of shape {tuple(self.shape)} is not set; "
-                "use set_externals or using_externals first."
-            )
-        return self._value
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.check(value)
-        self._value = value
-
-    def check(self, value: Tensor, name: str | None = None) -> None:
-        """Raise as setting ``value`` would, calling the slot ``name``."""
-        name = name or self.name
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"The external parameter {name!r} takes a tensor, not a {type(value).__name__}."
-            )
-        if value.shape != self.shape:
-            raise ValueError(
-                f"The external parameter {name!r} has shape {tuple(self.shape)}; it got a tensor "
-                f"of shape {tuple(value.shape)}."
-            )
-        if self.dtype is not None and value.dtype != self.dtype:
-            raise ValueError(
-                f"The external parameter {name!r} is of {self.dtype}; it got {value.dtype}."
-            )
-
-    def reset(self) -> None:
-        """Empty the slot."""
-        self._value = None
-
-    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module's ``.to(...)``: the value, and the dtype that is asked for."""
-        if self.dtype is not None:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if self._value is not None:
-            self._value = fn(self._value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        value = None if self._value is None else self._value.detach()
-        return {**self.__dict__, "_value": value}
-
-    def __repr__(self) -> str:
-        state = "set" if self.is_set else "unset"
-        return f"ExternalParameter(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
 
 class HyperModule(nn.Module):
@@ -198,6 +117,30 @@ class HyperModule(nn.Module):
         for slot, value in self._checked(given):
             slot.data = value
 
+    def set_external(self, name: str, value: Tensor) -> None:
+        """Set one slot by dotted name, as `set_externals` does."""
+        self.set_externals({name: value})
+
+    def apply_externals(self, values: Values | Mapping[HyperModule, Values]) -> None:
+        """Set some slots: ``{"0.weight": w}``, or by module as in ``{model[0]: {"weight": w}}``.
+
+        Raises:
+            ValueError: As `set_externals`, or a module that is not here or below; nothing is set.
+        """
+        paths = {id(module): path for path, module in self.named_modules()}
+        flat: dict[str, Tensor] = {}
+        for key, value in values.items():
+            if isinstance(key, str):
+                flat[key] = value  # type: ignore[assignment]  # a wrong type is refused below
+                continue
+            if id(key) not in paths:
+                raise ValueError(
+                    f"This {type(key).__name__} is no module of the {type(self).__name__}."
+                )
+            path = paths[id(key)]
+            flat |= {f"{path}.{leaf}" if path else leaf: v for leaf, v in dict(value).items()}
+        self.set_externals(flat)
+
     def reset_externals(self) -> None:
         """Empty all slots here and below."""
         for slot in self.externals():
@@ -257,6 +200,10 @@ class HyperModule(nn.Module):
                 pairs.append((slot, values[name]))
         return pairs
 
+    def convert_external(self, name: str) -> Tensor:
+        """Turn one own parameter into a slot, in place, and return its value."""
+        return self.convert_externals([name])[name]
+
     def convert_externals(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Turn own parameters into slots, in place.
 
@@ -281,7 +228,7 @@ class HyperModule(nn.Module):
             parameter = self._parameters.pop(name)
             assert parameter is not None
             values[name] = parameter.detach()
-            self.register_external(name, ExternalParameter(parameter.shape, parameter.dtype))
+            self.register_external(name, ExternalParameter(parameter.shape, dtype=parameter.dtype))
         return values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from compress.modules.hypernet.encoding import Encoding, check_encoding, encode
+from compress.modules.hypernet.initialization import (
+    EMITTED,
+    check_distribution,
+    encoding_norm,
+    fill,
+    fill_by_output,
+    gain_of,
+    independent_value,
+)
+from compress.modules.hypernet.options import (
+    HypernetOptions,
+    hidden_sizes_of,
+    perceptron,
+    settings_of,
+)
+from compress.modules.hypernet.sizes import shape as checked_shape
 
 Shapes = Mapping[str, Sequence[int]]
-_ONES = ("gamma", "scale")
-_ZEROS = ("bias", "beta", "shift")
 
 
 class Hypernet(nn.Module):
@@ -32,17 +46,37 @@ class Hypernet(nn.Module):
         output_shapes: Shape of each output, by name, as `HyperModule.external_shapes` gives.
         hidden_sizes: Widths of the hidden layers; may be empty.
         encoding: Of the inputs, see `encode`.
+        **options: Keyword arguments, as follows.
         layer_sizes: The same argument as ``hidden_sizes``.
-        nonlinearity: Makes the module between two layers.
+        nonlinearity: Makes the module between two layers, or names its class in ``torch.nn``.
+        norm: Makes a normalisation of a given width, as ``nn.LayerNorm``, for every hidden layer,
+            before its nonlinearity. None has none.
+        dropout_prob: Probability of dropout after every hidden layer.
+        init_distribution: Of the weights of h. ``"constant_norm"``, the default, keeps the norm of
+            the activations at one from the first hidden layer to the last, whatever the number of
+            inputs and the widths, and multiplies what h emits from them by 0.3.
+            ``"kaiming_normal_fanout"`` is HyperLight's, with which activations have the norm of
+            the encoding, the square root of the number of inputs. Also
+            ``"kaiming_normal"`` (by the fan-in), ``"kaiming_uniform"``,
+            ``"kaiming_uniform_fanout"``, ``"glorot_normal"``, ``"glorot_uniform"``,
+            ``"orthogonal"``, ``"zeros"``, and None for what ``nn.Linear`` does.
+        init_bias: First value of the biases of h's hidden layers; None for what ``nn.Linear`` does.
+        init_independent_weights: Whether θ₀ starts as described above, or as ``init_bias``.
+        output_split_init: Whether the last layer of h starts as a layer for each output, or as a
+            single one, whose weights are smaller the more it emits.
+        fc_kws: HyperLight's way to pass ``nonlinearity``, ``dropout_prob``, ``init_distribution``
+            and ``init_bias`` (and ``norm``).
         device: Where the parameters are.
         dtype: Their dtype.
 
     Shape:
         Each input ``[*shape]`` or ``[B, *shape]``; each output ``[*shape]`` for one input or a
-        batch of one, else ``[B, *shape]``.
+        batch of one, else ``[B, *shape]``. `per_sample` runs a network with the latter.
 
     Raises:
-        ValueError: No outputs or inputs, sizes below 1, both or neither of the size arguments.
+        TypeError: Sizes that are no integers, an unknown option, an option of the wrong type.
+        ValueError: No outputs or inputs, sizes below 1, both or neither of the size arguments, an
+            option out of range.
 
     References:
         Gonzalez Ortiz, Guttag, Dalca, arXiv 2304.07645.
@@ -54,79 +88,121 @@ class Hypernet(nn.Module):
         output_shapes: Shapes,
         hidden_sizes: Sequence[int] | None = None,
         encoding: Encoding = "cos|sin",
-        *,
-        layer_sizes: Sequence[int] | None = None,
-        nonlinearity: Callable[[], nn.Module] = nn.LeakyReLU,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[HypernetOptions],
     ) -> None:
         super().__init__()
         check_encoding(encoding)
+        settings = settings_of(options)
         self.input_shapes = _sorted_shapes("input_shapes", input_shapes)
         self.output_shapes = _sorted_shapes("output_shapes", output_shapes)
-        self.hidden_sizes = _sizes(hidden_sizes, layer_sizes)
+        self.hidden_sizes = hidden_sizes_of(hidden_sizes, settings.layer_sizes)
         self.encoding: Encoding = encoding
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.init_distribution = settings.init_distribution
+        self.init_bias = settings.init_bias
+        self.output_split_init = settings.output_split_init
+        self._has_norm = settings.norm is not None
+        self._gain = gain_of(settings.activation())
+        where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
         self.independent = nn.ParameterList(
             nn.Parameter(torch.empty(shape, **where)) for shape in self.output_shapes.values()
         )
         size = sum(math.prod(shape) for shape in self.input_shapes.values())
+        if size == 0:
+            raise ValueError("Hypernet has inputs without elements; it needs at least one element.")
         size *= 1 if encoding is None else 2
-        layers: list[nn.Module] = []
-        for hidden in self.hidden_sizes:
-            layers += [nn.Linear(size, hidden, **where), nonlinearity()]
-            size = hidden
-        self.hidden = nn.Sequential(*layers)
+        self.hidden = perceptron(size, self.hidden_sizes, settings)
         total = sum(math.prod(shape) for shape in self.output_shapes.values())
         # θ₀ is its bias.
-        self.output = nn.Linear(size, total, bias=False, **where)
+        self.output = nn.Linear([size, *self.hidden_sizes][-1], total, bias=False, **where)
+        self._starts_independent = settings.init_independent_weights
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights for θ₀ and h; h's last layer by its fan-out, so that it starts small."""
-        for layer in self.hidden.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="leaky_relu")
-                nn.init.zeros_(layer.bias)
-        nn.init.kaiming_normal_(self.output.weight, mode="fan_out", nonlinearity="linear")
+        """Draw new weights for θ₀ and h, by the options that this was made with."""
+        distribution = self.init_distribution
+        linear = [layer for layer in self.hidden if isinstance(layer, nn.Linear)]
+        for layer in self.hidden:
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        for layer in linear:
+            fill(layer.weight, distribution, self._gain)
+            if self.init_bias is not None:
+                nn.init.constant_(layer.bias, self.init_bias)
+        if distribution is None:
+            self.output.reset_parameters()
+        elif self.output_split_init:
+            fill_by_output(self.output.weight, self.output_shapes, distribution, self._gain)
+        else:
+            fill(self.output.weight, distribution, 1.0)
+        if distribution == "constant_norm":
+            self._bring_norms_to_one([*linear, self.output])
+        if self._starts_independent:
+            self.init_independent_weights()
+        else:
+            for parameter in self.independent:
+                nn.init.constant_(parameter, self.init_bias or 0.0)
+
+    def _bring_norms_to_one(self, layers: list[nn.Linear]) -> None:
+        """Divide the first layer by the norm of what enters, which the others then keep.
+
+        After normalisation layers, the last layer by that of theirs: a normalised activation has
+        the norm sqrt(width), and its nonlinearity takes away the gain.
+        """
+        inputs = sum(math.prod(shape) for shape in self.input_shapes.values())
+        with torch.no_grad():
+            layers[0].weight.div_(encoding_norm(self.encoding, inputs))
+            self.output.weight.mul_(EMITTED)
+            if self._has_norm and self.hidden_sizes:
+                self.output.weight.div_(math.sqrt(self.hidden_sizes[-1]) / self._gain)
+
+    def init_independent_weights(
+        self,
+        init_distribution: str | None = "kaiming_normal",
+        init_bias: float = 0.0,
+    ) -> None:
+        """Draw new weights for θ₀ alone.
+
+        Args:
+            init_distribution: Of the entries that are neither zero nor one at first.
+            init_bias: First value of the entries called bias.
+
+        Raises:
+            ValueError: An unknown distribution.
+        """
+        check_distribution("init_distribution", init_distribution)
         for name, parameter in zip(self.output_shapes, self.independent, strict=True):
-            leaf = name.rpartition(".")[2]
-            if leaf in _ONES or (leaf == "weight" and parameter.dim() < 2):
-                nn.init.ones_(parameter)
-            elif leaf in _ZEROS or parameter.dim() < 2:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.kaiming_normal_(parameter, nonlinearity="leaky_relu")
+            independent_value(name, parameter, init_distribution, init_bias)
 
     @classmethod
     def from_existing(
         cls,
-        values: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         input_shapes: Shapes,
         hidden_sizes: Sequence[int] | None = None,
         encoding: Encoding = "cos|sin",
         *,
         output_shapes: Shapes | None = None,
-        **options: Any,
+        **options: Unpack[HypernetOptions],
     ) -> Self:
-        """Return a hypernetwork that emits exactly ``values`` at first, whatever its inputs.
+        """Return a hypernetwork that emits exactly ``weights`` at first, whatever its inputs.
 
-        θ₀ is ``values``, each in its own dtype, and the last layer of h is zero; it learns from
+        θ₀ is ``weights``, each in its own dtype, and the last layer of h is zero; it learns from
         the first step on, because its gradient is not.
 
         Args:
-            values: By name, as `hypernetize` returns them.
+            weights: By name, as `hypernetize` returns them.
             input_shapes: As for `Hypernet`.
             hidden_sizes: As for `Hypernet`.
             encoding: As for `Hypernet`.
-            output_shapes: Checked against ``values`` where given.
+            output_shapes: Checked against ``weights`` where given.
             **options: Further options of `Hypernet`; dtype and device are those of the first
-                value where not given.
+                weight where not given.
 
         Raises:
-            ValueError: ``output_shapes`` that are not those of ``values``.
+            ValueError: ``output_shapes`` that are not those of ``weights``.
         """
-        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
         if output_shapes is not None:
             given = _sorted_shapes("output_shapes", output_shapes)
             _check_names(cls.__name__, "output", given, shapes)
@@ -136,20 +212,25 @@ class Hypernet(nn.Module):
                         f"{cls.__name__}: the output {name!r} has shape {shapes[name]} in the "
                         f"values and {shape} in output_shapes."
                     )
-        for value in values.values():
-            options = {"device": value.device, "dtype": value.dtype, **options}
+        for value in weights.values():
+            options.setdefault("device", value.device)
+            options.setdefault("dtype", value.dtype)
             break
         hypernet = cls(input_shapes, shapes, hidden_sizes, encoding, **options)
         nn.init.zeros_(hypernet.output.weight)
         for index, name in enumerate(hypernet.output_shapes):
             device = hypernet.output.weight.device
-            hypernet.independent[index] = nn.Parameter(values[name].detach().to(device).clone())
+            hypernet.independent[index] = nn.Parameter(weights[name].detach().to(device).clone())
         return hypernet
 
     def independent_weights(self) -> dict[str, Tensor]:
         """Return θ₀ by name, detached."""
         pairs = zip(self.output_shapes, self.independent, strict=True)
         return {name: parameter.detach() for name, parameter in pairs}
+
+    def get_independent_weights(self) -> dict[str, Tensor]:
+        """Return θ₀ by name, detached; the same as `independent_weights`."""
+        return self.independent_weights()
 
     def set_independent_weights(self, values: Mapping[str, Tensor]) -> None:
         """Copy ``values`` into θ₀.
@@ -173,6 +254,10 @@ class Hypernet(nn.Module):
         for parameter in self.independent:
             parameter.requires_grad_(not frozen)
         return self
+
+    def unfreeze_independent_weights(self) -> Self:
+        """Let θ₀ learn again, and return self."""
+        return self.freeze_independent_weights(frozen=False)
 
     def forward(
         self, inputs: Mapping[str, Tensor] | None = None, /, **named: Tensor
@@ -228,21 +313,11 @@ HyperNet = Hypernet
 
 
 def _sorted_shapes(what: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    if not shapes:
+    # A list of pairs will do for a dict.
+    named = dict(shapes)
+    if not named:
         raise ValueError(f"Hypernet has empty {what}; name at least one shape.")
-    return {name: tuple(int(side) for side in shapes[name]) for name in sorted(shapes)}
-
-
-def _sizes(hidden: Sequence[int] | None, layers: Sequence[int] | None) -> tuple[int, ...]:
-    if (hidden is None) == (layers is None):
-        given = "both" if hidden is not None else "neither"
-        raise ValueError(
-            f"Hypernet takes hidden_sizes or layer_sizes, which are the same; it got {given}."
-        )
-    sizes = tuple(hidden if hidden is not None else layers or ())
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"Hypernet has hidden sizes {list(sizes)}; they must be at least 1.")
-    return sizes
+    return {name: checked_shape(f"{what}[{name!r}]", named[name]) for name in sorted(named)}
 
 
 def _check_names(kind: str, what: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
