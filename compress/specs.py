@@ -1,7 +1,7 @@
 """From a model spec to a module: one of torchvision's, or what the user's own factory returns.
 
 The part after ``?`` holds the factory's arguments, ``&`` between them, each typed as a TOML value;
-what is no TOML value is a string, so that paths need no quotes.
+what is not a TOML value is a string, so that paths need no quotes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _import_callable(
     """Import what a spec names; also return the folder that was on ``sys.path`` meanwhile."""
     place, colon, name = head.rpartition(":")
     if not colon or not place or not name:
-        raise error(f"{head!r} is no spec; write {forms}.")
+        raise error(f"{head!r} is not a spec; write {forms}.")
     is_file = place.endswith(".py")
     folder = Path(place).absolute().parent if is_file else Path.cwd()
     with _on_path(folder):

@@ -1,4 +1,4 @@
-"""Where the real data and checkpoints lie that are no part of this repository."""
+"""Where the real data and checkpoints lie that are not part of this repository."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 
 def cubic_loss(output: Tensor, labels: Tensor) -> Tensor:
-    """A summed loss for outputs that are no logits, with gradients that differ by channel."""
+    """A summed loss for outputs that are not logits, with gradients that differ by channel."""
     del labels
     channels = output.movedim(1, -1) if output.dim() > 2 else output
     scale = torch.arange(1.0, channels.shape[-1] + 1, dtype=output.dtype)

@@ -109,8 +109,8 @@ def read_manifest(path: str | Path) -> Manifest:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, struct.error) as error:
         raise ArtefactError(
-            f"{file} is no readable safetensors file ({error}); it is truncated or damaged. Copy "
-            "it again, or run `compress run` again."
+            f"{file} is not a readable safetensors file ({error}); it is truncated or damaged. "
+            "Copy it again, or run `compress run` again."
         ) from error
     if ARTEFACT_KEY not in metadata:
         raise ArtefactError(

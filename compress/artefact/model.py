@@ -83,7 +83,7 @@ def load(
         The model in eval mode, in the dtype it was saved in.
 
     Raises:
-        ArtefactError: The file is no result, damaged, newer, or does not fit the model; or it
+        ArtefactError: The file is not a result, damaged, newer, or does not fit the model; or it
             names code of the user's own and neither ``model`` nor ``trust_code`` was passed.
         ModelError: The architecture cannot be built.
     """

@@ -111,7 +111,7 @@ class _Collector:
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         y = self.kind.images(output)
-        # Half precision would overflow in the sum alone.
+        # In half precision the sum alone would overflow.
         total = y.detach().sum(dtype=torch.promote_types(y.dtype, torch.float32))
         if not math.isfinite(float(total)):
             raise CalibrationError(

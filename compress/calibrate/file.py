@@ -71,7 +71,7 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CalibrationError(
-            f"{path} is no calibration that this version of compress reads; pass another file."
+            f"{path} is not a calibration that this version of compress reads; pass another file."
         )
     wanted = {"model": key.model, "data": key.data, "settings": dict(key.settings)}
     found = header.get("settings")

@@ -26,7 +26,7 @@ class Objective:
     Args:
         images: How many the batches hold together.
         seed: Of the random signs.
-        own: ``(output, labels) -> summed loss`` for outputs that are no logits.
+        own: ``(output, labels) -> summed loss`` for outputs that are not logits.
     """
 
     def __init__(self, images: int, seed: int, own: LossFunction | None = None) -> None:
@@ -36,14 +36,14 @@ class Objective:
         """Return the loss of the next batch.
 
         Raises:
-            CalibrationError: There is no loss of the user's own, and the output is no logits.
+            CalibrationError: There is no loss of the user's own, and the output is not logits.
         """
         if self.own:
             return self.own(output, labels)
         if output.dim() != 2 or output.shape[1] < 2:
             raise CalibrationError(
-                f"The model's output of shape {tuple(output.shape)} is no batch of logits, so that "
-                "it predicts no labels. Pass a loss of your own (--loss-fn "
+                f"The model's output of shape {tuple(output.shape)} is not a batch of logits, so "
+                "that it predicts no labels. Pass a loss of your own (--loss-fn "
                 "package.module:function), or use --metric mse."
             )
         signs = self.signs.take(self.seen, output)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
     parts = value.replace("x", ",").split(",") if value else []
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is no shape such as 3,224,224")
+        raise click.BadParameter(f"{value!r} is not a shape such as 3,224,224")
     return tuple(int(part) for part in parts)
 
 

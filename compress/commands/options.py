@@ -27,7 +27,9 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[f
     try:
         return [float(part) for part in value.split(",")]
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,0.5,0.5") from error
+        raise click.BadParameter(
+            f"{value!r} is not a list of numbers such as 0.5,0.5,0.5"
+        ) from error
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
@@ -93,7 +95,7 @@ _CALIBRATION = (
     _o("--metric", metavar="NAME", text=f"What errors are weighed by: {' or '.join(METRICS)} "
        "(default loss)."),
     _o("--loss-fn", metavar="SPEC", text="package.module:function (outputs, labels) -> summed "
-       "loss, for outputs that are no logits."),
+       "loss, for outputs that are not logits."),
 )  # fmt: skip
 _RULES = (
     *(_o(rule.flag, type=float, metavar=rule.metavar, text=rule.help) for rule in RULES),
@@ -118,7 +120,7 @@ _FIT = (
 )  # fmt: skip
 _EVALUATION = (
     _o("--metric-fn", metavar="SPEC", text="package.module:function (model, batches) -> number, "
-       "for networks that are no classifiers."),
+       "for networks that are not classifiers."),
     _o("--latency-batch", type=int, metavar="N", text="Time batches of N, besides batches of one "
        "(default 8)."),
 )  # fmt: skip

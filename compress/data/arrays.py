@@ -89,7 +89,7 @@ def open_idx(images_path: Path, labels_path: Path | None) -> ArraySource:
     """Read images, and labels where given, from IDX files (MNIST's format), gzipped or plain.
 
     Raises:
-        DataError: A file cannot be read, is no IDX file of bytes, or their lengths differ.
+        DataError: A file cannot be read, is not an IDX file of bytes, or their lengths differ.
     """
     images = _read_idx(images_path)
     if images.ndim not in (3, 4):
@@ -131,7 +131,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if path.suffix != ".npz":
             raise DataError(f"The file {path} is neither .safetensors nor .npz.")
-        # Opened here, because numpy leaves the file open where it is no archive.
+        # Opened here, because numpy leaves the file open where it is not an archive.
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (
@@ -166,7 +166,7 @@ def _read_idx(path: Path) -> Tensor:
         raise DataError(f"The IDX file {path} cannot be read: {reason}.") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _IDX_UINT8:
         raise DataError(
-            f"The file {path} is no IDX file of bytes; those begin with 00 00 08, this with "
+            f"The file {path} is not an IDX file of bytes; those begin with 00 00 08, this with "
             f"{data[:3].hex(' ') or 'nothing'}."
         )
     axes = data[3]

@@ -69,7 +69,7 @@ def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -
     else:
         if ":" not in head:
             raise DataError(
-                f"{spec!r} is no data spec."
+                f"{spec!r} is not a data spec."
                 f"{near_matches(head, ('imagefolder', 'torchvision', 'tensors', 'idx'))} "
                 f"Write {DATA_FORMS}."
             )
@@ -85,7 +85,7 @@ def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -
 def _slice(source: Source, bounds: dict[str, Any]) -> Sequence[int]:
     for key, value in bounds.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DataError(f"{key}={value} is no index; write a whole number from 0.")
+            raise DataError(f"{key}={value} is not an index; write a whole number from 0.")
     chosen = range(len(source))[bounds.get("start", 0) : bounds.get("stop", len(source))]
     if not chosen:
         raise DataError(

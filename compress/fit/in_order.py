@@ -5,7 +5,7 @@ networks side by side, each layer is fitted again by ridge regression of the *or
 output on the *compressed* network's input (asymmetric reconstruction: Zhang, Zou, He & Sun,
 "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2015). Beyond
 that paper, where a layer's output is added to a shortcut the target is what the *sum* lacks, and
-all factors are refitted, not the last alone. Layers that were kept stay as they are, bit for bit.
+all factors are refitted, not only the last. Layers that were kept stay as they are, bit for bit.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Lockstep:
         return Pair(dense, side("compressed", {**self.modules, **self.chains}))
 
     def across(self, value: Tensor, start: int, end: int, *, compressed: bool) -> Tensor:
-        """Take a value through one network alone, over nodes that nothing else leads into.
+        """Take a value through only one network, over nodes that nothing else leads into.
 
         Args:
             value: What node ``start`` gave.

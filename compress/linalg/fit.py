@@ -66,7 +66,7 @@ def fit(
         problem: The layer in its data's metric.
         scheme: A name of `compress.linalg.schemes.SCHEME_NAMES`.
         ranks: One rank, or ``(r1, r2)`` for ``two_sided``.
-        iterations: Rounds of alternating least squares at most; 0 for the start alone.
+        iterations: Rounds of alternating least squares at most; 0 for only the start.
         warm: A fit of the same scheme at ranks no larger, to begin from as well. The alternation
             finds local optima; the error is no larger than that of ``warm``, where two fits that
             know nothing of each other may differ either way by a little.
@@ -173,7 +173,7 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
 
 
 def _exact(problem: Problem, scheme: str, ranks: Ranks) -> Fit:
-    """Factor a weight without any loss at full rank, by identities alone."""
+    """Factor a weight without any loss at full rank, using only identities."""
     geometry, weight, made = problem.geometry, problem.weight, scheme_named(scheme)
     ordered = made.split_weight(weight)
     groups, out, outer, inner = ordered.shape

@@ -22,7 +22,7 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
     """Outputs of a model on all images, float32 on the CPU ``[images, classes]``.
 
     Raises:
-        ModelError: The outputs are no logits, or not finite.
+        ModelError: The outputs are not logits, or not finite.
     """
     reference = next(model.parameters())
     found, seen = [], 0
@@ -32,7 +32,7 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
             output = run_model(model, images)
             if output.dim() != 2:
                 raise ModelError(
-                    f"The model's output has shape {tuple(output.shape)} and is no batch of "
+                    f"The model's output has shape {tuple(output.shape)} and is not a batch of "
                     "logits, so accuracy cannot be measured. Pass --metric-fn "
                     "package.module:function, which takes the model and the batches and returns "
                     "a number (higher is better)."

@@ -166,7 +166,7 @@ def _layer(choice: Choice, replaced: Replaced, measured: _Measured) -> LayerResu
 def _losses(
     network: Network, replaced: Replaced, names: list[str], images: ImageSet
 ) -> dict[str, float]:
-    """Measured loss of each layer alone, where the outputs are logits."""
+    """Measured loss of rewriting each layer by itself, where the outputs are logits."""
     if not names or not _is_classifier(network):
         return {}
     example = network.example

@@ -40,7 +40,7 @@ class _Sums:
         """Mean over the channels of the original output's variance."""
         mean = self.total / self.rows
         found = float((self.squares / self.rows - mean**2).mean())
-        # What cancellation leaves of a constant output is no variance.
+        # What cancellation leaves of a constant output is not variance.
         return found if found > 1e-12 * float((mean**2).mean()) else 0.0
 
     def errors(self) -> tuple[MeasuredError, MeasuredError]:
@@ -82,7 +82,7 @@ def measure_layers(
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             kind = registered_kind(module)
             sums[name].see(kind.images(output))
-            # The chain is called past its own hooks: this is no call of the compressed model.
+            # The chain is called past its own hooks: this is not a call of the compressed model.
             sums[name].alone += _squared(after[name].forward(given[0]), output)
             expected[name].append(output.clone())
 

@@ -45,7 +45,7 @@ def compare_logits(
         names: What to call each image, such as its path.
 
     Raises:
-        ModelError: The logits are no matrices of one shape, are empty, or are not finite.
+        ModelError: The logits are not matrices of one shape, are empty, or are not finite.
         DataError: Labels, class names or image names do not fit the logits.
     """
     _check_shapes(before, after, labels, classes, names)
@@ -311,7 +311,7 @@ def _check_shapes(
         raise ModelError(
             "Logits of one shape [images, classes], with at least one image, are needed to compare "
             f"two networks; the original returned {list(before.shape)} and the compressed "
-            f"network {list(after.shape)}. For a network that is no classifier pass --metric-fn."
+            f"network {list(after.shape)}. For a network that is not a classifier pass --metric-fn."
         )
     images, count = before.shape
     if classes is not None and len(classes) != count:

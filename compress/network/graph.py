@@ -1,4 +1,4 @@
-"""The model's graph: tracing, and folding BatchNorm into what feeds it alone."""
+"""The model's graph: tracing, and folding each BatchNorm into the layer that only it reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Called(nn.Module):
-    """A model called with its input alone, so that what else it could take has its default.
+    """A model called with only its input, so that what else it could take has its default.
 
     Tracing would make proxies of those arguments, and a forward that asks whether one ``is None``
     would take the wrong branch.

@@ -49,7 +49,7 @@ def compare_with_baseline(
         name: What to call the baseline, such as its path.
 
     Raises:
-        UsageError: A report is no run's, or the models or test sets differ.
+        UsageError: A report is not a run's, or the models or test sets differ.
     """
     for one in (report, baseline):
         _require_run(one)
@@ -72,7 +72,7 @@ def build_comparison(
     """Arrange several runs side by side, as a report of kind ``"several"``.
 
     Raises:
-        UsageError: There are fewer than two runs, one is no run's report, or the models or test
+        UsageError: There are fewer than two runs, one is not a run's report, or the models or test
             sets differ and that was not allowed.
     """
     if len(reports) < 2:

@@ -99,7 +99,7 @@ def _check_common(raw: Report, where: str) -> None:
     _require_list(raw["notes"], f"{where}: notes")
     for note in raw["notes"]:
         if not isinstance(note, str):
-            raise ArtefactError(f"{where}: notes holds {note!r}, which is no text.")
+            raise ArtefactError(f"{where}: notes holds {note!r}, which is not text.")
 
 
 def _require_list(value: Any, where: str) -> None:

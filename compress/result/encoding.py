@@ -112,7 +112,7 @@ def _read_record(kind: Any, data: dict[str, Any], where: str) -> Any:
         )
         if needed and spec.name not in ready:
             raise ArtefactError(
-                f"{where} lacks {spec.name!r}; the file is damaged or is no result. Run the "
+                f"{where} lacks {spec.name!r}; the file is damaged or is not a result. Run the "
                 "command that wrote it again."
             )
     return kind(**ready)

@@ -74,7 +74,7 @@ class EndMetric:
         per_class: Rows in class order.
         ece_before: Expected calibration error over ``bins_before``.
         near_chance: The baseline is hardly better than guessing: class order or normalisation.
-        custom: Set for networks that are no classifiers; everything else is then None.
+        custom: Set for networks that are not classifiers; everything else is then None.
     """
 
     images: int

@@ -1,4 +1,4 @@
-"""The rules that choose the rank of one layer from its spectrum alone."""
+"""The rules that choose the rank of one layer using only its spectrum."""
 
 from __future__ import annotations
 

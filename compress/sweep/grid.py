@@ -19,12 +19,12 @@ class Grid:
     """The points of a sweep.
 
     Attributes:
-        rule: The name of a rule that a sweep can walk along; those with a search or a clock inside
-            are no grid.
+        rule: The name of a rule that a sweep can walk along; not one with a search or a clock
+            inside.
         values: The rule's value at each point, in the order given, none twice.
 
     Raises:
-        ConfigError: The rule is no grid's, there is no value, or one is out of the rule's range.
+        ConfigError: The rule is not a grid's, there is no value, or one is out of the rule's range.
     """
 
     rule: str
@@ -79,8 +79,8 @@ def parse_grid(rule: str, text: str) -> Grid:
             values of a range of thresholds are spaced evenly in the logarithm, others evenly.
 
     Raises:
-        ConfigError: Nothing there, no number, a count that is no positive whole number, or values
-            out of the rule's range.
+        ConfigError: Nothing there, not a number, a count that is not a positive whole number, or
+            values out of the rule's range.
     """
     grid = _flag(rule)
     flag = grid.flag
@@ -88,12 +88,12 @@ def parse_grid(rule: str, text: str) -> Grid:
     if len(parts) == 1:
         return Grid(rule, tuple(_number(p, flag, text) for p in text.split(",") if p.strip()))
     if len(parts) != 3:
-        raise ConfigError(f"{flag} {text!r} is no grid; give {_FORMS}.")
+        raise ConfigError(f"{flag} {text!r} is not a grid; give {_FORMS}.")
     first, last = (_number(part, flag, text) for part in parts[:2])
     count = parts[2].strip()
     if not count.isdigit() or not 1 <= int(count) <= LARGEST_GRID:
         raise ConfigError(
-            f"{flag} {text!r}: the count {parts[2]!r} is no whole number from 1 to "
+            f"{flag} {text!r}: the count {parts[2]!r} is not a whole number from 1 to "
             f"{LARGEST_GRID}; give {_FORMS}."
         )
     if grid.logarithmic and min(first, last) <= 0:

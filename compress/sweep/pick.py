@@ -118,8 +118,8 @@ def parse_pick(text: str) -> Pick:
         match = _CONDITION.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"--pick {text!r}: {part.strip()!r} is no condition; write a quantity, <= or >=, "
-                f"and a number, such as drop<=0.5. The quantities are {', '.join(QUANTITIES)}."
+                f"--pick {text!r}: {part.strip()!r} is not a condition; write a quantity, <= or "
+                f">=, and a number, such as drop<=0.5. The quantities are {', '.join(QUANTITIES)}."
             )
         quantity, symbol, limit = match.groups()
         if quantity not in QUANTITIES:

@@ -172,10 +172,12 @@ class LatencyTable:
         except OSError as error:
             raise InputError(f"The latency table {path} cannot be read: {error}.") from error
         except ValueError as error:
-            raise InputError(f"The latency table {path} is no JSON ({error}); {advice}.") from error
+            raise InputError(
+                f"The latency table {path} is not JSON ({error}); {advice}."
+            ) from error
         if not isinstance(raw, dict) or raw.get("format") != TABLE_FORMAT:
             raise InputError(
-                f"{path} is no latency table of a format that this version reads; {advice}."
+                f"{path} is not a latency table of a format that this version reads; {advice}."
             )
         try:
             return cls(dict(map(_entry, raw["entries"])))

@@ -33,7 +33,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
     """Read a picture file as grey (``channels`` 1) or RGB (3).
 
     Raises:
-        DataError: The file is no picture, is truncated, or has a pixel type beyond 8 or 16 bits.
+        DataError: The file is not a picture, is truncated, or has a pixel type beyond 8 or 16 bits.
     """
     try:
         with Image.open(path) as image:

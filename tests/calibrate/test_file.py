@@ -94,7 +94,7 @@ def test_damaged_and_foreign_files_are_refused(calibration: Calibration, tmp_pat
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_calibration(file, KEY)
     save_file({"weight": torch.zeros(2)}, file)
-    with pytest.raises(CalibrationError, match="is no calibration"):
+    with pytest.raises(CalibrationError, match="is not a calibration"):
         read_calibration(file, KEY)
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_calibration(tmp_path / "none.safetensors", KEY)

@@ -117,7 +117,7 @@ def test_bad_checkpoints(bench: Workbench, kind: str, words: list[str]) -> None:
         (f"{SOURCE.parent / 'tniy.py'}:tiny", ["tniy.py", "Did you mean 'tiny.py'"]),
         (f"{SOURCE}:tiny?num_clases=3", ["num_clases", "Did you mean 'num_classes'"]),
         ("torchvison:resnet18", ["torchvision"]),
-        ("resnet18", ["is no spec"]),
+        ("resnet18", ["is not a spec"]),
         (f"{SOURCE}:closeness", ["cannot be called"]),
     ],
 )

@@ -82,7 +82,7 @@ def test_it_goes_on_after_a_stop_and_refuses_to_write_over(bench):
         (("--thresholds", ""), 2, "--thresholds is empty"),
         (("--thresholds", "1e-4:1e-1:none"), 2, "no whole number"),
         (("--macs", "0.5,1.5"), 2, "macs = 1.5 is outside"),
-        (("--macs", "0.5", "--pick", "accuracy"), 2, "is no condition"),
+        (("--macs", "0.5", "--pick", "accuracy"), 2, "is not a condition"),
         (("--macs", "0.5", "--pick", "dorp<=1"), 2, "Did you mean 'drop'"),
     ],
 )

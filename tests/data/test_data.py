@@ -312,12 +312,12 @@ def test_idx_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagefoldr", "is no data spec. Did you mean 'imagefolder'"),
+        ("imagefoldr", "is not a data spec. Did you mean 'imagefolder'"),
         ("imagefoldr:pets", "no module 'imagefoldr'.*Did you mean 'imagefolder'"),
         ("tensors:{}?begin=3", "no argument 'begin'.*start and stop"),
         ("tensors:{}?start=9", "is empty; it has 3 images"),
-        ("tensors:{}?start=-1", "start=-1 is no index"),
-        ("tensors:{}?start=x", "start=x is no index"),
+        ("tensors:{}?start=-1", "start=-1 is not an index"),
+        ("tensors:{}?start=x", "start=x is not an index"),
         ("torchvision:CIFAR11", "no dataset 'CIFAR11'. Did you mean 'CIFAR10"),
         ("torchvision:FakeData?sise=3", "cannot be opened with"),
     ],

@@ -135,10 +135,10 @@ def test_an_edited_file_is_read_again(user_file):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mine.py", r"'mine\.py' is no spec; write torchvision:resnet18"),
-        ("resnet18", "is no spec"),
-        (":x", "is no spec"),
-        ("nets/mine.py:", "is no spec"),
+        ("mine.py", r"'mine\.py' is not a spec; write torchvision:resnet18"),
+        ("resnet18", "is not a spec"),
+        (":x", "is not a spec"),
+        ("nets/mine.py:", "is not a spec"),
         ("nets/mien.py:small", r"mien\.py cannot be read: No such file .*Did you mean 'mine\.py'"),
         ("gone/mine.py:small", r"gone/mine\.py cannot be read"),
         ("nets/mine.py:smal", "no factory 'smal'. Did you mean 'small'"),

@@ -227,7 +227,7 @@ def test_other_names_of_hyper_modules() -> None:
     other = torch.rand(3, 2)
     model.apply_externals({model[0]: {"weight": other}})
     assert model[0].weight is other
-    with pytest.raises(ValueError, match="This Linear is no module of the Hypernetized"):
+    with pytest.raises(ValueError, match="This Linear is not a module of the Hypernetized"):
         model.apply_externals({nn.Linear(2, 2): {"weight": other}})  # type: ignore[dict-item]
 
     class Scale(hl.HyperModule):
@@ -241,7 +241,9 @@ def test_other_names_of_hyper_modules() -> None:
     layer = nn.Linear(2, 3)
     single, values = hl.hypernetize_single(layer, [layer.bias], return_parameters=True)  # type: ignore[misc]
     assert list(single.external_shapes()) == list(values) == ["bias"]
-    with pytest.raises(ValueError, match=r"Parameter of shape \(3, 2\) is no parameter of the Li"):
+    with pytest.raises(
+        ValueError, match=r"Parameter of shape \(3, 2\) is not a parameter of the Li"
+    ):
         hl.hypernetize_single(nn.Linear(2, 3), [layer.weight])
 
 

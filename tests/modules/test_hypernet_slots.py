@@ -391,10 +391,10 @@ def test_what_cannot_be_hypernetized_is_refused_and_nothing_changes() -> None:
     kinds = {n: type(m) for n, m in model.named_modules()}
     names = list(dict(model.named_parameters()))
     for options, words in (
-        ({"modules": [nn.Linear(2, 2)]}, "This Linear is no module of the Plain"),
+        ({"modules": [nn.Linear(2, 2)]}, "This Linear is not a module of the Plain"),
         ({"modules": ["cnv"]}, "no module 'cnv'. Did you mean 'conv'"),
-        ({"modules": [3]}, "This int is no module"),
-        ({"parameters": [torch.zeros(2, 2)]}, r"Tensor of shape \(2, 2\) is no parameter"),
+        ({"modules": [3]}, "This int is not a module"),
+        ({"parameters": [torch.zeros(2, 2)]}, r"Tensor of shape \(2, 2\) is not a parameter"),
         ({"parameters": ["out.weigh"]}, "Did you mean 'out.weight'"),
         ({"modules": ["conv"], "parameters": ["x"]}, "no parameter 'x'"),
     ):
@@ -446,7 +446,7 @@ def test_finders_refuse_what_they_cannot_use() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="globs or regex"):
         find_modules_from_patterns(model)
-    with pytest.raises(ValueError, match=r"'\[' is no regular expression"):
+    with pytest.raises(ValueError, match=r"'\[' is not a regular expression"):
         find_parameters_from_patterns(model, regex="[")
     with pytest.raises(TypeError, match=r"nn\.Module classes"):
         find_modules_of_type(model, [int])  # type: ignore[list-item]

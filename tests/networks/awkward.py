@@ -234,7 +234,7 @@ def failing(*_: object) -> float:
 
 
 def undefined(*_: object) -> float:
-    """A metric that is no number, or a loss that is no tensor."""
+    """A metric that is not a number, or a loss that is not a tensor."""
     return float("nan")
 
 

@@ -33,7 +33,7 @@ def tiny(num_classes: int = 3, poison: bool = False) -> Tiny:
 
 
 def sequence(outputs: int = 4) -> nn.Module:
-    """A network that is no classifier: it gives a map ``[B, outputs, 8, 8]``."""
+    """A network that is not a classifier: it gives a map ``[B, outputs, 8, 8]``."""
     return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, outputs, 1))
 
 

@@ -111,7 +111,7 @@ def test_a_range_of_thresholds_has_equal_steps_in_the_logarithm():
         ("threshold", "", "--thresholds is empty"),
         ("threshold", " , ", "--thresholds is empty"),
         ("macs", "half", "'half' is not a number"),
-        ("macs", "0.9:0.1", "is no grid"),
+        ("macs", "0.9:0.1", "is not a grid"),
         ("macs", "0.9:0.1:0", "no whole number from 1"),
         ("macs", "0.9:0.1:2.5", "no whole number from 1"),
         ("macs", "0.9,1.5", r"macs = 1.5 is outside \(0, 1\]"),
@@ -161,13 +161,13 @@ def test_of_points_with_equal_macs_the_one_with_fewer_parameters_is_picked():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "'' is no condition"),
-        ("drop", "'drop' is no condition"),
-        ("drop=0.5", "is no condition"),
+        ("", "'' is not a condition"),
+        ("drop", "'drop' is not a condition"),
+        ("drop=0.5", "is not a condition"),
         ("drops<=0.5", "no quantity 'drops'. Did you mean 'drop'"),
         ("drop<=half", "'half' is not a number"),
         ("drop<=nan", "'nan' is not a number"),
-        ("drop<=0.5,,kl<1", "'' is no condition"),
+        ("drop<=0.5,,kl<1", "'' is not a condition"),
     ],
 )
 def test_picks_that_are_none_are_refused(text, words):

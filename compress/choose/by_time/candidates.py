@@ -1,7 +1,7 @@
 """A budget of real time: candidates whose cost is what they take on this device.
 
-Layers are timed alone, at the shapes that occur, in turns with the dense layer. What the rest of
-the network takes is the measured whole less the dense layers' sum, so that a plan's time can be
+Layers are timed one by one, at the shapes that occur, in turns with the dense layer. What the rest
+of the network takes is the measured whole less the dense layers' sum, so that a plan's time can be
 predicted; the search over whole networks (`compress.choose.by_time.search`) corrects what that
 misses.
 """

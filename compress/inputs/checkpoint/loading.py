@@ -50,7 +50,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             problems.append(f"of another shape: {listed(shapes)}")
         if mistyped:
             types = [f"{n} ({str(state[n].dtype).removeprefix('torch.')})" for n in mistyped]
-            problems.append(f"of a type that is no real number's: {listed(types)}")
+            problems.append(f"of a type that is not a real number's: {listed(types)}")
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} does not belong to this model: "
             f"{'; '.join(problems)}.{_hint(state, own, misshapen)}"

@@ -25,7 +25,7 @@ ARTEFACT_KEY = "compress"  # in the safetensors header of this package's own res
 
 _SHOWN = 20
 _RESAVE = (
-    "re-save the weights alone, where you trust the file, with "
+    "re-save only the weights, where you trust the file, with "
     'torch.save(model.state_dict(), "weights.pt") or safetensors'
 )
 
@@ -43,7 +43,7 @@ class Checkpoint:
             ``"model.state_dict"``, ...
         prefix: What was stripped from every name, such as ``"module._orig_mod."``.
         dtype: The floating type that holds most of the file's numbers.
-        extras: Names of entries beside the weights that are no tensors and were left out.
+        extras: Names of entries beside the weights that are not tensors and were left out.
     """
 
     state: dict[str, Tensor]
@@ -134,7 +134,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
                     "at it with 'compress evaluate' or 'compress verify', or load it in Python "
                     "with compress.load."
                 )
-            # The opened file is no mapping: it has keys() and cannot be iterated.
+            # The opened file is not a mapping: it has keys() and cannot be iterated.
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -233,7 +233,7 @@ def _strip_prefixes(
     """Strip wrappers' prefixes; return the rest, the prefix and averaging counters left out.
 
     ``n_averaged`` is the counter that ``torch.optim.swa_utils.AveragedModel`` keeps beside
-    ``module.``; it is no weight of the network.
+    ``module.``; it is not a weight of the network.
     """
     counters = tuple(n for n in tensors if n == "n_averaged")
     names = [n for n in tensors if n not in counters]

@@ -49,7 +49,7 @@ class Scheme:
 
     @property
     def closed_form(self) -> bool:
-        """Whether the best factors have a closed form, which the outputs' statistics give alone."""
+        """Whether the best factors have a closed form, for which statistics of outputs suffice."""
         return not self.outer
 
     @property

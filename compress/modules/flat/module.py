@@ -41,7 +41,7 @@ class FlatModule(nn.Module):
 
     Args:
         module: Any module; it is kept, not copied, as the attribute ``module``, and follows this
-            one's mode, dtype and device. It is no submodule: ``modules()`` does not list it.
+            one's mode, dtype and device. It is not a submodule: ``modules()`` does not list it.
 
     Attributes:
         flat_param: The vector ``[param_numel]``.
@@ -50,7 +50,7 @@ class FlatModule(nn.Module):
         is_traced: Whether `trace` took place.
 
     Raises:
-        TypeError: ``module`` is no module.
+        TypeError: ``module`` is not a module.
         ValueError: Parameters of several dtypes or devices, or not initialised yet.
     """
 
@@ -70,7 +70,7 @@ class FlatModule(nn.Module):
             (place, name) for place, name in find_places(module) if name in self._trained
         )
         self._traced: TracedForward | None = None
-        # Not registered: its parameters are no parameters of this module.
+        # Not registered: its parameters are not parameters of this module.
         object.__setattr__(self, "module", module)
         pieces = [p.detach().reshape(-1) for p in named.values()]
         vector = torch.cat(pieces) if pieces else torch.zeros(0)
@@ -157,7 +157,7 @@ class FlatModule(nn.Module):
             example: The input, or a tuple of all inputs.
 
         Raises:
-            TypeError: An input that is no tensor.
+            TypeError: An input that is not a tensor.
         """
         inputs = example if isinstance(example, tuple) else (example,)
         for value in inputs:

@@ -45,7 +45,7 @@ def trace_evaluation(
 
     Args:
         module: Its modes are as before afterwards; a warning names those that trace differently.
-        function: Takes tensors alone.
+        function: Takes only tensors.
         arguments: Examples.
         count: How many of them, at the end, are the module's inputs.
     """

@@ -72,7 +72,7 @@ def hypernetize(
 
     Raises:
         ValueError: Something that is not in the model, not initialised yet, or cannot be changed.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Warns:
         UserWarning: Where HyperLight would do something else or training would have no effect: a
@@ -141,8 +141,8 @@ def hypernetize_single(
             name = wanted[index] = names[id(name)]
         if isinstance(name, Tensor):
             raise ValueError(
-                f"This {type(name).__name__} of shape {tuple(name.shape)} is no parameter of the "
-                f"{type(module).__name__} itself."
+                f"This {type(name).__name__} of shape {tuple(name.shape)} is not a parameter of "
+                f"the {type(module).__name__} itself."
             )
         if name not in own:
             raise ValueError(
@@ -171,7 +171,7 @@ def _chosen_names(
                 raise ValueError(f"{kind} has no module {item!r}.{near_matches(item, by_name)}")
             item = by_name[item]
         if not isinstance(item, nn.Module) or id(item) not in inside:
-            raise ValueError(f"This {type(item).__name__} is no module of the {kind}.")
+            raise ValueError(f"This {type(item).__name__} is not a module of the {kind}.")
         chosen |= {id(p) for p in item.parameters()}
     every = dict(model.named_parameters(remove_duplicate=False))
     for item in _items(parameters, Tensor):
@@ -181,7 +181,7 @@ def _chosen_names(
             item = every[item]
         if id(item) not in first:
             shape = f" of shape {tuple(item.shape)}" if isinstance(item, Tensor) else ""
-            raise ValueError(f"This {type(item).__name__}{shape} is no parameter of the {kind}.")
+            raise ValueError(f"This {type(item).__name__}{shape} is not a parameter of the {kind}.")
         chosen.add(id(item))
     return [name for key, name in first.items() if key in chosen]
 

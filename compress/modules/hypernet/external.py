@@ -135,7 +135,7 @@ class HyperModule(nn.Module):
                 continue
             if id(key) not in paths:
                 raise ValueError(
-                    f"This {type(key).__name__} is no module of the {type(self).__name__}."
+                    f"This {type(key).__name__} is not a module of the {type(self).__name__}."
                 )
             path = paths[id(key)]
             flat |= {f"{path}.{leaf}" if path else leaf: v for leaf, v in dict(value).items()}

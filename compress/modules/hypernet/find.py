@@ -20,7 +20,7 @@ def find_modules_of_type(
     """Return the modules of given types, subclasses included, by dotted name in model order.
 
     Raises:
-        TypeError: A type that is no module class.
+        TypeError: A type that is not a module class.
     """
     _check_model(model)
     types = (module_types,) if isinstance(module_types, type) else tuple(module_types)
@@ -76,7 +76,7 @@ def _matcher(globs: Patterns | None, regex: Patterns | None) -> Callable[[str], 
         try:
             expressions.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
     return lambda name: (
         any(fnmatchcase(name, pattern) for pattern in shell)
         or any(expression.search(name) for expression in expressions)

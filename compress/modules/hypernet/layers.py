@@ -34,7 +34,7 @@ def _checked(
     """The arguments of a layer, its sizes as ``int``.
 
     Raises:
-        TypeError: A size that is a boolean, a float or anything else that is no integer.
+        TypeError: A size that is a boolean, a float or anything else that is not an integer.
         ValueError: A size below its least.
     """
     plain = next(base for base in kind.__mro__ if not issubclass(base, HyperModule))

@@ -74,7 +74,7 @@ class Hypernet(nn.Module):
         batch of one, else ``[B, *shape]``. `per_sample` runs a network with the latter.
 
     Raises:
-        TypeError: Sizes that are no integers, an unknown option, an option of the wrong type.
+        TypeError: Sizes that are not integers, an unknown option, an option of the wrong type.
         ValueError: No outputs or inputs, sizes below 1, both or neither of the size arguments, an
             option out of range.
 
@@ -161,7 +161,7 @@ class Hypernet(nn.Module):
         init_distribution: str | None = "kaiming_normal",
         init_bias: float = 0.0,
     ) -> None:
-        """Draw new weights for θ₀ alone.
+        """Draw new weights only for θ₀.
 
         Args:
             init_distribution: Of the entries that are neither zero nor one at first.

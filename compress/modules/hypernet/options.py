@@ -117,7 +117,7 @@ def hidden_sizes_of(hidden: Sequence[int] | None, layers: Sequence[int] | None) 
     """Return the widths, given under either of their two names.
 
     Raises:
-        TypeError: Widths that are no integers.
+        TypeError: Widths that are not integers.
         ValueError: Both names or neither, widths below 1.
     """
     if (hidden is None) == (layers is None):

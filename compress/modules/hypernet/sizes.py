@@ -19,7 +19,7 @@ def size(what: str, value: Any, least: int = 1) -> int:
         least: The smallest size allowed.
 
     Raises:
-        TypeError: A boolean, a float, or anything else that is no integer.
+        TypeError: A boolean, a float, or anything else that is not an integer.
         ValueError: A size below ``least``.
     """
     kind = type(value).__name__
@@ -39,7 +39,7 @@ def shape(what: str, value: Any) -> tuple[int, ...]:
     """Return a shape as a tuple of ``int``; sides may be zero.
 
     Raises:
-        TypeError: No sequence, or a side that is no integer.
+        TypeError: No sequence, or a side that is not an integer.
         ValueError: A negative side.
     """
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):

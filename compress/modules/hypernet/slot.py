@@ -25,8 +25,8 @@ class ExternalParameter:
         name: What errors call the slot; set by the module that holds it.
 
     Raises:
-        TypeError: Sides of ``shape`` that are no integers, ``data`` that is no tensor, ``dtype``
-            that is no dtype.
+        TypeError: Sides of ``shape`` that are not integers, ``data`` that is not a tensor, or
+            ``dtype`` that is not a dtype.
         ValueError: A negative side, ``data`` of another shape or dtype.
     """
 
@@ -62,7 +62,7 @@ class ExternalParameter:
 
         Raises:
             AttributeError: Reading before a value was set.
-            TypeError: Setting something that is no tensor.
+            TypeError: Setting something that is not a tensor.
             ValueError: Setting a tensor of another shape or dtype.
         """
         if self._value is None:

@@ -218,7 +218,7 @@ def chain_kernels(
     """Read ``kernel_sizes`` and ``depth`` as the kernel of each sublayer.
 
     Raises:
-        ValueError: A list whose length is not the depth given, or entries that are no kernels.
+        ValueError: A list whose length is not the depth given, or entries that are not kernels.
     """
     if isinstance(kernel_sizes, list):
         if depth is not None and depth != len(kernel_sizes):

@@ -146,7 +146,7 @@ def _chosen(
 
 
 def _tied(model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> bool:
-    """Whether a module that is no twin of the layer holds one of its parameters; warn if so."""
+    """Whether a module that is not a twin of the layer holds one of its parameters; warn if so."""
     own = {id(p) for p in layer.parameters()}
     for other_name, other in model.named_modules():
         shared = own & {id(p) for p in other._parameters.values() if p is not None}
