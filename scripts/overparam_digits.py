@@ -15,6 +15,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def layers_of(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    return (model(split.images).argmax(1) == split.labels).double().mean().item() * 100
+    return float((model(split.images).argmax(1) == split.labels).double().mean()) * 100
 
 
 @torch.no_grad()
@@ -132,14 +133,18 @@ def rank_for(values: Tensor, energy: float) -> int:
     return min(int((share < energy - 1e-12).sum()) + 1, len(values))
 
 
-def projected(model: nn.Module, found: list[tuple[Tensor, Tensor, Tensor]], ranks: list[int]):
+def projected(
+    model: nn.Module, found: list[tuple[Tensor, Tensor, Tensor]], ranks: list[int]
+) -> Iterator[None]:
     """Hooks that project each hidden layer's output onto its leading components."""
     handles = []
     for layer, (mean, _, vectors), rank in zip(layers_of(model), found, ranks, strict=True):
         u = vectors[:, :rank].float()
         projector, centre = u @ u.T, mean.float()[:, None, None]
 
-        def hook(_m: nn.Module, _i: object, y: Tensor, p: Tensor = projector, c: Tensor = centre):
+        def hook(
+            _m: nn.Module, _i: object, y: Tensor, p: Tensor = projector, c: Tensor = centre
+        ) -> Tensor:
             return torch.einsum("oc,nchw->nohw", p, y - c) + c
 
         handles.append(layer.register_forward_hook(hook))

@@ -35,7 +35,7 @@ def sizes(layer: nn.Module) -> tuple[int, int, int]:
     """Groups, outputs per group and patch length of a layer."""
     groups = getattr(layer, "groups", 1)
     outputs = getattr(layer, "out_channels", None) or layer.out_features
-    return groups, outputs // groups, layer.weight.numel() // outputs
+    return int(groups), int(outputs // groups), int(layer.weight.numel() // outputs)
 
 
 def channels_last(layer: nn.Module, y: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -6,6 +8,7 @@ import resource
 import signal
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interruptions import signalled
@@ -25,7 +28,7 @@ from compress.files.leftovers import clear_leftovers
 
 
 @pytest.fixture
-def small_disk():
+def small_disk() -> Any:
     """Files cannot grow beyond 4 KB, which is as near to a full disk as a test can get."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -33,17 +36,17 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def entries(folder):
+def entries(folder: Any) -> Any:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = os.urandom(300_000)
     (tmp_path / "x").write_bytes(data)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
-def test_write_replaces_and_keeps_plain_permissions(tmp_path):
+def test_write_replaces_and_keeps_plain_permissions(tmp_path: Path) -> None:
     path, plain = tmp_path / "x.json", tmp_path / "plain"
     plain.write_text("")
     write_atomically(path, b"old")
@@ -54,7 +57,7 @@ def test_write_replaces_and_keeps_plain_permissions(tmp_path):
 
 
 @pytest.mark.usefixtures("small_disk")
-def test_write_that_does_not_fit_leaves_the_old_file(tmp_path):
+def test_write_that_does_not_fit_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_atomically(path, "old")
     with pytest.raises(ArtefactError, match="cannot be written: File too large; free some space"):
@@ -63,12 +66,12 @@ def test_write_that_does_not_fit_leaves_the_old_file(tmp_path):
     assert entries(tmp_path) == ["x"]
 
 
-def test_write_into_a_missing_folder_says_so(tmp_path):
+def test_write_into_a_missing_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"nowhere.x cannot be written: No such file"):
         write_atomically(tmp_path / "nowhere" / "x", "text")
 
 
-def test_folder_appears_whole_with_its_parents(tmp_path):
+def test_folder_appears_whole_with_its_parents(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b"
     with atomic_folder(target, force=False) as folder:
         (folder / "report.json").write_text("{}")
@@ -79,8 +82,8 @@ def test_folder_appears_whole_with_its_parents(tmp_path):
 
 
 @pytest.mark.parametrize("problem", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
-def test_folder_vanishes_on_any_exception(tmp_path, problem):
-    def fail():
+def test_folder_vanishes_on_any_exception(tmp_path: Path, problem: Any) -> None:
+    def fail() -> None:
         with atomic_folder(tmp_path / "a" / "b", force=False) as folder:
             (folder / "sub").mkdir()
             (folder / "model.safetensors").write_text("half")
@@ -91,7 +94,7 @@ def test_folder_vanishes_on_any_exception(tmp_path, problem):
     assert entries(tmp_path) == []
 
 
-def test_failed_replacement_leaves_the_old_result(tmp_path):
+def test_failed_replacement_leaves_the_old_result(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "model.safetensors").write_text("old")
@@ -103,7 +106,7 @@ def test_failed_replacement_leaves_the_old_result(tmp_path):
 
 
 @pytest.mark.usefixtures("small_disk")
-def test_folder_on_a_full_disk_is_an_artefact_error(tmp_path):
+def test_folder_on_a_full_disk_is_an_artefact_error(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="free some space"):
         with atomic_folder(tmp_path / "out", force=False) as folder:
             (folder / "model.safetensors").write_bytes(b"n" * 10_000)
@@ -114,14 +117,16 @@ def test_folder_on_a_full_disk_is_an_artefact_error(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_errors_about_other_files_pass_through(tmp_path):
+def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         with atomic_folder(tmp_path / "out", force=False):
             open(tmp_path / "elsewhere")  # noqa: SIM115
 
 
-def test_unwritable_parent_is_an_artefact_error(tmp_path, monkeypatch):
-    def refuse(self, *_, **__):
+def test_unwritable_parent_is_an_artefact_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
@@ -130,7 +135,7 @@ def test_unwritable_parent_is_an_artefact_error(tmp_path, monkeypatch):
             pytest.fail("the block ran")
 
 
-def test_only_a_finished_result_needs_force(tmp_path):
+def test_only_a_finished_result_needs_force(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     check_output(target, force=False)
@@ -146,7 +151,9 @@ def test_only_a_finished_result_needs_force(tmp_path):
     assert entries(tmp_path) == ["out"]
 
 
-def test_other_peoples_folders_are_never_replaced(tmp_path, monkeypatch):
+def test_other_peoples_folders_are_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(ArtefactError, match=r"holds thesis\.tex"):
         check_output(tmp_path, force=True)
@@ -162,10 +169,10 @@ def test_other_peoples_folders_are_never_replaced(tmp_path, monkeypatch):
         check_output(tmp_path / "link", force=True)
 
 
-def test_a_result_that_appeared_meanwhile_is_not_overwritten(tmp_path):
+def test_a_result_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "out"
 
-    def race():
+    def race() -> None:
         with atomic_folder(target, force=False) as folder:
             (folder / "model.safetensors").write_text("ours")
             target.mkdir()
@@ -177,18 +184,20 @@ def test_a_result_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     assert entries(tmp_path) == ["out"]
 
 
-def no_exchange(*_):
+def no_exchange(*_: Any) -> Any:
     """A file system that cannot exchange two names."""
     return False
 
 
-def test_a_swap_that_fails_puts_the_old_result_back(tmp_path, monkeypatch):
+def test_a_swap_that_fails_puts_the_old_result_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "model.safetensors").write_text("old")
     rename = Path.rename
 
-    def refuse_the_new(self, to):
+    def refuse_the_new(self: Any, to: Any) -> Any:
         if self.name.endswith(".partial"):
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, to)
@@ -202,7 +211,7 @@ def test_a_swap_that_fails_puts_the_old_result_back(tmp_path, monkeypatch):
     assert entries(tmp_path) == ["out"]
 
 
-def test_names_trade_places_in_one_step(tmp_path):
+def test_names_trade_places_in_one_step(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     (first / "x").write_text("one")
@@ -216,7 +225,7 @@ def test_names_trade_places_in_one_step(tmp_path):
         exchange(first, tmp_path / "none")
 
 
-def test_a_finished_sweep_is_not_a_failed_run(tmp_path):
+def test_a_finished_sweep_is_not_a_failed_run(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     for name in ("report.json", "report.md", "report.html", "config.toml", "sweep.csv"):
@@ -232,7 +241,7 @@ def test_a_finished_sweep_is_not_a_failed_run(tmp_path):
 @pytest.mark.parametrize(
     "name", ["report.pdf", "report.docx", "sweep.xlsx", "report.d/notes", "model.safetensors/x"]
 )
-def test_files_with_names_like_ours_are_somebodys(tmp_path, name):
+def test_files_with_names_like_ours_are_somebodys(tmp_path: Path, name: Any) -> None:
     target = tmp_path / "out"
     (target / name).parent.mkdir(parents=True)
     (target / name).write_text("years")
@@ -240,7 +249,7 @@ def test_files_with_names_like_ours_are_somebodys(tmp_path, name):
         check_output(target, force=True)
 
 
-def test_somebodys_file_in_the_chosen_result_of_a_sweep_is_not_lost(tmp_path):
+def test_somebodys_file_in_the_chosen_result_of_a_sweep_is_not_lost(tmp_path: Path) -> None:
     target = tmp_path / "out"
     (target / "chosen").mkdir(parents=True)
     (target / "chosen" / "model.safetensors").write_text("")
@@ -250,7 +259,7 @@ def test_somebodys_file_in_the_chosen_result_of_a_sweep_is_not_lost(tmp_path):
         check_output(target, force=True, kind=SWEEP)
 
 
-def test_long_names_are_refused_before_the_work(tmp_path):
+def test_long_names_are_refused_before_the_work(tmp_path: Path) -> None:
     check_output(tmp_path / ("n" * 237), force=False)
     with pytest.raises(ArtefactError, match=r"has 240 bytes.*at most 237; pass a shorter one"):
         check_output(tmp_path / ("n" * 240), force=False)
@@ -258,7 +267,7 @@ def test_long_names_are_refused_before_the_work(tmp_path):
         pass
 
 
-def test_an_output_inside_an_input_folder_is_refused(tmp_path):
+def test_an_output_inside_an_input_folder_is_refused(tmp_path: Path) -> None:
     images = tmp_path / "images"
     (images / "cat").mkdir(parents=True)
     with pytest.raises(ArtefactError, match="would read it as data"):
@@ -268,14 +277,14 @@ def test_an_output_inside_an_input_folder_is_refused(tmp_path):
     check_apart(tmp_path / "result", [images], [images])
 
 
-def test_an_update_keeps_what_else_is_there(tmp_path):
+def test_an_update_keeps_what_else_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     (folder / "inner").mkdir(parents=True)
     (folder / "model").write_bytes(b"large")
     (folder / "inner" / "kept").write_text("kept")
     (folder / "report").write_text("old")
 
-    def fail():
+    def fail() -> None:
         with atomic_update(folder) as new:
             write_atomically(new / "report", "new")
             raise RuntimeError
@@ -294,29 +303,29 @@ def test_an_update_keeps_what_else_is_there(tmp_path):
 # --- Killed at every change of a file ------------------------------------------------------------
 
 
-def replace_folder(folder):
+def replace_folder(folder: Any) -> None:
     with atomic_folder(folder / "out", force=True) as new:
         write_atomically(new / "model.safetensors", "new")
         write_atomically(new / "report.json", "new")
 
 
-def update_folder(folder):
+def update_folder(folder: Any) -> None:
     with atomic_update(folder / "out") as new:
         write_atomically(new / "model.safetensors", "new")
         write_atomically(new / "report.json", "new")
 
 
-def write_file(folder):
+def write_file(folder: Any) -> None:
     write_atomically(folder / "out" / "report.json", "new")
 
 
-def make_old(folder):
+def make_old(folder: Any) -> None:
     (folder / "out").mkdir()
     for name in ("model.safetensors", "report.json"):
         (folder / "out" / name).write_text("old")
 
 
-def contents(folder):
+def contents(folder: Any) -> Any:
     out = folder / "out"
     return {name: (out / name).read_text() for name in entries(out)} if out.exists() else None
 
@@ -324,7 +333,9 @@ def contents(folder):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("work", [replace_folder, update_folder, write_file])
-def test_a_signal_at_any_change_leaves_the_old_or_the_new(tmp_path, work, exchanging, sent):
+def test_a_signal_at_any_change_leaves_the_old_or_the_new(
+    tmp_path: Path, work: Any, exchanging: Any, sent: Any
+) -> None:
     """The process gets the signal just before its n-th change of a file, for every n."""
     reached, n = True, 0
     outcomes = set()
@@ -356,7 +367,7 @@ def test_a_signal_at_any_change_leaves_the_old_or_the_new(tmp_path, work, exchan
     assert n > 4
 
 
-def test_what_another_process_is_writing_is_not_cleared(tmp_path):
+def test_what_another_process_is_writing_is_not_cleared(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out", force=False) as new:
         write_atomically(new / "report.json", "mine")
         clear_leftovers(tmp_path / "out")  # another descriptor, as another process would have
@@ -364,7 +375,7 @@ def test_what_another_process_is_writing_is_not_cleared(tmp_path):
     assert entries(tmp_path) == ["out"]
 
 
-def test_what_is_not_ours_is_not_cleared(tmp_path):
+def test_what_is_not_ours_is_not_cleared(tmp_path: Path) -> None:
     for name in (".out.partial", ".out.1234567g.partial", ".other.12345678.partial", "out.old"):
         (tmp_path / name).write_text("somebody's")
     (tmp_path / ".out.12345678.old").symlink_to(tmp_path / "out.old")

@@ -188,7 +188,7 @@ def accuracy(digits: Digits, candidate: str, task: Task, seed: int, steps: int) 
             z[0] = angle
             with main.using_externals(net(h=z)):
                 right.append((main(images).argmax(1) == digits.test_labels).float().mean().item())
-    return 100 * statistics.mean(right)
+    return float(100 * statistics.mean(right))
 
 
 def norms(candidate: str, inputs: int, hidden: tuple[int, ...], draws: int) -> list[float]:
@@ -225,7 +225,8 @@ def fixed_weight(net: nn.Module) -> Tensor:
     assert isinstance(net, Original)
     sizes = [math.prod(shape) for shape in net.shapes.values()]
     pieces = dict(zip(net.shapes, net.output.bias.detach().split(sizes), strict=True))
-    return pieces["1.weight"].view(net.shapes["1.weight"])
+    weight: Tensor = pieces["1.weight"].view(net.shapes["1.weight"])
+    return weight
 
 
 def print_norms(hidden: tuple[int, ...], draws: int) -> None:

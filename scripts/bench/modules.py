@@ -93,10 +93,11 @@ def resnet18_rows(repeats: int, batch: int, size: int) -> list[tuple[str, float,
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         hyper.set_externals(leaves)
         mode = "train" if training else "eval"
-        for name, module, own in (
+        cases: tuple[tuple[str, nn.Module, list[Tensor]], ...] = (
             ("FlatModule(resnet18)", flat, [flat.flat_param]),
             ("hypernetized resnet18, constant values", hyper, list(leaves.values())),
-        ):
+        )
+        for name, module, own in cases:
             if not training:
                 pair = alternate(forward(plain, x), forward(module, x), repeats)
                 rows.append((f"{name} {mode} forward", *pair, 1.10))

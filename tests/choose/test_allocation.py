@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +29,12 @@ def macs(option: Candidate) -> float:
     return option.macs
 
 
-def totals(options, picks):
+def totals(options: Any, picks: Any) -> Any:
     chosen = [layer[i] for layer, i in zip(options, picks, strict=True)]
     return sum(c.macs for c in chosen), math.fsum(c.loss for c in chosen)
 
 
-def brute_force(options, budget):
+def brute_force(options: Any, budget: Any) -> Any:
     """Return the least loss within the budget by looking at every combination."""
     points = [totals(options, p) for p in itertools.product(*(range(len(o)) for o in options))]
     return min((loss for cost, loss in points if cost <= budget), default=None)
@@ -55,7 +56,7 @@ layers = st.lists(
 
 @settings(derandomize=True, deadline=None, max_examples=250)
 @given(layers, st.integers(0, 120))
-def test_allocate_is_optimal_on_small_problems(options, budget) -> None:
+def test_allocate_is_optimal_on_small_problems(options: Any, budget: Any) -> None:
     best = brute_force(options, budget)
     if best is None:
         with pytest.raises(UnreachableBudgetError) as caught:
@@ -72,7 +73,7 @@ def test_allocate_is_optimal_on_small_problems(options, budget) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(layers)
-def test_a_larger_budget_never_loses_more(options) -> None:
+def test_a_larger_budget_never_loses_more(options: Any) -> None:
     smallest = sum(min(c.macs for c in layer) for layer in options)
     losses = [totals(options, allocate(options, smallest + b, macs))[1] for b in range(0, 60, 3)]
     assert losses == sorted(losses, reverse=True)
@@ -87,7 +88,7 @@ def test_a_larger_budget_never_loses_more(options) -> None:
     ),
     st.floats(0, 1),
 )
-def test_measured_seconds_as_cost(raw, fraction) -> None:
+def test_measured_seconds_as_cost(raw: Any, fraction: Any) -> None:
     options = [[candidate(loss, 0, seconds) for loss, seconds in layer] for layer in raw]
 
     def seconds(option: Candidate) -> float:
@@ -95,7 +96,7 @@ def test_measured_seconds_as_cost(raw, fraction) -> None:
         return option.seconds
 
     low, high = (
-        math.fsum(pick(c.seconds for c in layer) for layer in options) for pick in (min, max)
+        math.fsum(pick(c.seconds or 0.0 for c in layer) for layer in options) for pick in (min, max)
     )
     budget = low + fraction * (high - low)
     picks = allocate(options, budget, seconds)
@@ -143,7 +144,7 @@ def test_a_large_network_is_within_budget_near_the_bound_and_monotone() -> None:
 
 
 @pytest.mark.parametrize("budget_share", [0.2, 0.5, 0.8])
-def test_many_equal_and_near_equal_choices_stay_within_budget(budget_share) -> None:
+def test_many_equal_and_near_equal_choices_stay_within_budget(budget_share: Any) -> None:
     generator = np.random.default_rng(1)
     costs = generator.integers(1, 10**6, (20, 60))
     options = [
@@ -184,7 +185,7 @@ def test_zero_costs_and_no_layers() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(layers)
-def test_frontier_is_the_hull_of_all_choices(options) -> None:
+def test_frontier_is_the_hull_of_all_choices(options: Any) -> None:
     corners = frontier(options, macs)
     points = [totals(options, p) for p in itertools.product(*(range(len(o)) for o in options))]
     assert corners[0][0] == min(cost for cost, _ in points)
@@ -199,13 +200,13 @@ def test_frontier_is_the_hull_of_all_choices(options) -> None:
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_a_loss_that_is_not_finite_is_refused(loss) -> None:
+def test_a_loss_that_is_not_finite_is_refused(loss: Any) -> None:
     with pytest.raises(CalibrationError, match="layer 1"):
         allocate([[candidate(0, 1)], [candidate(loss, 1)]], 10, macs)
 
 
 @pytest.mark.parametrize("price", [math.inf, math.nan, -1.0])
-def test_a_cost_that_is_no_price_is_refused(price) -> None:
+def test_a_cost_that_is_no_price_is_refused(price: Any) -> None:
     with pytest.raises(ValueError, match="layer 0"):
         allocate([[candidate(0, 1)]], 10, lambda _: price)
 
@@ -227,7 +228,7 @@ def test_threshold_counts_against_the_largest() -> None:
 
 
 @pytest.mark.parametrize("rule", [rank_by_threshold, rank_by_energy])
-def test_a_spectrum_that_is_numerically_zero_has_rank_one(rule) -> None:
+def test_a_spectrum_that_is_numerically_zero_has_rank_one(rule: Any) -> None:
     assert rule([0.0, 0.0, -1e-30], 0.5) == 1
     assert rule([1e-17, 1e-17], 1.0, floor=1e-16) == 1
     assert rule([1e-17, 1e-17], 1.0) == 2
@@ -235,7 +236,7 @@ def test_a_spectrum_that_is_numerically_zero_has_rank_one(rule) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.integers(0, 16))
-def test_energy_is_the_smallest_rank_that_reaches_it(values, sixteenths) -> None:
+def test_energy_is_the_smallest_rank_that_reaches_it(values: Any, sixteenths: Any) -> None:
     values = sorted(values, reverse=True)
     wanted = sixteenths * sum(values)
     by_hand = next(r for r in range(1, len(values) + 1) if 16 * sum(values[:r]) >= wanted)
@@ -249,7 +250,7 @@ def test_all_the_energy_is_not_undone_by_rounding() -> None:
 
 
 @pytest.mark.parametrize("rule", [rank_by_threshold, rank_by_energy])
-def test_rank_rules_refuse_nonsense(rule) -> None:
+def test_rank_rules_refuse_nonsense(rule: Any) -> None:
     with pytest.raises(ValueError, match="outside"):
         rule([1.0], 1.5)
     with pytest.raises(ValueError, match="at least one"):
@@ -259,7 +260,7 @@ def test_rank_rules_refuse_nonsense(rule) -> None:
 
 
 @pytest.mark.parametrize("kept", [7, 14, 17, 45, 40])
-def test_threshold_keeps_the_published_counts_on_made_spectra(kept) -> None:
+def test_threshold_keeps_the_published_counts_on_made_spectra(kept: Any) -> None:
     spectrum = [0.7 * 10 ** (-3 * i / (kept - 0.5)) for i in range(2 * kept)]
     assert rank_by_threshold(spectrum, 1e-3) == kept
 

@@ -79,7 +79,8 @@ class Layers(nn.Module):
 
 
 def test_input_shapes_are_those_that_occur() -> None:
-    model, seen = Layers().eval(), {}
+    model = Layers().eval()
+    seen: dict[nn.Module, list[tuple[int, ...]]] = {}
     sites = find_sites(model, torch.randn(1, 3, 6, 8))
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
@@ -26,7 +27,7 @@ from compress.result.runs import Result
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A workbench with one finished run, which no test changes."""
 
     with pytest.MonkeyPatch.context() as patch:
@@ -38,12 +39,12 @@ def bench(tmp_path_factory):
 
 
 @pytest.fixture
-def result(bench):
+def result(bench: Workbench) -> Any:
     """The result folder of the tiny network."""
     return bench.output()
 
 
-def changed(folder: Path, target: Path, **changes) -> Path:
+def changed(folder: Path, target: Path, **changes: Any) -> Path:
     """Write a report like that of ``folder``, some of its result changed."""
     found = from_dict(Result, read_report(folder)["result"])
     target.mkdir()
@@ -51,7 +52,7 @@ def changed(folder: Path, target: Path, **changes) -> Path:
     return target
 
 
-def test_every_limit_has_its_flag():
+def test_every_limit_has_its_flag() -> None:
     assert list(LIMIT_HELP) == list(LIMITS)
     shown = command("report", "--help").stdout
     for name in LIMITS:
@@ -59,7 +60,7 @@ def test_every_limit_has_its_flag():
 
 
 @pytest.mark.parametrize("which", ["folder", "model.safetensors", "report.json"])
-def test_a_result_is_a_folder_or_a_file_of_it(result, which):
+def test_a_result_is_a_folder_or_a_file_of_it(result: Any, which: Any) -> None:
     given = result if which == "folder" else result / which
     done = command("report", str(given))
     assert done.exit_code == 0
@@ -68,7 +69,7 @@ def test_a_result_is_a_folder_or_a_file_of_it(result, which):
     assert command("report", str(given), "--quiet").stdout == ""
 
 
-def test_limits_gate_with_exit_code_one_and_say_by_how_much(result, tmp_path):
+def test_limits_gate_with_exit_code_one_and_say_by_how_much(result: Any, tmp_path: Path) -> None:
     metric = read_report(result)["result"]["test"]
     limit = metric["drop"] - 1.25
     worst = -min(c["change"] for c in metric["per_class"]) - 0.5
@@ -92,14 +93,16 @@ def test_limits_gate_with_exit_code_one_and_say_by_how_much(result, tmp_path):
     }  # fmt: skip
 
 
-def test_limits_that_hold_pass(result):
+def test_limits_that_hold_pass(result: Any) -> None:
     ratio = read_report(result)["headline"]["params_ratio"]
     done = command("report", str(result), "--max-drop", "100", "--max-params-ratio", str(ratio))
     assert done.exit_code == 0
     assert "Passed: 2 limits kept" in done.stdout
 
 
-def test_limits_may_stand_in_the_configuration_and_replace_the_runs_own(bench, tmp_path):
+def test_limits_may_stand_in_the_configuration_and_replace_the_runs_own(
+    bench: Workbench, tmp_path: Path
+) -> None:
     output = str(tmp_path / "limited")
     done = bench.run("--macs", "0.6", "--no-refit", "--max-drop", "100", output=output)
     assert done.exit_code == 0
@@ -110,7 +113,9 @@ def test_limits_may_stand_in_the_configuration_and_replace_the_runs_own(bench, t
     assert gates == {"max_drop": 90.0, "min_agreement": 0.01}
 
 
-def test_a_result_without_a_test_set_keeps_no_limit_on_accuracy(bench, tmp_path):
+def test_a_result_without_a_test_set_keeps_no_limit_on_accuracy(
+    bench: Workbench, tmp_path: Path
+) -> None:
     output = str(tmp_path / "untested")
     assert bench.run("--macs", "0.6", "--no-refit", test=None, output=output).exit_code == 0
     done = command("report", output, "--max-drop", "100")
@@ -118,7 +123,9 @@ def test_a_result_without_a_test_set_keeps_no_limit_on_accuracy(bench, tmp_path)
     assert "not measured (no test set)" in done.stderr
 
 
-def test_a_pair_measured_anew_says_what_the_run_said(bench, result, tmp_path):
+def test_a_pair_measured_anew_says_what_the_run_said(
+    bench: Workbench, result: Any, tmp_path: Path
+) -> None:
     done = command(
         "report", "--before", bench.checkpoint, "--model", SPEC, "--after", str(result),
         "--test", bench.test, "--output", str(tmp_path / "again"), "--max-drop", "100",
@@ -137,7 +144,7 @@ def test_a_pair_measured_anew_says_what_the_run_said(bench, result, tmp_path):
     assert html.count("data:image/png;base64,") == len(flips)
 
 
-def test_several_results_stand_side_by_side(bench, result, tmp_path):
+def test_several_results_stand_side_by_side(bench: Workbench, result: Any, tmp_path: Path) -> None:
     assert bench.run("--macs", "0.8", "--no-refit", output=str(tmp_path / "b")).exit_code == 0
     done = command(
         "report", str(result), str(tmp_path / "b"), "--output", str(tmp_path / "both"),
@@ -151,8 +158,10 @@ def test_several_results_stand_side_by_side(bench, result, tmp_path):
     assert len(ElementTree.parse(tmp_path / "both.xml").getroot()) == 2
 
 
-def test_a_baseline_shows_and_limits_regressions(result, tmp_path):
+def test_a_baseline_shows_and_limits_regressions(result: Any, tmp_path: Path) -> None:
     test = from_dict(Result, read_report(result)["result"]).test
+    assert test is not None
+    assert test.top1_after is not None
     better = dataclasses.replace(test, top1_after=test.top1_after + 0.04)
     earlier = changed(result, tmp_path / "earlier", test=better)
     line = ["report", str(result), "--baseline", str(earlier / "report.json")]
@@ -178,7 +187,9 @@ def test_a_baseline_shows_and_limits_regressions(result, tmp_path):
     ],
 )
 @pytest.mark.parametrize("how", ["several", "baseline"])
-def test_results_that_say_nothing_about_each_other(result, tmp_path, change, words, how):
+def test_results_that_say_nothing_about_each_other(
+    result: Any, tmp_path: Path, change: Any, words: Any, how: Any
+) -> None:
     other = changed(result, tmp_path / "other", **change)
     pair = (
         [str(result), str(other)] if how == "several" else [str(result), "--baseline", str(other)]
@@ -193,7 +204,9 @@ def test_results_that_say_nothing_about_each_other(result, tmp_path, change, wor
     assert 'class="banner"' in (tmp_path / "banner" / "report.html").read_text()
 
 
-def test_test_sets_of_different_length_are_refused(bench, result, tmp_path):
+def test_test_sets_of_different_length_are_refused(
+    bench: Workbench, result: Any, tmp_path: Path
+) -> None:
     images, labels = made_images(18, seed=5)
     np.savez(tmp_path / "short.npz", images=images, labels=labels)
     short = bench.run(
@@ -206,7 +219,9 @@ def test_test_sets_of_different_length_are_refused(bench, result, tmp_path):
     assert "18" in said
 
 
-def test_a_class_that_is_missing_from_the_test_set_is_shown_as_that(bench, result, tmp_path):
+def test_a_class_that_is_missing_from_the_test_set_is_shown_as_that(
+    bench: Workbench, result: Any, tmp_path: Path
+) -> None:
     images, labels = made_images(24, seed=5)
     np.savez(tmp_path / "two.npz", images=images[labels != 1], labels=labels[labels != 1])
     done = command(
@@ -219,7 +234,7 @@ def test_a_class_that_is_missing_from_the_test_set_is_shown_as_that(bench, resul
     assert "no image in this set" in (tmp_path / "two" / "report.html").read_text()
 
 
-def test_class_names_with_html_do_not_run(result, tmp_path):
+def test_class_names_with_html_do_not_run(result: Any, tmp_path: Path) -> None:
     test = from_dict(Result, read_report(result)["result"]).test
     attack = "</script><img src=x onerror=alert(1)>"
     classes = (attack, *test.classes[1:])
@@ -227,6 +242,7 @@ def test_class_names_with_html_do_not_run(result, tmp_path):
         dataclasses.replace(row, name=name)
         for row, name in zip(test.per_class, classes, strict=True)
     )
+    assert test is not None
     evil = changed(
         result, tmp_path / "evil", test=dataclasses.replace(test, classes=classes, per_class=rows)
     )
@@ -246,7 +262,9 @@ def test_class_names_with_html_do_not_run(result, tmp_path):
     ],
 )
 @pytest.mark.parametrize("as_baseline", [False, True])
-def test_reports_that_cannot_be_read(result, tmp_path, damage, words, as_baseline):
+def test_reports_that_cannot_be_read(
+    result: Any, tmp_path: Path, damage: Any, words: Any, as_baseline: Any
+) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(result, bad)
     (bad / "report.json").write_text(damage((result / "report.json").read_text()))
@@ -273,20 +291,24 @@ def test_reports_that_cannot_be_read(result, tmp_path, damage, words, as_baselin
         (("--before", "CHECKPOINT", "--after", "RESULT", "--test", "TEST"), 3, "--trust-code"),
     ],
 )  # fmt: skip
-def test_requests_that_are_none(bench, result, line, code, words):
+def test_requests_that_are_none(
+    bench: Workbench, result: Any, line: Any, code: Any, words: Any
+) -> None:
     names = {
         "RESULT": str(result), "CHECKPOINT": bench.checkpoint, "TEST": bench.test, "MODEL": SPEC,
     }  # fmt: skip
     assert words in paragraph(command("report", *(names.get(part, part) for part in line)), code)
 
 
-def test_a_limit_that_is_no_number_is_a_usage_error(result):
+def test_a_limit_that_is_no_number_is_a_usage_error(result: Any) -> None:
     done = CliRunner().invoke(cli, ["report", str(result), "--max-drop", "half"])
     assert done.exit_code == 2
     assert "'half' is not a valid float" in done.stderr
 
 
-def test_a_sweep_is_shown_and_its_chosen_point_can_be_held_to_limits(bench, tmp_path):
+def test_a_sweep_is_shown_and_its_chosen_point_can_be_held_to_limits(
+    bench: Workbench, tmp_path: Path
+) -> None:
     folder = tmp_path / "sweep"
     swept = command(
         "sweep", bench.checkpoint, "--model", SPEC, "--data", bench.train, "--test", bench.test,
@@ -301,10 +323,12 @@ def test_a_sweep_is_shown_and_its_chosen_point_can_be_held_to_limits(bench, tmp_
     assert command("report", str(folder / "chosen"), "--max-macs-ratio", "0.5").exit_code == 0
 
 
-def test_a_report_is_written_whole_or_not_at_all(result, tmp_path, monkeypatch):
+def test_a_report_is_written_whole_or_not_at_all(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.replace
 
-    def full(source, target):
+    def full(source: Any, target: Any) -> None:
         if Path(target).name == "report.html":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
         real(source, target)
@@ -316,7 +340,7 @@ def test_a_report_is_written_whole_or_not_at_all(result, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_junit_replaces_nothing_but_junit(result, tmp_path):
+def test_junit_replaces_nothing_but_junit(result: Any, tmp_path: Path) -> None:
     model = shutil.copy(result / "model.safetensors", tmp_path / "model.safetensors")
     given = ("report", str(result), "--max-macs-ratio", "1", "--junit")
     text = paragraph(command(*given, str(model)), 3)

@@ -10,28 +10,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from places import ROOT
-from workbench import SPEC, command, paragraph
+from workbench import SPEC, Workbench, command, paragraph
 
 from compress.demo_data import network as demo_network
 from compress.report.schema import report_schema
 
 
-def arguments(bench, *flags: str, output: str = "sweep") -> list[str]:
+def arguments(bench: Workbench, *flags: str, output: str = "sweep") -> list[str]:
     return [
         "sweep", bench.checkpoint, "--model", SPEC, "--data", bench.train, "--test", bench.test,
         "--no-refit", "--output", str(bench.output(output)), *flags,
     ]  # fmt: skip
 
 
-def sweep(bench, *flags: str, output: str = "sweep"):
+def sweep(bench: Workbench, *flags: str, output: str = "sweep") -> Any:
     return command(*arguments(bench, *flags, output=output))
 
 
-def test_it_prints_a_line_a_point_and_writes_table_json_and_report(bench):
+def test_it_prints_a_line_a_point_and_writes_table_json_and_report(bench: Workbench) -> None:
     result = sweep(bench, "--thresholds", "1e-2:0.5:3", "--pick", "drop<=100")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -56,7 +57,7 @@ def test_it_prints_a_line_a_point_and_writes_table_json_and_report(bench):
     assert chosen.exit_code == 0
 
 
-def test_json_is_the_report_and_quiet_is_quiet(bench):
+def test_json_is_the_report_and_quiet_is_quiet(bench: Workbench) -> None:
     result = sweep(bench, "--macs", "0.8,0.5", "--json")
     assert json.loads(result.stdout) == json.loads(
         (bench.output("sweep") / "report.json").read_text()
@@ -64,7 +65,7 @@ def test_json_is_the_report_and_quiet_is_quiet(bench):
     assert sweep(bench, "--macs", "0.8", "--quiet", output="other").stdout == ""
 
 
-def test_it_goes_on_after_a_stop_and_refuses_to_write_over(bench):
+def test_it_goes_on_after_a_stop_and_refuses_to_write_over(bench: Workbench) -> None:
     assert sweep(bench, "--params", "0.9,0.6").exit_code == 0
     assert "--resume" in paragraph(sweep(bench, "--params", "0.9,0.6"), 3)
     again = sweep(bench, "--params", "0.9,0.6,0.4", "--resume")
@@ -86,7 +87,9 @@ def test_it_goes_on_after_a_stop_and_refuses_to_write_over(bench):
         (("--macs", "0.5", "--pick", "dorp<=1"), 2, "Did you mean 'drop'"),
     ],
 )
-def test_requests_that_are_none_are_refused_before_any_work(bench, flags, code, words):
+def test_requests_that_are_none_are_refused_before_any_work(
+    bench: Workbench, flags: Any, code: Any, words: Any
+) -> None:
     assert words in paragraph(sweep(bench, *flags), code)
     assert not bench.output("sweep").exists()
 
@@ -100,7 +103,7 @@ def test_requests_that_are_none_are_refused_before_any_work(bench, flags, code, 
          "The chosen point was not saved"),
     ],
 )  # fmt: skip
-def test_sweeps_that_fail_say_why(bench, flags, code, words):
+def test_sweeps_that_fail_say_why(bench: Workbench, flags: Any, code: Any, words: Any) -> None:
     result = sweep(bench, *flags)
     assert result.exit_code == code
     error = result.stderr.strip()
@@ -109,7 +112,7 @@ def test_sweeps_that_fail_say_why(bench, flags, code, words):
     assert "\n" not in error
 
 
-def test_the_rules_of_a_single_run_are_no_flags_of_a_sweep(bench):
+def test_the_rules_of_a_single_run_are_no_flags_of_a_sweep(bench: Workbench) -> None:
     shown = command("sweep", "--help").stdout
     assert "--thresholds" in shown
     assert "--threshold " not in shown
@@ -118,7 +121,7 @@ def test_the_rules_of_a_single_run_are_no_flags_of_a_sweep(bench):
     assert "No such option" in sweep(bench, "--energy", "0.9").stderr
 
 
-def test_killed_and_resumed_it_redoes_no_finished_point(tmp_path):
+def test_killed_and_resumed_it_redoes_no_finished_point(tmp_path: Path) -> None:
     """As a process, with the signal that no program can catch, on the embedded network."""
     data = Path(demo_network.__file__).parent
     line = [

@@ -1,7 +1,10 @@
+from __future__ import annotations
+
 import gzip
 import json
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +27,13 @@ DEMO = Path(demo_data.__file__).parent
 RANDOM = np.random.default_rng(0)
 
 
-def pixels(*shape):
+def pixels(*shape: Any) -> Any:
     return RANDOM.integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_folder(root, sizes=((8, 8),) * 6, classes=("ant", "bee", "cat"), mode="RGB"):
+def write_folder(
+    root: Any, sizes: Any = ((8, 8),) * 6, classes: Any = ("ant", "bee", "cat"), mode: Any = "RGB"
+) -> Any:
     """Write images of the given (width, height) into the class folders in turn."""
     for k, (width, height) in enumerate(sizes):
         folder = root / classes[k % len(classes)]
@@ -38,14 +43,14 @@ def write_folder(root, sizes=((8, 8),) * 6, classes=("ant", "bee", "cat"), mode=
     return root
 
 
-def write_idx(path, array, kind=8):
+def write_idx(path: Any, array: Any, kind: Any = 8) -> Any:
     head = bytes([0, 0, kind, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
     data = head + array.tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
-def arrays(tmp_path, images, labels=None, name="a.npz"):
+def arrays(tmp_path: Path, images: Any, labels: Any = None, name: Any = "a.npz") -> Any:
     given = {"images": images} | ({} if labels is None else {"labels": np.asarray(labels)})
     if name.endswith(".npz"):
         np.savez(tmp_path / name, **given)
@@ -55,19 +60,19 @@ def arrays(tmp_path, images, labels=None, name="a.npz"):
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits() -> Any:
     return open_dataset(f"tensors:{DEMO / 'digits-train.npz'}", Preprocessing(resize=28))
 
 
 @pytest.fixture(scope="module")
-def digits_test():
+def digits_test() -> Any:
     return open_dataset(f"tensors:{DEMO / 'digits-test.npz'}", Preprocessing(resize=28))
 
 
 # --- Folders -----------------------------------------------------------------------------------
 
 
-def test_folder_order_labels_names(tmp_path):
+def test_folder_order_labels_names(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "ant" / "deep").mkdir()
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "ant" / "deep" / "z.JPG")
@@ -92,7 +97,7 @@ def test_folder_order_labels_names(tmp_path):
     np.testing.assert_array_equal(images.raw(3), array)
 
 
-def test_flat_folder_is_unlabelled(tmp_path):
+def test_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "a.png")
     images = open_dataset(f"imagefolder:{tmp_path}", PLAIN)
     assert images[0][1] == -1
@@ -104,7 +109,9 @@ def test_flat_folder_is_unlabelled(tmp_path):
 @pytest.mark.parametrize("resize", [None, 6, 9, 20])
 @pytest.mark.parametrize("crop", [None, 5, 6])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_files_are_transformed_as_torchvision_does(tmp_path, resize, crop, interpolation):
+def test_files_are_transformed_as_torchvision_does(
+    tmp_path: Path, resize: Any, crop: Any, interpolation: Any
+) -> None:
     torchvision, _ = load_torchvision()
     transforms = torchvision.transforms
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -124,7 +131,7 @@ def test_files_are_transformed_as_torchvision_does(tmp_path, resize, crop, inter
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_arrays_are_resized_as_torchvision_does(tmp_path, size):
+def test_arrays_are_resized_as_torchvision_does(tmp_path: Path, size: Any) -> None:
     torchvision, _ = load_torchvision()
     array = pixels(2, 3, *size)
     for resize in (5, 28):
@@ -134,7 +141,7 @@ def test_arrays_are_resized_as_torchvision_does(tmp_path, size):
         torch.testing.assert_close(images[1][0], expected[1], rtol=0, atol=1e-6)
 
 
-def test_grey_and_colour_follow_the_mean_or_the_channels(tmp_path):
+def test_grey_and_colour_follow_the_mean_or_the_channels(tmp_path: Path) -> None:
     write_folder(tmp_path, mode="L")
     spec = f"imagefolder:{tmp_path}"
     assert open_dataset(spec, PLAIN)[0][0].shape[0] == 3
@@ -148,7 +155,7 @@ def test_grey_and_colour_follow_the_mean_or_the_channels(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "CMYK", "1", "I;16"])
-def test_every_usual_pixel_type_is_read(tmp_path, mode):
+def test_every_usual_pixel_type_is_read(tmp_path: Path, mode: Any) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     picture = Image.fromarray(pixels(8, 8, 3))
@@ -166,7 +173,7 @@ def test_every_usual_pixel_type_is_read(tmp_path, mode):
         assert set(images.raw(0).flat) == {0x80}
 
 
-def test_folders_that_cannot_be_used(tmp_path):
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "pets").mkdir()
     with pytest.raises(DataError, match=r"pest cannot be read: No such file.*mean 'pets'"):
         open_dataset(f"imagefolder:{tmp_path / 'pest'}", PLAIN)
@@ -182,7 +189,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
-def test_corrupt_images_are_named(tmp_path, damage, workers):
+def test_corrupt_images_are_named(tmp_path: Path, damage: Any, workers: Any) -> None:
     write_folder(tmp_path, sizes=((40, 40),) * 6)
     path = tmp_path / "bee" / "4.png"
     whole = path.read_bytes()
@@ -194,7 +201,7 @@ def test_corrupt_images_are_named(tmp_path, damage, workers):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
-def test_different_sizes_name_both_files_and_the_flags(tmp_path, batch_size):
+def test_different_sizes_name_both_files_and_the_flags(tmp_path: Path, batch_size: Any) -> None:
     write_folder(tmp_path, sizes=((8, 8), (8, 8), (8, 8), (8, 8), (9, 8), (8, 8)))
     images = open_dataset(f"imagefolder:{tmp_path}", PLAIN)
     with pytest.raises(DataError) as caught:
@@ -209,7 +216,7 @@ def test_different_sizes_name_both_files_and_the_flags(tmp_path, batch_size):
     assert sum(len(x) for x, _ in batches(cropped, batch_size)) == 6
 
 
-def test_images_smaller_than_the_crop(tmp_path):
+def test_images_smaller_than_the_crop(tmp_path: Path) -> None:
     write_folder(tmp_path)
     images = open_dataset(f"imagefolder:{tmp_path}", Preprocessing(crop=9))
     with pytest.raises(DataError, match=r"ant/0\.png is 8x8 pixels, smaller than the crop of 9"):
@@ -221,7 +228,7 @@ def test_images_smaller_than_the_crop(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NHW"])
-def test_array_layouts_and_scales(tmp_path, name, layout):
+def test_array_layouts_and_scales(tmp_path: Path, name: Any, layout: Any) -> None:
     array = pixels(5, 3, 6, 7) if layout != "NHW" else pixels(5, 6, 7)
     stored = array.transpose(0, 2, 3, 1).copy() if layout == "NHWC" else array
     images = open_dataset(arrays(tmp_path, stored, [0, 1, 2, 1, 0], name), PLAIN)
@@ -234,7 +241,7 @@ def test_array_layouts_and_scales(tmp_path, name, layout):
     np.testing.assert_array_equal(images.raw(2), (expected[2] * 255).byte().permute(1, 2, 0))
 
 
-def test_floating_arrays_are_kept_and_labels_optional(tmp_path):
+def test_floating_arrays_are_kept_and_labels_optional(tmp_path: Path) -> None:
     array = RANDOM.normal(size=(4, 1, 5, 5))
     images = open_dataset(arrays(tmp_path, array), PLAIN)
     torch.testing.assert_close(images[1][0], torch.tensor(array[1]).float())
@@ -256,13 +263,13 @@ def test_floating_arrays_are_kept_and_labels_optional(tmp_path):
         (np.full((3, 4, 4), np.nan), None, "NaN or infinite"),
     ],
 )
-def test_arrays_that_cannot_be_used(tmp_path, images, labels, message):
+def test_arrays_that_cannot_be_used(tmp_path: Path, images: Any, labels: Any, message: Any) -> None:
     spec = arrays(tmp_path, images, labels)
     with pytest.raises(DataError, match=message):
         open_dataset(spec, PLAIN)
 
 
-def test_array_files_that_cannot_be_read(tmp_path):
+def test_array_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut")
     (tmp_path / "a.safetensors").write_bytes(b"cut")
     np.savez(tmp_path / "b.npz", image=pixels(2, 4, 4))
@@ -280,7 +287,7 @@ def test_array_files_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_files_and_slices(tmp_path, suffix):
+def test_idx_files_and_slices(tmp_path: Path, suffix: Any) -> None:
     array, labels = pixels(7, 4, 5), np.arange(7, dtype=np.uint8)
     first = write_idx(tmp_path / f"images{suffix}", array)
     second = write_idx(tmp_path / f"labels{suffix}", labels)
@@ -292,7 +299,7 @@ def test_idx_files_and_slices(tmp_path, suffix):
         open_dataset(f"idx:{second},{first}", PLAIN)
 
 
-def test_idx_files_that_cannot_be_read(tmp_path):
+def test_idx_files_that_cannot_be_read(tmp_path: Path) -> None:
     good = write_idx(tmp_path / "good.gz", pixels(7, 4, 5))
     (tmp_path / "cut.gz").write_bytes(good.read_bytes()[:60])
     (tmp_path / "short").write_bytes(gzip.decompress(good.read_bytes())[:-1])
@@ -322,7 +329,7 @@ def test_idx_files_that_cannot_be_read(tmp_path):
         ("torchvision:FakeData?sise=3", "cannot be opened with"),
     ],
 )
-def test_specs_that_open_nothing(tmp_path, spec, message):
+def test_specs_that_open_nothing(tmp_path: Path, spec: Any, message: Any) -> None:
     arrays(tmp_path, pixels(3, 4, 4))
     with pytest.raises(DataError, match=message):
         open_dataset(spec.format(tmp_path / "a.npz"), PLAIN)
@@ -374,12 +381,12 @@ class Empty(Floats):
 
 
 @pytest.fixture
-def users(tmp_path):
+def users(tmp_path: Path) -> Any:
     (tmp_path / "sets.py").write_text(USER_FILE)
     return f"{tmp_path}/sets.py"
 
 
-def test_users_datasets(users):
+def test_users_datasets(users: Any) -> None:
     images = open_dataset(f"{users}:Floats", PLAIN)
     assert images.classes == ("x", "y")
     assert images.labels == (0, 1, 0, 1)
@@ -389,7 +396,7 @@ def test_users_datasets(users):
     assert open_dataset(f"{users}:Alone", PLAIN).labels == (-1,) * 4
 
 
-def test_finished_tensors_are_spared_a_preset_but_not_what_was_asked_for(users):
+def test_finished_tensors_are_spared_a_preset_but_not_what_was_asked_for(users: Any) -> None:
     asked = Preprocessing((1.0,) * 3, (2.0,) * 3)
     preset = Preprocessing((1.0,) * 3, (2.0,) * 3, from_preset=True)
     torch.testing.assert_close(
@@ -411,12 +418,12 @@ def test_finished_tensors_are_spared_a_preset_but_not_what_was_asked_for(users):
         ("Float", "no factory 'Float'. Did you mean 'Floats'"),
     ],
 )
-def test_users_datasets_that_cannot_be_used(users, name, message):
+def test_users_datasets_that_cannot_be_used(users: Any, name: Any, message: Any) -> None:
     with pytest.raises(DataError, match=message):
         open_dataset(f"{users}:{name}", PLAIN)
 
 
-def test_torchvision_sets_by_name():
+def test_torchvision_sets_by_name() -> None:
     spec = "torchvision:FakeData?size=20&num_classes=3&image_size=[3, 9, 8]&stop=5"
     images = open_dataset(spec, Preprocessing((0.5,) * 3, (0.5,) * 3))
     torchvision, _ = load_torchvision()
@@ -429,8 +436,10 @@ def test_torchvision_sets_by_name():
     assert grey[0][0].shape == (1, 9, 8)
 
 
-def test_torchvision_sets_that_cannot_be_fetched(tmp_path, monkeypatch):
-    def offline(*_, **__):
+def test_torchvision_sets_that_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
@@ -443,7 +452,7 @@ def test_torchvision_sets_that_cannot_be_fetched(tmp_path, monkeypatch):
 # --- Labels and classes ------------------------------------------------------------------------
 
 
-def test_labels_are_checked_against_the_outputs(tmp_path):
+def test_labels_are_checked_against_the_outputs(tmp_path: Path) -> None:
     images = open_dataset(arrays(tmp_path, pixels(4, 4, 4), [0, 1, 2, 11]), PLAIN)
     with pytest.raises(DataError, match="number 3 has label 11, but there are 10 outputs"):
         check_labels(images, 10)
@@ -452,7 +461,7 @@ def test_labels_are_checked_against_the_outputs(tmp_path):
     assert "12 classes and the network 1000 outputs" in warning
 
 
-def test_one_class_only_says_nothing(tmp_path):
+def test_one_class_only_says_nothing(tmp_path: Path) -> None:
     write_folder(tmp_path / "up" / "train")
     images = open_dataset(f"imagefolder:{tmp_path / 'up'}", PLAIN)
     with pytest.raises(DataError, match=r"are of one class \('train'\), so accuracy says nothing"):
@@ -463,7 +472,7 @@ def test_one_class_only_says_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["json", "text"])
-def test_class_map_puts_labels_in_the_models_order(tmp_path, kind):
+def test_class_map_puts_labels_in_the_models_order(tmp_path: Path, kind: Any) -> None:
     write_folder(tmp_path / "data")
     names = ["cat", "dog", "ant", "bee"]
     path = tmp_path / "classes"
@@ -486,7 +495,7 @@ def test_class_map_puts_labels_in_the_models_order(tmp_path, kind):
         ("", "must be a JSON list"),
     ],
 )
-def test_class_maps_that_cannot_be_used(tmp_path, content, message):
+def test_class_maps_that_cannot_be_used(tmp_path: Path, content: Any, message: Any) -> None:
     write_folder(tmp_path / "data")
     (tmp_path / "map").write_text(content)
     with pytest.raises(DataError, match=message):
@@ -504,12 +513,12 @@ def test_class_maps_that_cannot_be_used(tmp_path, content, message):
         {"mean": (0.5,), "std": (0.5,), "channels": 3},
     ],
 )
-def test_preprocessing_that_cannot_be_used(settings_):
+def test_preprocessing_that_cannot_be_used(settings_: Any) -> None:
     with pytest.raises(DataError, match="cannot be used"):
         Preprocessing(**settings_)
 
 
-def test_channels_must_match_the_mean(tmp_path):
+def test_channels_must_match_the_mean(tmp_path: Path) -> None:
     images = open_dataset(arrays(tmp_path, pixels(2, 4, 4)), Preprocessing((0.5,) * 3, (1.0,) * 3))
     with pytest.raises(DataError, match="number 0 has 1 channels, but --mean and --std have 3"):
         images[0]
@@ -518,7 +527,9 @@ def test_channels_must_match_the_mean(tmp_path):
 # --- Fingerprints, splits, batches -------------------------------------------------------------
 
 
-def test_fingerprint_is_of_the_content_alone(tmp_path, monkeypatch):
+def test_fingerprint_is_of_the_content_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folder(tmp_path / "a")
     spec = f"imagefolder:{tmp_path / 'a'}"
     first = open_dataset(spec, PLAIN).fingerprint
@@ -544,7 +555,9 @@ def test_fingerprint_is_of_the_content_alone(tmp_path, monkeypatch):
     assert len(others | {first}) == 5
 
 
-def test_fingerprint_of_a_large_folder_reads_both_ends(tmp_path, monkeypatch):
+def test_fingerprint_of_a_large_folder_reads_both_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("compress.data.sources.WHOLE_BYTES", 1)
     (tmp_path / "c").mkdir()
     path = tmp_path / "c" / "a.bmp"
@@ -559,7 +572,9 @@ def test_fingerprint_of_a_large_folder_reads_both_ends(tmp_path, monkeypatch):
     assert len(changed) == 3  # the middle is not looked at
 
 
-def test_fingerprint_of_arrays_and_datasets_sees_pixels_and_labels(tmp_path, users):
+def test_fingerprint_of_arrays_and_datasets_sees_pixels_and_labels(
+    tmp_path: Path, users: Any
+) -> None:
     array = pixels(4, 4, 4)
     prints = {open_dataset(arrays(tmp_path, array, [0, 1, 0, 1]), PLAIN).fingerprint}
     prints.add(open_dataset(arrays(tmp_path, array, [0, 1, 1, 1]), PLAIN).fingerprint)
@@ -573,7 +588,9 @@ def test_fingerprint_of_arrays_and_datasets_sees_pixels_and_labels(tmp_path, use
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(count=st.integers(1, 60), size=st.integers(1, 50), seed=st.integers(0, 5))
-def test_split_is_disjoint_seeded_and_no_larger_than_asked(digits, count, size, seed):
+def test_split_is_disjoint_seeded_and_no_larger_than_asked(
+    digits: Any, count: Any, size: Any, seed: Any
+) -> None:
     images = digits.subset(range(size))
     drawn = split(images, count, seed)
     fit, validation = list(drawn.fit.indices), list(drawn.validation.indices)
@@ -586,7 +603,7 @@ def test_split_is_disjoint_seeded_and_no_larger_than_asked(digits, count, size, 
     assert (drawn.record["fit"], drawn.record["validation"]) == (len(fit), len(validation))
 
 
-def test_split_depends_on_the_seed_and_not_on_the_global_state(digits):
+def test_split_depends_on_the_seed_and_not_on_the_global_state(digits: Any) -> None:
     torch.manual_seed(1)
     first = split(digits, 100, 0)
     torch.manual_seed(2)
@@ -597,7 +614,7 @@ def test_split_depends_on_the_seed_and_not_on_the_global_state(digits):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_keep_order_and_count(digits, workers):
+def test_batches_keep_order_and_count(digits: Any, workers: Any) -> None:
     images = digits.subset(range(50))
     loader = batches(images, 16, workers)
     assert len(loader) == 4
@@ -610,14 +627,14 @@ def test_batches_keep_order_and_count(digits, workers):
     torch.testing.assert_close(list(loader)[3][0], pairs[3][0], rtol=0, atol=0)
 
 
-def test_batches_of_files_keep_order(tmp_path):
+def test_batches_of_files_keep_order(tmp_path: Path) -> None:
     write_folder(tmp_path)
     images = open_dataset(f"imagefolder:{tmp_path}", PLAIN)
     inputs = torch.cat([x for x, _ in batches(images, 4)])
     torch.testing.assert_close(inputs, torch.stack([images[k][0] for k in range(6)]))
 
 
-def test_batches_leave_the_global_random_state(digits):
+def test_batches_leave_the_global_random_state(digits: Any) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -628,7 +645,7 @@ def test_batches_leave_the_global_random_state(digits):
 # --- The embedded set --------------------------------------------------------------------------
 
 
-def test_the_embedded_digits_are_those_of_uci(digits, digits_test):
+def test_the_embedded_digits_are_those_of_uci(digits: Any, digits_test: Any) -> None:
     assert (len(digits), len(digits_test)) == (1437, 360)
     assert check_labels(digits, 10) == check_labels(digits_test, 10) == ()
     # All 1,797, by class, as the data set's own description counts them.
@@ -638,7 +655,7 @@ def test_the_embedded_digits_are_those_of_uci(digits, digits_test):
     assert len(both) == 1797  # no image lies in both parts
 
 
-def test_the_embedded_network_knows_them(digits_test):
+def test_the_embedded_network_knows_them(digits_test: Any) -> None:
     model = width32().eval()
     load_into(model, read_checkpoint(DEMO / "digits-width32.safetensors"))
     with torch.no_grad():

@@ -1,7 +1,11 @@
+from __future__ import annotations
+
 import argparse
 import os
 import pickle
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,21 +21,21 @@ from compress.inputs.checkpoint.reading import read_checkpoint
 class RunsCode:
     """A pickle that makes a folder when it is loaded carelessly."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Any) -> None:
         self.folder = folder
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return os.mkdir, (str(self.folder),)
 
 
-def network(outputs=3):
+def network(outputs: Any = 3) -> Any:
     torch.manual_seed(1)
     return nn.Sequential(
         OrderedDict(conv=nn.Conv2d(1, 4, 3), bn=nn.BatchNorm2d(4), fc=nn.Linear(4, outputs))
     )
 
 
-def prefixed(state, prefix):
+def prefixed(state: Any, prefix: Any) -> Any:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -54,7 +58,7 @@ FORMS = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_entries(tmp_path, form, legacy):
+def test_every_form_gives_the_same_entries(tmp_path: Path, form: Any, legacy: Any) -> None:
     content, container, prefix = FORMS[form]
     path = tmp_path / "weights.th"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
@@ -69,14 +73,14 @@ def test_every_form_gives_the_same_entries(tmp_path, form, legacy):
     torch.testing.assert_close(fresh.state_dict(), STATE, rtol=0, atol=0)
 
 
-def test_safetensors_whatever_its_name_and_metadata(tmp_path):
+def test_safetensors_whatever_its_name_and_metadata(tmp_path: Path) -> None:
     for name in ("a.safetensors", "a.bin"):
         save_file(prefixed(STATE, "module."), tmp_path / name, metadata={"format": "pt"})
         assert read_checkpoint(tmp_path / name).state.keys() == STATE.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_source_dtype_is_remembered(tmp_path, dtype):
+def test_source_dtype_is_remembered(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "a.pt"
     torch.save({n: t.to(dtype) if n != "bn.bias" else t for n, t in STATE.items()}, path)
     checkpoint = read_checkpoint(path)
@@ -90,12 +94,12 @@ def test_source_dtype_is_remembered(tmp_path, dtype):
     torch.testing.assert_close(model.conv.weight.detach(), expected, rtol=0, atol=0)
 
 
-def test_entries_that_are_no_tensors_are_reported(tmp_path):
+def test_entries_that_are_no_tensors_are_reported(tmp_path: Path) -> None:
     torch.save({**STATE, "epoch": 3}, tmp_path / "a.pt")
     assert read_checkpoint(tmp_path / "a.pt").extras == ("epoch",)
 
 
-def test_files_that_need_code_are_refused_and_not_run(tmp_path):
+def test_files_that_need_code_are_refused_and_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "sprung"
     path = tmp_path / "a.pt"
     cases = {
@@ -118,7 +122,7 @@ def test_files_that_need_code_are_refused_and_not_run(tmp_path):
     assert trap.exists(), "the trap itself must work for this test to mean anything"
 
 
-def damaged_files():
+def damaged_files() -> Any:
     zipped = save(STATE)
     yield "empty", b"", "is empty"
     yield "pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"
@@ -131,7 +135,7 @@ def damaged_files():
 @pytest.mark.parametrize(
     ("content", "message"), [pytest.param(c, m, id=n) for n, c, m in damaged_files()]
 )
-def test_damaged_files(tmp_path, content, message):
+def test_damaged_files(tmp_path: Path, content: Any, message: Any) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -141,7 +145,7 @@ def test_damaged_files(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_truncated_anywhere(tmp_path, zipped):
+def test_truncated_anywhere(tmp_path: Path, zipped: Any) -> None:
     path = tmp_path / "a.pt"
     torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -152,7 +156,7 @@ def test_truncated_anywhere(tmp_path, zipped):
         assert "\n" not in str(caught.value)
 
 
-def test_wrong_things_to_pass(tmp_path):
+def test_wrong_things_to_pass(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no\.pt cannot be read: No such file"):
         read_checkpoint(tmp_path / "no.pt")
     with pytest.raises(CheckpointError, match="is a folder; pass the file in it"):
@@ -176,13 +180,13 @@ def test_wrong_things_to_pass(tmp_path):
         ({"w": torch.ones(2, 2).to_sparse()}, "quantised or sparse entries: w"),
     ],
 )
-def test_files_without_weights(tmp_path, content, message):
+def test_files_without_weights(tmp_path: Path, content: Any, message: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "a.pt")
 
 
-def test_nan_entries_are_named_and_counted(tmp_path):
+def test_nan_entries_are_named_and_counted(tmp_path: Path) -> None:
     state = {f"w{k}": torch.full((2,), float("nan" if k % 2 else "inf")) for k in range(30)}
     torch.save({**state, "fine": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"w0, w1, .*w19, \.\.\. \(30 in all\)") as caught:
@@ -191,12 +195,12 @@ def test_nan_entries_are_named_and_counted(tmp_path):
     assert "fine" not in str(caught.value)
 
 
-def checkpoint_of(state, tmp_path):
+def checkpoint_of(state: Any, tmp_path: Path) -> Any:
     torch.save(state, tmp_path / "c.pt")
     return read_checkpoint(tmp_path / "c.pt")
 
 
-def test_differences_are_listed_and_the_model_is_unchanged(tmp_path):
+def test_differences_are_listed_and_the_model_is_unchanged(tmp_path: Path) -> None:
     state = dict(STATE)
     del state["conv.bias"]
     state["extra"] = torch.ones(1)
@@ -213,18 +217,18 @@ def test_differences_are_listed_and_the_model_is_unchanged(tmp_path):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_another_number_of_classes_is_recognised(tmp_path):
+def test_another_number_of_classes_is_recognised(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(network(10).state_dict(), tmp_path)
     with pytest.raises(CheckpointError, match=r"fc has 10 classes, the model's 3: .*classes=10"):
         load_into(network(3), checkpoint)
 
 
-def test_another_architecture_is_recognised(tmp_path):
+def test_another_architecture_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No entry matches"):
         load_into(nn.Linear(1, 1), checkpoint_of(STATE, tmp_path))
 
 
-def test_missing_batch_counters_are_tolerated(tmp_path):
+def test_missing_batch_counters_are_tolerated(tmp_path: Path) -> None:
     state = {n: t for n, t in STATE.items() if "num_batches" not in n}
     model = network()
     nn.init.zeros_(model.conv.weight)
@@ -232,7 +236,7 @@ def test_missing_batch_counters_are_tolerated(tmp_path):
     torch.testing.assert_close(model.conv.weight.detach(), STATE["conv.weight"])
 
 
-def test_stripped_prefixes_return_where_the_model_has_them(tmp_path):
+def test_stripped_prefixes_return_where_the_model_has_them(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict(model=network()))
     state = prefixed(STATE, "module.model.")
     assert checkpoint_of(state, tmp_path).prefix == "module.model."
@@ -242,14 +246,14 @@ def test_stripped_prefixes_return_where_the_model_has_them(tmp_path):
 
 
 class Tied(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.encode = nn.Linear(3, 3, bias=False)
         self.decode = nn.Linear(3, 3, bias=False)
         self.decode.weight = self.encode.weight
 
 
-def test_tied_tensors_need_one_name_and_one_value(tmp_path):
+def test_tied_tensors_need_one_name_and_one_value(tmp_path: Path) -> None:
     weight = torch.arange(9.0).view(3, 3)
     model = Tied()
     load_into(model, checkpoint_of({"decode.weight": weight}, tmp_path))
@@ -259,7 +263,7 @@ def test_tied_tensors_need_one_name_and_one_value(tmp_path):
         load_into(model, checkpoint_of(different, tmp_path))
 
 
-def test_first_densenet_names_are_understood(tmp_path):
+def test_first_densenet_names_are_understood(tmp_path: Path) -> None:
     block = nn.Sequential(OrderedDict(norm1=nn.BatchNorm2d(2), conv2=nn.Conv2d(2, 2, 1)))
     model = nn.Sequential(OrderedDict(denselayer1=block))
     old = {
@@ -274,7 +278,7 @@ def test_first_densenet_names_are_understood(tmp_path):
 
 
 @pytest.mark.shared
-def test_published_checkpoints_are_read():
+def test_published_checkpoints_are_read() -> None:
     published = read_checkpoint(shared_path("checkpoints", "resnet20-12fca82f.th"))
     assert (published.container, published.prefix) == ("state_dict", "module.")
     tuned = read_checkpoint(shared_path("checkpoints", "resnet20-cifar10.safetensors"))
@@ -283,7 +287,7 @@ def test_published_checkpoints_are_read():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
-def test_whole_and_complex_numbers_are_no_weights(tmp_path, dtype):
+def test_whole_and_complex_numbers_are_no_weights(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "weights.pt"
     torch.save({**STATE, "fc.weight": STATE["fc.weight"].to(dtype)}, path)
     model = network()
@@ -292,7 +296,7 @@ def test_whole_and_complex_numbers_are_no_weights(tmp_path, dtype):
     assert torch.equal(model.fc.weight, STATE["fc.weight"])
 
 
-def test_entries_without_values_are_named(tmp_path):
+def test_entries_without_values_are_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({**STATE, "fc.weight": STATE["fc.weight"].to("meta")}, path)
     with pytest.raises(CheckpointError, match=r"without values .*: fc\.weight"):

@@ -1,9 +1,12 @@
+from __future__ import annotations
+
 import importlib.util
 import re
 import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +57,7 @@ constant = 3
 
 
 @pytest.fixture
-def user_file(tmp_path, monkeypatch):
+def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "mine.py").write_text(USER_FILE)
     (tmp_path / "nets" / "beside.py").write_text("CHANNELS = 5\n")
@@ -68,7 +71,7 @@ def user_file(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_users_file(user_file):
+def test_a_users_file(user_file: Any) -> None:
     path_before = list(sys.path)
     built = build_model(f"{user_file}:small?width=4&deep=true&name=a b")
     assert built.module.settings == (4, True, "a b")
@@ -83,14 +86,14 @@ def test_a_users_file(user_file):
     assert "mine" not in sys.modules
 
 
-def test_a_module_in_the_working_folder(user_file):
+def test_a_module_in_the_working_folder(user_file: Any) -> None:
     del user_file
     built = build_model("inside:net")
     assert isinstance(built.module, nn.Tanh)
     assert built.needs_trust
 
 
-def test_the_package_needs_no_trust_for_its_own_network():
+def test_the_package_needs_no_trust_for_its_own_network() -> None:
     built = build_model("compress.demo_data.network:width32?num_classes=7")
     assert not built.needs_trust
     assert built.module(torch.zeros(2, *built.input_shape)).shape == (2, 7)
@@ -107,16 +110,16 @@ def test_the_package_needs_no_trust_for_its_own_network():
         ("theirs.py:net", True),
     ],
 )
-def test_what_needs_trust(spec, expected):
+def test_what_needs_trust(spec: Any, expected: Any) -> None:
     assert needs_trust(spec) is expected
 
 
-def test_the_demo_network_has_the_experiments_size():
+def test_the_demo_network_has_the_experiments_size() -> None:
     module = build_model("compress.demo_data.network:width32").module
     assert sum(p.numel() for p in module.parameters()) == 205_802
 
 
-def test_building_is_repeatable_and_leaves_the_random_state(user_file):
+def test_building_is_repeatable_and_leaves_the_random_state(user_file: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -126,7 +129,7 @@ def test_building_is_repeatable_and_leaves_the_random_state(user_file):
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
-def test_an_edited_file_is_read_again(user_file):
+def test_an_edited_file_is_read_again(user_file: Any) -> None:
     assert build_model(f"{user_file}:small").module.settings[0] == 2
     Path(user_file).write_text(USER_FILE.replace("width=2", "width=3"))
     assert build_model(f"{user_file}:small").module.settings[0] == 3
@@ -160,14 +163,14 @@ def test_an_edited_file_is_read_again(user_file):
         ("torchvision:vit_b_16?image_siz=32", "Did you mean 'image_size'"),
     ],
 )
-def test_specs_that_build_nothing(user_file, spec, message):
+def test_specs_that_build_nothing(user_file: Any, spec: Any, message: Any) -> None:
     del user_file
     with pytest.raises(ModelError, match=message) as caught:
         build_model(spec)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_imported(user_file):
+def test_a_file_that_cannot_be_imported(user_file: Any) -> None:
     Path(user_file).write_text("import torch\n1 / 0\n")
     with pytest.raises(ModelError, match=r"ZeroDivisionError: .* at mine\.py, line 2"):
         build_model(f"{user_file}:small")
@@ -176,7 +179,7 @@ def test_a_file_that_cannot_be_imported(user_file):
         build_model(f"{user_file}:small")
 
 
-def test_arguments_are_toml_values():
+def test_arguments_are_toml_values() -> None:
     head, arguments = split_spec(
         "a:b?n=3&x=1e-2&t=true&l=[1, 2]&s='q'&p=/some/dir&v=1.2.3", DataError
     )
@@ -186,7 +189,7 @@ def test_arguments_are_toml_values():
     }  # fmt: skip
 
 
-def test_torchvision_by_name():
+def test_torchvision_by_name() -> None:
     built = build_model("torchvision:mobilenet_v3_small?num_classes=7")
     assert built.module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
     assert not built.needs_trust
@@ -197,15 +200,15 @@ def test_torchvision_by_name():
     assert built.preset.from_preset
 
 
-def test_a_model_built_for_one_size_gets_images_of_that_size():
+def test_a_model_built_for_one_size_gets_images_of_that_size() -> None:
     # vit_h_14 takes 224 pixels; its default weights are for 518.
     assert torchvision_preset("vit_h_14").crop == 518
     preset = torchvision_preset("vit_h_14", 224)
     assert (preset.resize, preset.crop, preset.interpolation) == (224, 224, "bicubic")
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch):
-    def offline(*_, **__):
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
@@ -214,7 +217,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
         build_model("torchvision:squeezenet1_1?weights=DEFAULT")
 
 
-def test_nothing_but_vision_imports_torchvision():
+def test_nothing_but_vision_imports_torchvision() -> None:
     for path in Path(importlib.util.find_spec("compress").origin).parent.rglob("*.py"):
         if path.parent.name != "vision":
             assert not re.search(r"^\s*(import|from) torchvision\b", path.read_text(), re.M), path
@@ -226,7 +229,7 @@ def test_nothing_but_vision_imports_torchvision():
     ("file", "right"),
     [("resnet20-cifar10.safetensors", 436), ("resnet20-12fca82f.th", 411)],
 )
-def test_resnet20_is_the_published_network(file, right):
+def test_resnet20_is_the_published_network(file: Any, right: Any) -> None:
     folder = shared_path("data", "cifar10", "test")
     module = build_model(f"{RESNET20}:resnet20").module
     load_into(module, read_checkpoint(shared_path("checkpoints", file)))

@@ -1,8 +1,11 @@
 """Paired statistics against published figures and brute force."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,12 @@ EXAMPLES = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 @st.composite
-def comparisons(draw):
+def comparisons(draw: Any) -> Any:
     """Two sets of logits with many ties, and labels that need not hold every class."""
     images, classes = draw(st.integers(1, 12)), draw(st.integers(1, 8))
     values = st.integers(-2, 2)
 
-    def logits():
+    def logits() -> Any:
         rows = st.lists(values, min_size=classes, max_size=classes)
         return torch.tensor(
             draw(st.lists(rows, min_size=images, max_size=images)), dtype=torch.float32
@@ -32,14 +35,14 @@ def comparisons(draw):
     return logits(), logits(), torch.tensor(labels)
 
 
-def ranking(row):
+def ranking(row: Any) -> Any:
     """Classes from most to least likely, ties to the lower index, by a plain stable sort."""
     return sorted(range(len(row)), key=lambda c: -row[c])
 
 
 @EXAMPLES
 @given(comparisons())
-def test_counts_agree_with_loops_over_the_images(case):
+def test_counts_agree_with_loops_over_the_images(case: Any) -> None:
     before, after, labels = case
     n, classes = before.shape
     first = [ranking(row) for row in before.tolist()]
@@ -90,7 +93,7 @@ def test_counts_agree_with_loops_over_the_images(case):
 
 @EXAMPLES
 @given(comparisons())
-def test_divergence_and_confidence_agree_with_loops(case):
+def test_divergence_and_confidence_agree_with_loops(case: Any) -> None:
     before, after, labels = case
     found = compare_logits(before, after, labels)
     total, confidences = 0.0, []
@@ -105,7 +108,7 @@ def test_divergence_and_confidence_agree_with_loops(case):
 
 @EXAMPLES
 @given(comparisons())
-def test_calibration_error_agrees_with_loops(case):
+def test_calibration_error_agrees_with_loops(case: Any) -> None:
     before, after, labels = case
     found = compare_logits(before, after, labels)
     n = len(labels)
@@ -124,7 +127,7 @@ def test_calibration_error_agrees_with_loops(case):
         assert ece == pytest.approx(total, abs=1e-9)
 
 
-def test_a_large_set_is_the_same_in_blocks():
+def test_a_large_set_is_the_same_in_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(5000, 7, generator=generator)
     after = before + 0.3 * torch.randn(5000, 7, generator=generator)
@@ -149,7 +152,7 @@ def test_a_large_set_is_the_same_in_blocks():
     )
 
 
-def test_published_interval_and_test():
+def test_published_interval_and_test() -> None:
     # Airway hyper-responsiveness before and after stem cell transplantation: 1, 1, 7, 12 of 21
     # (Fagerland, Lydersen and Laake 2014, tables II and V).
     low, high = paired_interval(1, 7, 21)
@@ -160,10 +163,10 @@ def test_published_interval_and_test():
 @pytest.mark.parametrize(
     ("lost", "gained", "images"), [(1, 7, 21), (3, 0, 40), (12, 12, 100), (60, 25, 500), (0, 0, 30)]
 )
-def test_interval_is_where_the_score_test_turns(lost, gained, images):
+def test_interval_is_where_the_score_test_turns(lost: Any, gained: Any, images: Any) -> None:
     """The ends are where the score, its nuisance share fitted by a fine grid, is ±z."""
 
-    def score(delta):
+    def score(delta: Any) -> Any:
         gap = 1e-9
         share = np.linspace(max(0.0, -delta) + gap, (1 - delta) / 2 - gap, 400_001)
         likelihood = (
@@ -180,7 +183,7 @@ def test_interval_is_where_the_score_test_turns(lost, gained, images):
     assert score(high) == pytest.approx(-1.959964, abs=2e-3)
 
 
-def test_interval_covers_what_it_claims():
+def test_interval_covers_what_it_claims() -> None:
     """Exact coverage, by enumeration of every table of 20 images, stays near 95%."""
     images = 20
     tables = [(b, c) for b in range(images + 1) for c in range(images + 1 - b)]
@@ -208,7 +211,7 @@ def test_interval_covers_what_it_claims():
 
 @EXAMPLES
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 5000))
-def test_interval_is_symmetric_and_holds_the_estimate(lost, gained, kept):
+def test_interval_is_symmetric_and_holds_the_estimate(lost: Any, gained: Any, kept: Any) -> None:
     images = lost + gained + kept
     low, high = paired_interval(lost, gained, images)
     assert -1 <= low < (lost - gained) / images < high <= 1
@@ -216,7 +219,7 @@ def test_interval_is_symmetric_and_holds_the_estimate(lost, gained, kept):
     assert mirrored == pytest.approx((-high, -low), abs=1e-12)
 
 
-def test_interval_without_a_flip_narrows_with_the_images():
+def test_interval_without_a_flip_narrows_with_the_images() -> None:
     z = 1.959963984540054
     for images in (1, 10, 5000):
         low, high = paired_interval(0, 0, images)
@@ -224,7 +227,7 @@ def test_interval_without_a_flip_narrows_with_the_images():
         assert low == pytest.approx(-high)
 
 
-def test_interval_refuses_impossible_counts():
+def test_interval_refuses_impossible_counts() -> None:
     for counts in ((1, 1, 1), (-1, 0, 5), (0, 0, 0)):
         with pytest.raises(ValueError, match="no table has"):
             paired_interval(*counts)
@@ -232,13 +235,13 @@ def test_interval_refuses_impossible_counts():
 
 @EXAMPLES
 @given(st.integers(0, 400), st.integers(0, 400))
-def test_mcnemar_is_twice_the_binomial_tail(lost, gained):
+def test_mcnemar_is_twice_the_binomial_tail(lost: Any, gained: Any) -> None:
     flips, fewer = lost + gained, min(lost, gained)
     tail = sum(Fraction(math.comb(flips, k), 2**flips) for k in range(fewer + 1))
     assert mcnemar(lost, gained) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-12)
 
 
-def test_identical_networks_differ_in_nothing():
+def test_identical_networks_differ_in_nothing() -> None:
     logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(1))
     found = compare_logits(logits, logits.clone(), logits.argmax(1))
     assert found.drop == 0.0
@@ -248,7 +251,7 @@ def test_identical_networks_differ_in_nothing():
     assert found.to_wrong == found.to_right == ()
 
 
-def test_a_dead_network_earns_one_class_only():
+def test_a_dead_network_earns_one_class_only() -> None:
     labels = torch.arange(10).repeat(5)
     before = torch.nn.functional.one_hot(labels, 10).float()
     found = compare_logits(before, torch.zeros(50, 10), labels)
@@ -256,13 +259,13 @@ def test_a_dead_network_earns_one_class_only():
     assert found.top5_after == pytest.approx(0.5)
 
 
-def test_logits_nearer_than_rounding_in_the_softmax_keep_their_order():
+def test_logits_nearer_than_rounding_in_the_softmax_keep_their_order() -> None:
     logits = torch.tensor([[1e-20, 2e-20, 0.0]])
     found = compare_logits(logits, logits, torch.tensor([1]))
     assert found.top1_before == 1.0
 
 
-def test_without_labels_only_what_needs_none_is_known():
+def test_without_labels_only_what_needs_none_is_known() -> None:
     logits = torch.randn(20, 4, generator=torch.Generator().manual_seed(2))
     found = compare_logits(logits, -logits)
     assert found.agreement == 0.0
@@ -271,7 +274,7 @@ def test_without_labels_only_what_needs_none_is_known():
     assert found.per_class == ()
 
 
-def test_half_precision_logits_are_compared_in_double():
+def test_half_precision_logits_are_compared_in_double() -> None:
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
     half = logits.to(torch.bfloat16)
     assert compare_logits(half, half.double(), torch.zeros(8, dtype=torch.long)).mean_kl == 0.0
@@ -289,12 +292,12 @@ def test_half_precision_logits_are_compared_in_double():
         (1.0, 1, False),
     ],
 )
-def test_near_chance(accuracy, classes, warned):
+def test_near_chance(accuracy: Any, classes: Any, warned: Any) -> None:
     assert is_near_chance(accuracy, classes) is warned
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_name_the_image_and_the_network(bad):
+def test_logits_that_are_not_finite_name_the_image_and_the_network(bad: Any) -> None:
     good = torch.zeros(3000, 3)
     broken = good.clone()
     broken[2500, 1] = bad
@@ -318,7 +321,7 @@ def test_logits_that_are_not_finite_name_the_image_and_the_network(bad):
         ({"names": ["a"]}, DataError, "1 image names for 4"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, error, message):
+def test_what_does_not_fit_is_refused(changes: Any, error: Any, message: Any) -> None:
     arguments = {"before": torch.zeros(4, 3), "after": torch.zeros(4, 3)} | changes
     with pytest.raises(error, match=message):
         compare_logits(**arguments)

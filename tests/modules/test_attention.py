@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def masked(*shape: int, kind: str, seed: int = 2) -> torch.Tensor | None:
 
 @settings(derandomize=True, deadline=None, max_examples=120)
 @given(data=st.data())
-def test_attention_equals_torch(data) -> None:
+def test_attention_equals_torch(data: Any) -> None:
     flag = st.booleans()
     draw = data.draw
     batch_first, batched, fast = draw(flag), draw(flag), draw(flag)
@@ -114,7 +115,7 @@ def test_attention_equals_torch(data) -> None:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("padding", [True, False])
-def test_causal_hint_equals_torch(need_weights, padding) -> None:
+def test_causal_hint_equals_torch(need_weights: Any, padding: Any) -> None:
     module = randomised(nn.MultiheadAttention(8, 2, batch_first=True))
     x = normal(3, 5, 8)
     options = {
@@ -131,7 +132,7 @@ def test_causal_hint_equals_torch(need_weights, padding) -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_a_query_that_sees_nothing_equals_torch(need_weights) -> None:
+def test_a_query_that_sees_nothing_equals_torch(need_weights: Any) -> None:
     module = randomised(nn.MultiheadAttention(8, 2))
     x = normal(4, 2, 8)
     mask = torch.zeros(4, 4, dtype=torch.bool)
@@ -185,7 +186,7 @@ def test_parameters_are_shared_and_the_original_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_dropout_acts_in_training_alone(need_weights) -> None:
+def test_dropout_acts_in_training_alone(need_weights: Any) -> None:
     module = randomised(nn.MultiheadAttention(8, 2, dropout=1.0))
     attention = UnpackedAttention.from_module(module)
     x = normal(4, 2, 8)
@@ -204,8 +205,8 @@ class Called:
         for index, module in enumerate(modules):
             module.register_forward_hook(self._hook(index))
 
-    def _hook(self, index):
-        def hook(_module, _inputs, output) -> None:
+    def _hook(self, index: Any) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
             self.rows[index] += output[..., 0].numel()
 
         return hook
@@ -254,7 +255,7 @@ ENCODER = [
 
 
 @pytest.mark.parametrize(("norm_first", "activation", "batch_first"), ENCODER)
-def test_encoder_layer_equals_torch(norm_first, activation, batch_first) -> None:
+def test_encoder_layer_equals_torch(norm_first: Any, activation: Any, batch_first: Any) -> None:
     layer = nn.TransformerEncoderLayer(
         8, 2, 16, 0.1, activation, norm_first=norm_first, batch_first=batch_first
     )
@@ -275,14 +276,16 @@ def test_encoder_layer_equals_torch(norm_first, activation, batch_first) -> None
             torch.testing.assert_close(replaced(x, **options), expected, **EXACT)
 
 
-def encoder(**options) -> nn.TransformerEncoder:
+def encoder(**options: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return randomised(nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), **options))
+    made = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), **options)
+    randomised(made)
+    return made
 
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("lengths", [(4, 2, 1), (4, 4, 4), (3, 2, 1)])
-def test_encoder_zeroes_padding_where_torch_does(grad, lengths) -> None:
+def test_encoder_zeroes_padding_where_torch_does(grad: Any, lengths: Any) -> None:
     module = encoder()
     unpacked = UnpackedEncoder.from_module(module)
     x = normal(3, 4, 8)
@@ -297,7 +300,7 @@ def test_encoder_zeroes_padding_where_torch_does(grad, lengths) -> None:
 
 
 @pytest.mark.parametrize("enable_nested_tensor", [True, False])
-def test_encoder_equals_torch_with_masks(enable_nested_tensor) -> None:
+def test_encoder_equals_torch_with_masks(enable_nested_tensor: Any) -> None:
     module = encoder(enable_nested_tensor=enable_nested_tensor)
     x = normal(3, 4, 8)
     causal = torch.ones(4, 4).triu(1).bool()
@@ -346,7 +349,7 @@ def test_whole_transformer_equals_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def torchvision_models():
+def torchvision_models() -> Any:
     torchvision_model("resnet18")  # makes the import possible where operators are missing
     from torchvision import models
 
@@ -366,7 +369,7 @@ def torchvision_models():
     ],
 )
 def test_window_attention_equals_torchvision(
-    torchvision_models, version, size, window, shift
+    torchvision_models: Any, version: Any, size: Any, window: Any, shift: Any
 ) -> None:
     for heads, bias in ((2, True), (1, False)):
         module = getattr(torchvision_models.swin_transformer, version)(
@@ -381,7 +384,7 @@ def test_window_attention_equals_torchvision(
         torch.testing.assert_close(unpacked(x), module(x), **EXACT)
 
 
-def test_window_attention_drops_out_in_training_alone(torchvision_models) -> None:
+def test_window_attention_drops_out_in_training_alone(torchvision_models: Any) -> None:
     kind = torchvision_models.swin_transformer.ShiftedWindowAttention
     module = randomised(kind(6, [2, 2], [1, 1], 2, attention_dropout=1.0))
     x = normal(1, 4, 4, 6)
@@ -411,13 +414,13 @@ def check_network(model: nn.Module, side: int, count: int, names_like: str) -> N
     assert original.state_dict().keys() == model.state_dict().keys()
 
 
-def test_vit(torchvision_models) -> None:
+def test_vit(torchvision_models: Any) -> None:
     model = torchvision_models.VisionTransformer(32, 8, 3, 4, 32, 64, num_classes=5)
     check_network(randomised(model), 32, 3, "self_attention")
 
 
 @pytest.mark.parametrize("version", ["", "V2"])
-def test_swin(torchvision_models, version) -> None:
+def test_swin(torchvision_models: Any, version: Any) -> None:
     swin = torchvision_models.swin_transformer
     model = swin.SwinTransformer(
         [4, 4],
@@ -512,7 +515,7 @@ def test_names_that_do_not_fit_the_model() -> None:
         unpack(model, ["linear"])
 
 
-def test_who_reads_child_weights(torchvision_models) -> None:
+def test_who_reads_child_weights(torchvision_models: Any) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     read = ("self_attn.out_proj", "linear1", "linear2")
     assert reads_child_weights(layer) == read

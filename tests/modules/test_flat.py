@@ -31,6 +31,7 @@ class Tied(nn.Module):
         self.first = nn.Linear(4, 4)
         self.second = nn.Linear(4, 4, bias=False)
         self.second.weight = self.first.weight
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:

@@ -33,7 +33,7 @@ def spec_of(bench: Workbench, name: str, dtype: torch.dtype = torch.float32) -> 
 
 
 # Network; layers that are kept although a rank is asked for, with words of the reason.
-NETWORKS: list[tuple[str, dict[str, str]]] = [
+CASES: list[tuple[str, dict[str, str]]] = [
     (
         "ReadsAttributes",
         {
@@ -59,7 +59,7 @@ NETWORKS: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kept"), NETWORKS, ids=[n for n, _ in NETWORKS])
+@pytest.mark.parametrize(("name", "kept"), CASES, ids=[n for n, _ in CASES])
 def test_a_network_is_compressed_reloaded_and_measured(
     bench: Workbench, name: str, kept: dict[str, str]
 ) -> None:

@@ -1,11 +1,14 @@
+from __future__ import annotations
+
 import os
+from typing import Any
 
 import headless_browser as chromium
 import pytest
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory):
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
     executable = chromium.find()
     if executable is None:
         pytest.skip(f"no browser found under the names {', '.join(chromium.NAMES)}")

@@ -1,5 +1,7 @@
 """The report's page names every limit; the sample report is current."""
 
+from __future__ import annotations
+
 import hashlib
 from pathlib import Path
 
@@ -12,13 +14,13 @@ from compress.report.page import SCRIPTS
 from compress.report.schema import report_schema
 
 
-def test_every_limit_is_documented():
+def test_every_limit_is_documented() -> None:
     page = (DOCS / "reference" / "report.md").read_text(encoding="utf-8")
     for name in LIMITS:
         assert f"`{name}`" in page
 
 
-def test_the_vendored_library_is_the_one_named():
+def test_the_vendored_library_is_the_one_named() -> None:
     vendor = Path(report.__file__).parent / "vendor"
     readme = (vendor / "README.txt").read_text(encoding="utf-8")
     scripts = sorted(vendor.glob("*.js"))
@@ -27,7 +29,7 @@ def test_the_vendored_library_is_the_one_named():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in readme
 
 
-def test_the_sample_is_a_report_that_this_version_reads():
+def test_the_sample_is_a_report_that_this_version_reads() -> None:
     sample = DOCS / "sample"
     found = report.read_report(sample)
     jsonschema.validate(found, report_schema())

@@ -1,7 +1,11 @@
 """The page in a real browser: it opens cleanly, its plots answer, its numbers are the report's."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import report_examples as examples
@@ -24,7 +28,7 @@ RUN_PLOTS = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     result = examples.result()
     report = build_report(result)
     report = with_gates(report, check_gates(report, {"max_drop": 0.5, "max_class_drop": 50.0}))
@@ -36,14 +40,14 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Any:
     report = build_sweep_report(examples.sweep())
     page = tmp_path_factory.mktemp("sweep") / "report.html"
     page.write_text(render_html(report), encoding="utf-8")
     return report, page
 
 
-def hover(browser, figure, mark, number):
+def hover(browser: Any, figure: Any, mark: Any, number: Any) -> Any:
     """Move the mouse over the middle of the numbered mark and return the tip's text."""
     x, y = browser.evaluate(
         f"(() => {{ const m = document.querySelectorAll('#{figure} {mark}')[{number}];"
@@ -55,7 +59,7 @@ def hover(browser, figure, mark, number):
     return x, y, tip(browser, figure)
 
 
-def tip(browser, figure):
+def tip(browser: Any, figure: Any) -> Any:
     return browser.evaluate(
         "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done("
         f"document.querySelector('#{figure} [aria-label=tip]').textContent))))"
@@ -65,7 +69,9 @@ def tip(browser, figure):
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light"), (320, "dark")]
 )
-def test_a_run_opens_cleanly_with_every_plot(browser, run, width, scheme):
+def test_a_run_opens_cleanly_with_every_plot(
+    browser: Any, run: Any, width: Any, scheme: Any
+) -> None:
     _, page = run
     browser.open(page, width=width, scheme=scheme)
     assert browser.complaints == []
@@ -80,7 +86,7 @@ def test_a_run_opens_cleanly_with_every_plot(browser, run, width, scheme):
     assert (brightness < 60) == (scheme == "dark")
 
 
-def test_the_numbers_are_the_reports(browser, run):
+def test_the_numbers_are_the_reports(browser: Any, run: Any) -> None:
     report, page = run
     browser.open(page)
     metric = report["result"]["test"]
@@ -111,7 +117,7 @@ def test_the_numbers_are_the_reports(browser, run):
     assert browser.evaluate(f"document.querySelectorAll('{bars} rect').length") == 2 * len(layers)
 
 
-def test_classes_named_with_html_stay_text(browser, run):
+def test_classes_named_with_html_stay_text(browser: Any, run: Any) -> None:
     _, page = run
     browser.open(page)
     assert browser.evaluate("document.querySelectorAll('img[src=x], main b').length") == 0
@@ -122,7 +128,7 @@ def test_classes_named_with_html_stay_text(browser, run):
     assert any("Content Security Policy" in line for line in browser.complaints)
 
 
-def test_hovering_shows_layer_and_value(browser, run):
+def test_hovering_shows_layer_and_value(browser: Any, run: Any) -> None:
     report, page = run
     browser.open(page)
     layer = report["result"]["layers"][5]
@@ -135,7 +141,7 @@ def test_hovering_shows_layer_and_value(browser, run):
     assert f"of {rewritten[2]['full_rank']}" in shown
 
 
-def test_the_arrow_keys_read_a_plot(browser, run):
+def test_the_arrow_keys_read_a_plot(browser: Any, run: Any) -> None:
     report, page = run
     browser.open(page)
     browser.evaluate("document.querySelector('#plot-ranks .canvas').focus()")
@@ -150,7 +156,7 @@ def test_the_arrow_keys_read_a_plot(browser, run):
     assert spoken.startswith(rewritten[-1]["name"])
 
 
-def test_choosing_a_spectrum_brings_it_forward(browser, run):
+def test_choosing_a_spectrum_brings_it_forward(browser: Any, run: Any) -> None:
     report, page = run
     browser.open(page)
     name = report["result"]["layers"][3]["name"]
@@ -164,7 +170,7 @@ def test_choosing_a_spectrum_brings_it_forward(browser, run):
     assert browser.complaints == []
 
 
-def test_everything_has_a_name_for_a_screen_reader(browser, run, sweep):
+def test_everything_has_a_name_for_a_screen_reader(browser: Any, run: Any, sweep: Any) -> None:
     for _, page in (run, sweep):
         browser.open(page)
         assert browser.evaluate("document.documentElement.lang") == "en"
@@ -184,7 +190,7 @@ def test_everything_has_a_name_for_a_screen_reader(browser, run, sweep):
         )
 
 
-def test_plots_are_drawn_again_for_a_new_width(browser, run):
+def test_plots_are_drawn_again_for_a_new_width(browser: Any, run: Any) -> None:
     _, page = run
     browser.open(page, width=1200)
     wide = browser.evaluate("document.querySelector('#plot-macs svg').clientWidth")
@@ -198,7 +204,7 @@ def test_plots_are_drawn_again_for_a_new_width(browser, run):
     assert browser.evaluate("document.documentElement.scrollWidth") == 400
 
 
-def test_clicking_a_sweep_point_shows_its_ranks(browser, sweep):
+def test_clicking_a_sweep_point_shows_its_ranks(browser: Any, sweep: Any) -> None:
     report, page = sweep
     browser.open(page)
     assert browser.complaints == []
@@ -221,7 +227,9 @@ def test_clicking_a_sweep_point_shows_its_ranks(browser, sweep):
     assert browser.evaluate(chosen).startswith(rows[6]["label"])
 
 
-def test_a_sweep_shows_the_test_images_instead_where_every_point_met_them(browser, tmp_path, sweep):
+def test_a_sweep_shows_the_test_images_instead_where_every_point_met_them(
+    browser: Any, tmp_path: Path, sweep: Any
+) -> None:
     _, page = sweep
     browser.open(page)
     assert not browser.evaluate("!!document.getElementById('choose-set')")
@@ -250,7 +258,7 @@ def test_a_sweep_shows_the_test_images_instead_where_every_point_met_them(browse
 
 
 @pytest.mark.parametrize("kind", ["unverified", "custom", "bare", "one-point", "empty", "several"])
-def test_thin_reports_open_cleanly_too(browser, tmp_path, kind):
+def test_thin_reports_open_cleanly_too(browser: Any, tmp_path: Path, kind: Any) -> None:
     report = examples.thin(kind) if kind != "several" else None
     if report is None:
         runs = [build_report(examples.result()), build_report(examples.result())]

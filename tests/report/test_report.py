@@ -1,5 +1,7 @@
 """Building, reading and rendering reports; limits, baselines and everything that is refused."""
 
+from __future__ import annotations
+
 import copy
 import csv
 import dataclasses
@@ -8,6 +10,8 @@ import io
 import json
 import math
 import re
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -56,22 +60,22 @@ from compress.result import (
 
 
 @pytest.fixture(scope="module")
-def result():
+def result() -> Any:
     return examples.result()
 
 
 @pytest.fixture(scope="module")
-def report(result):
+def report(result: Any) -> Any:
     return build_report(result)
 
 
 class TestRecords:
-    def test_results_survive_json(self, result):
+    def test_results_survive_json(self, result: Any) -> None:
         assert from_json(Result, to_json(result)) == result
         sweep = examples.sweep()
         assert from_json(SweepResult, to_json(sweep)) == sweep
 
-    def test_what_is_not_finite_is_written_as_null(self):
+    def test_what_is_not_finite_is_written_as_null(self) -> None:
         layer = LayerResult("a", "Linear", predicted_mse=math.inf, eigenvalues=(1.0, math.nan))
         plain = to_dict(layer)
         assert plain["predicted_mse"] is None
@@ -91,22 +95,22 @@ class TestRecords:
             ({"split": 3}, "split should be of type SplitRecord"),
         ],
     )
-    def test_damage_is_named_with_its_place(self, result, change, message):
+    def test_damage_is_named_with_its_place(self, result: Any, change: Any, message: Any) -> None:
         with pytest.raises(ArtefactError, match=message):
             from_dict(Result, to_dict(result) | change)
 
-    def test_truncated_json_is_refused(self, result):
+    def test_truncated_json_is_refused(self, result: Any) -> None:
         with pytest.raises(ArtefactError, match=r"not valid JSON.*truncated"):
             from_json(Result, to_json(result)[:-50])
 
 
 class TestSchema:
-    def test_the_file_is_up_to_date(self):
+    def test_the_file_is_up_to_date(self) -> None:
         assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), (
             "python -m compress.report.schema > compress/report/schema.json"
         )
 
-    def test_every_kind_of_report_is_valid(self, report):
+    def test_every_kind_of_report_is_valid(self, report: Any) -> None:
         jsonschema = pytest.importorskip("jsonschema")
         validator = jsonschema.Draft202012Validator(report_schema())
         validator.check_schema(report_schema())
@@ -131,7 +135,7 @@ class TestSchema:
             lambda r: r["result"]["test"].update(images="many"),
         ],
     )
-    def test_it_refuses_what_is_no_report(self, report, damage):
+    def test_it_refuses_what_is_no_report(self, report: Any, damage: Any) -> None:
         jsonschema = pytest.importorskip("jsonschema")
         broken = copy.deepcopy(report)
         damage(broken)
@@ -139,7 +143,7 @@ class TestSchema:
 
 
 class TestBuild:
-    def test_headline_repeats_the_result(self, result, report):
+    def test_headline_repeats_the_result(self, result: Any, report: Any) -> None:
         head = report["headline"]
         assert head["before"] == result.test.top1_before
         assert head["drop"] == result.test.drop
@@ -156,22 +160,22 @@ class TestBuild:
             (False, False, "failed"),
         ],
     )
-    def test_verdict(self, result, test, passed, verdict):
+    def test_verdict(self, result: Any, test: Any, passed: Any, verdict: Any) -> None:
         gate = dataclasses.replace(result.gates[0], passed=passed)
         changed = dataclasses.replace(result, gates=(gate,), test=result.test if test else None)
         assert build_report(changed)["verdict"] == verdict
 
-    def test_an_unverified_report_speaks_of_validation_images(self):
+    def test_an_unverified_report_speaks_of_validation_images(self) -> None:
         markdown = render_markdown(examples.thin("unverified"))
         assert "Unverified: no test set" in markdown
         assert "250 validation images" in markdown
 
-    def test_a_report_gives_its_result_back(self, result, report):
+    def test_a_report_gives_its_result_back(self, result: Any, report: Any) -> None:
         assert result_of(json.loads(render_json(report))) == result
 
 
 class TestLimits:
-    def test_each_limit_reads_its_own_number(self, result, report):
+    def test_each_limit_reads_its_own_number(self, result: Any, report: Any) -> None:
         test = result.test
         worst = max(r.before - r.after for r in test.per_class) * 100
         expected = {
@@ -198,7 +202,7 @@ class TestLimits:
             assert kept.value == pytest.approx(value)
             assert (kept.passed, broken.passed) == (True, False)
 
-    def test_a_broken_limit_says_by_how_much(self, report):
+    def test_a_broken_limit_says_by_how_much(self, report: Any) -> None:
         (gate,) = check_gates(report, {"max_drop": 0.5})
         drop = report["headline"]["drop"]
         assert gate_sentence(gate) == (
@@ -206,7 +210,7 @@ class TestLimits:
             f"broken by {drop - 0.5:.2f} points"
         )
 
-    def test_the_worst_class_is_named_and_missing_ones_left_out(self, result):
+    def test_the_worst_class_is_named_and_missing_ones_left_out(self, result: Any) -> None:
         rows = (
             ClassResult("cat", 10, 0.9, 0.7, -20.0),
             ClassResult("dog", 0),
@@ -218,7 +222,7 @@ class TestLimits:
         assert (gate.where, gate.value, gate.passed) == ("cat", 20.0, False)
 
     @pytest.mark.parametrize("name", list(LIMITS))
-    def test_what_was_not_measured_does_not_pass(self, name):
+    def test_what_was_not_measured_does_not_pass(self, name: Any) -> None:
         bare = build_report(
             Result(Versions("1", "2", "3"), "m", layers=(LayerResult("a", "Linear", scheme="x"),))
         )
@@ -226,27 +230,27 @@ class TestLimits:
         assert (gate.value, gate.passed) == (None, False)
         assert "not measured" in gate_sentence(gate)
 
-    def test_validation_images_vouch_for_nothing(self):
+    def test_validation_images_vouch_for_nothing(self) -> None:
         (gate,) = check_gates(examples.thin("unverified"), {"max_drop": 100.0})
         assert not gate.passed
 
-    def test_unknown_limits_are_refused_with_near_ones(self, report):
+    def test_unknown_limits_are_refused_with_near_ones(self, report: Any) -> None:
         with pytest.raises(UsageError, match=r"'max_dorp'.*Did you mean 'max_drop'"):
             check_gates(report, {"max_dorp": 1.0})
 
-    def test_failing_a_limit_fails_the_report(self, report):
+    def test_failing_a_limit_fails_the_report(self, report: Any) -> None:
         failed = with_gates(report, check_gates(report, {"max_drop": 0.1, "min_agreement": 0.1}))
         assert failed["verdict"] == "failed"
         assert report["verdict"] == "passed"
         assert "Failed: 1 of 3 limits broken" in render_markdown(failed)
 
-    def test_a_gate_of_another_name_is_still_told(self):
+    def test_a_gate_of_another_name_is_still_told(self) -> None:
         words = gate_sentence(GateResult("max_colour", 2.0, 3.5, False, ""))
         assert words == "max colour is 3.5; the limit is at most 2, broken by 1.5"
 
 
 class TestBaseline:
-    def test_changes_are_named(self, result, report):
+    def test_changes_are_named(self, result: Any, report: Any) -> None:
         layers = list(result.layers)
         layers[2] = dataclasses.replace(layers[2], ranks=(3,), scheme="output")
         earlier = examples.result(test=examples.metric(noise=0.8), layers=tuple(layers))
@@ -265,7 +269,7 @@ class TestBaseline:
         assert changes == sorted(changes)
         assert "(worse)" in render_markdown(compared)
 
-    def test_a_regression_breaks_its_limit(self, report):
+    def test_a_regression_breaks_its_limit(self, report: Any) -> None:
         better = build_report(examples.result(test=examples.metric(noise=0.2)))
         compared = compare_with_baseline(report, better)
         (gate,) = check_gates(compared, {"max_regression": 0.1})
@@ -287,7 +291,9 @@ class TestBaseline:
             ({"test": None}, "no test set"),
         ],
     )
-    def test_other_models_and_test_sets_need_a_flag_and_get_a_banner(self, report, change, message):
+    def test_other_models_and_test_sets_need_a_flag_and_get_a_banner(
+        self, report: Any, change: Any, message: Any
+    ) -> None:
         other = build_report(examples.result(**change))
         with pytest.raises(UsageError, match=f"({message}).*--allow-mismatch"):
             compare_with_baseline(report, other)
@@ -300,7 +306,7 @@ class TestBaseline:
         side_by_side = build_comparison([report, other], ["a", "b"], allow_mismatch=True)
         assert side_by_side["notes"]
 
-    def test_only_runs_are_compared(self, report):
+    def test_only_runs_are_compared(self, report: Any) -> None:
         sweep = build_sweep_report(examples.sweep())
         with pytest.raises(UsageError, match="kind 'sweep'"):
             compare_with_baseline(report, sweep)
@@ -309,7 +315,9 @@ class TestBaseline:
 
 
 class TestReading:
-    def test_a_folder_its_model_or_its_report_are_accepted(self, report, tmp_path):
+    def test_a_folder_its_model_or_its_report_are_accepted(
+        self, report: Any, tmp_path: Path
+    ) -> None:
         written = write_report(report, tmp_path)
         assert [p.name for p in written] == ["report.json", "report.md", "report.html"]
         (tmp_path / "model.safetensors").touch()
@@ -317,7 +325,7 @@ class TestReading:
             assert read_report(path) == report
 
     @pytest.mark.parametrize("kind", ["sweep", "several", "baseline"])
-    def test_other_kinds_are_read_back(self, report, tmp_path, kind):
+    def test_other_kinds_are_read_back(self, report: Any, tmp_path: Path, kind: Any) -> None:
         one = {
             "sweep": lambda: build_sweep_report(examples.sweep()),
             "several": lambda: build_comparison([report, report], ["a", "b"]),
@@ -340,7 +348,7 @@ class TestReading:
             ("\ud800", "not valid JSON"),
         ],
     )
-    def test_what_is_no_report_is_refused(self, tmp_path, content, message):
+    def test_what_is_no_report_is_refused(self, tmp_path: Path, content: Any, message: Any) -> None:
         path = tmp_path / "report.json"
         if content is not None:
             path.write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -359,20 +367,22 @@ class TestReading:
             (lambda r: r.update(baseline={"rows": []}), "damaged baseline"),
         ],
     )
-    def test_damage_inside_is_named(self, report, tmp_path, damage, message):
+    def test_damage_inside_is_named(
+        self, report: Any, tmp_path: Path, damage: Any, message: Any
+    ) -> None:
         broken = copy.deepcopy(report)
         damage(broken)
         (tmp_path / "report.json").write_text(json.dumps(broken))
         with pytest.raises(ArtefactError, match=message):
             read_report(tmp_path)
 
-    def test_writing_into_nowhere_is_an_error_of_ours(self, report, tmp_path):
+    def test_writing_into_nowhere_is_an_error_of_ours(self, report: Any, tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="cannot be written"):
             write_report(report, tmp_path / "missing")
 
 
 class TestMarkdown:
-    def test_the_verdict_and_the_numbers_come_first(self, report):
+    def test_the_verdict_and_the_numbers_come_first(self, report: Any) -> None:
         first = render_markdown(report).split("###")[0]
         head = report["headline"]
         assert "Passed: 1 limit kept" in first
@@ -380,7 +390,7 @@ class TestMarkdown:
         assert text.signed(-head["drop"]) + " points" in first
         assert text.signed(-head["drop_high"]) in first
 
-    def test_names_are_shown_and_never_rendered(self, report):
+    def test_names_are_shown_and_never_rendered(self, report: Any) -> None:
         markdown = render_markdown(with_notes(report, ["a <b>bold</b> | *note*"]))
         assert "<img" not in markdown
         assert "<b>" not in markdown
@@ -391,7 +401,7 @@ class TestMarkdown:
         assert cells
         assert set(cells) <= {5, 6}  # four or five columns, however many bars the name holds
 
-    def test_a_drop_that_chance_explains_says_so(self, result):
+    def test_a_drop_that_chance_explains_says_so(self, result: Any) -> None:
         test = examples.metric(noise=0.05)
         assert test.drop_interval.low < 0 < test.drop_interval.high
         markdown = render_markdown(build_report(dataclasses.replace(result, test=test)))
@@ -399,20 +409,20 @@ class TestMarkdown:
         assert "more than chance explains" in render_markdown(build_report(result))
 
     @pytest.mark.parametrize("kind", ["unverified", "custom", "bare", "one-point", "empty"])
-    def test_thin_reports_have_no_stray_none(self, kind):
+    def test_thin_reports_have_no_stray_none(self, kind: Any) -> None:
         for rendered in (render_markdown(examples.thin(kind)), render_html(examples.thin(kind))):
             body = rendered.split('<script type="application/json"')[0]
             assert "None" not in body.replace("None.", "")
             assert not re.search(r"\bnan\b", body, re.IGNORECASE)
 
-    def test_unlabelled_images_give_agreement_only(self, result):
+    def test_unlabelled_images_give_agreement_only(self, result: Any) -> None:
         test = EndMetric(images=10, classes=("a", "b"), agreement=0.9, mean_kl=0.1)
         markdown = render_markdown(build_report(dataclasses.replace(result, test=test)))
         assert "agree on 90.00% on 10 test images" in markdown
 
 
 class TestHtml:
-    def test_one_file_with_nothing_from_outside(self, report):
+    def test_one_file_with_nothing_from_outside(self, report: Any) -> None:
         page = render_html(report)
         before_scripts = page.split("<script")[0]
         assert "src=" not in before_scripts.replace("img src=x", "")
@@ -420,7 +430,7 @@ class TestHtml:
         assert "default-src 'none'" in html.unescape(before_scripts)
         assert len(page) < 800_000
 
-    def test_thumbnails_are_inside(self, result, report):
+    def test_thumbnails_are_inside(self, result: Any, report: Any) -> None:
         images = examples.thumbnails(result.test)
         page = render_html(report, images)
         flips = [*result.test.to_wrong[:90], *result.test.to_right[:90]]
@@ -429,12 +439,12 @@ class TestHtml:
     @settings(derandomize=True, deadline=None, max_examples=30)
     @given(st.text(alphabet="<>&/!-script \"'\\\u2028é", max_size=30))
     @example("</script><script>alert(1)</script><!-- &lt;")
-    def test_no_text_leaves_the_data_element(self, name):
+    def test_no_text_leaves_the_data_element(self, name: Any) -> None:
         encoded = embed({"name": name})
         assert not set("<>&") & set(encoded)
         assert json.loads(encoded) == {"name": name}
 
-    def test_long_spectra_are_thinned_but_keep_the_cut(self):
+    def test_long_spectra_are_thinned_but_keep_the_cut(self) -> None:
         layer = dataclasses.replace(
             examples.layer(1, "wide", 64, 1234),
             eigenvalues=tuple(0.99**i for i in range(3000)),
@@ -449,7 +459,7 @@ class TestHtml:
 
 
 class TestJunit:
-    def test_each_limit_is_a_case(self, report):
+    def test_each_limit_is_a_case(self, report: Any) -> None:
         gates = check_gates(report, {"max_drop": 0.5, "max_latency_ratio": 2.0})
         root = ElementTree.fromstring(render_junit(with_gates(report, gates)))
         (suite,) = root
@@ -458,13 +468,13 @@ class TestJunit:
         assert failed == ["max_drop"]
         assert "broken by" in suite.find(".//failure").get("message")
 
-    def test_unverified_is_skipped_not_passed(self):
+    def test_unverified_is_skipped_not_passed(self) -> None:
         root = ElementTree.fromstring(render_junit(examples.thin("unverified")))
         assert root[0].get("skipped") == "1"
 
     @settings(derandomize=True, deadline=None, max_examples=40)
     @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20))
-    def test_any_name_gives_xml_that_parses(self, name):
+    def test_any_name_gives_xml_that_parses(self, name: Any) -> None:
         bare = build_report(Result(Versions("1", "2", "3"), "m"))
         report = build_comparison([bare, bare], [name, "b"])
         root = ElementTree.fromstring(render_junit(report).encode())
@@ -472,7 +482,7 @@ class TestJunit:
 
 
 class TestSweep:
-    def test_csv_holds_every_point_and_rank(self):
+    def test_csv_holds_every_point_and_rank(self) -> None:
         sweep = examples.sweep()
         rows = list(csv.DictReader(io.StringIO(render_csv(build_sweep_report(sweep)))))
         assert len(rows) == len(sweep.points)
@@ -485,13 +495,13 @@ class TestSweep:
             assert row["rank conv1"] == "dense"
         assert [row["test_after"] != "" for row in rows] == [p.chosen for p in sweep.points]
 
-    def test_a_sweep_folder_holds_the_table(self, tmp_path):
+    def test_a_sweep_folder_holds_the_table(self, tmp_path: Path) -> None:
         write_report(build_sweep_report(examples.sweep()), tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [
             "report.html", "report.json", "report.md", "sweep.csv",
         ]  # fmt: skip
 
-    def test_layers_stand_in_the_networks_order(self):
+    def test_layers_stand_in_the_networks_order(self) -> None:
         made = examples.sweep(1)
         point = dataclasses.replace(
             made.points[0], schemes={"a": "dense", "b": "output"}, ranks={"b": (2,)}
@@ -499,16 +509,16 @@ class TestSweep:
         report = build_sweep_report(dataclasses.replace(made, points=(point,)))
         assert layer_names(points(report)) == ["a", "b"]
 
-    def test_markdown_lists_the_points_and_marks_the_chosen(self):
+    def test_markdown_lists_the_points_and_marks_the_chosen(self) -> None:
         markdown = render_markdown(build_sweep_report(examples.sweep()))
         (chosen,) = [line for line in markdown.splitlines() if "chosen" in line]
         assert chosen.startswith("| threshold 0.003162 |")
         assert "chosen, Pareto" in chosen
 
-    def test_an_empty_sweep_says_so(self):
+    def test_an_empty_sweep_says_so(self) -> None:
         assert "No point of this sweep has finished" in render_markdown(examples.thin("empty"))
 
-    def test_the_verdict_waits_for_the_test_set(self):
+    def test_the_verdict_waits_for_the_test_set(self) -> None:
         assert build_sweep_report(examples.sweep())["verdict"] == "passed"
         assert build_sweep_report(examples.sweep(2))["verdict"] == "unverified"
 
@@ -539,5 +549,5 @@ class TestText:
             (text.percent(None), text.UNKNOWN),
         ],
     )
-    def test_numbers_as_a_reader_wants_them(self, shown, expected):
+    def test_numbers_as_a_reader_wants_them(self, shown: Any, expected: Any) -> None:
         assert shown == expected

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,17 +34,17 @@ THRESHOLDS = "0.01,0.03,0.1,0.3"
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
+def network(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_network(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture
-def config(network, tmp_path):
+def config(network: Any, tmp_path: Path) -> Any:
     return make_config({**network, "output": str(tmp_path / "sweep")})
 
 
 @pytest.fixture(autouse=True)
-def no_stopwatch(monkeypatch):
+def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times of whole networks take seconds to measure, and no test here is about them."""
     stop_the_clock(monkeypatch)
 
@@ -56,17 +57,17 @@ class Journal:
         self.points: list[tuple[float, bool]] = []
         self.stop_after = stop_after
 
-    def track(self, items, description, total):
+    def track(self, items: Any, description: Any, total: Any) -> Any:
         del total
         self.tracked.append(description)
         return items
 
-    def note(self, point, finished_before):
+    def note(self, point: Any, finished_before: Any) -> None:
         self.points.append((point.value, finished_before))
         if len(self.points) == self.stop_after:
             raise KeyboardInterrupt
 
-    def options(self, test_points=True):
+    def options(self, test_points: Any = True) -> Any:
         return Options(
             test_points,
             self.track,
@@ -75,7 +76,14 @@ class Journal:
         )
 
 
-def swept(config, text=THRESHOLDS, rule="threshold", journal=None, test_points=True, **how):
+def swept(
+    config: Any,
+    text: Any = THRESHOLDS,
+    rule: Any = "threshold",
+    journal: Any = None,
+    test_points: Any = True,
+    **how: Any,
+) -> Any:
     options = (journal or Journal()).options(test_points)
     return sweep(config, parse_grid(rule, text), options=options, **how)
 
@@ -95,11 +103,11 @@ def swept(config, text=THRESHOLDS, rule="threshold", journal=None, test_points=T
         ("params", "0.5", (0.5,)),
     ],
 )
-def test_grids_are_read(rule, text, values):
+def test_grids_are_read(rule: Any, text: Any, values: Any) -> None:
     assert parse_grid(rule, text).values == pytest.approx(values, rel=1e-12)
 
 
-def test_a_range_of_thresholds_has_equal_steps_in_the_logarithm():
+def test_a_range_of_thresholds_has_equal_steps_in_the_logarithm() -> None:
     values = np.array(parse_grid("threshold", "1e-4:1e-1:9").values)
     assert (values[0], values[-1], len(values)) == (1e-4, 1e-1, 9)
     np.testing.assert_allclose(np.diff(np.log10(values)), 3 / 8, atol=2e-4)
@@ -123,7 +131,7 @@ def test_a_range_of_thresholds_has_equal_steps_in_the_logarithm():
         ("latency", "0.5", "cannot walk along 'latency'"),
     ],
 )
-def test_grids_that_are_none_are_refused(rule, text, words):
+def test_grids_that_are_none_are_refused(rule: Any, text: Any, words: Any) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_grid(rule, text)
 
@@ -140,7 +148,7 @@ def point(macs: int, drop: float | None, params: int = 10, value: float = 0.1) -
     return SweepPoint("macs", value, macs, params, 4 * params, macs / 100, validation=measured)
 
 
-def test_a_pick_takes_the_fewest_macs_that_satisfy_it():
+def test_a_pick_takes_the_fewest_macs_that_satisfy_it() -> None:
     points = [point(90, 0.0), point(50, 0.4), point(40, 0.6), point(10, None)]
     assert parse_pick("drop<=0.5").choose(points) == 1
     assert parse_pick("drop<0.6").choose(points) == 1
@@ -153,7 +161,7 @@ def test_a_pick_takes_the_fewest_macs_that_satisfy_it():
     assert "macs 0.1 with drop 0.6" in parse_pick("drop<=-1").nearest([point(40, 0.6)])
 
 
-def test_of_points_with_equal_macs_the_one_with_fewer_parameters_is_picked():
+def test_of_points_with_equal_macs_the_one_with_fewer_parameters_is_picked() -> None:
     points = [point(50, 0.1, params=30), point(50, 0.1, params=20), point(50, 0.1, params=20)]
     assert parse_pick("drop<=1").choose(points) == 1
 
@@ -170,12 +178,12 @@ def test_of_points_with_equal_macs_the_one_with_fewer_parameters_is_picked():
         ("drop<=0.5,,kl<1", "'' is not a condition"),
     ],
 )
-def test_picks_that_are_none_are_refused(text, words):
+def test_picks_that_are_none_are_refused(text: Any, words: Any) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_pick(text)
 
 
-def test_the_pareto_front_is_what_no_point_beats():
+def test_the_pareto_front_is_what_no_point_beats() -> None:
     points = [point(90, 0.0), point(80, 0.5), point(80, 0.4), point(60, 0.4), point(10, 9.0)]
     assert [p.pareto for p in pareto(points)] == [True, False, False, True, True]
     same = [point(50, 1.0), point(50, 1.0)]
@@ -189,7 +197,7 @@ def test_the_pareto_front_is_what_no_point_beats():
     ("rule", "text"),
     [("threshold", "0.03,0.2"), ("energy", "0.9,0.8"), ("macs", "0.8,0.4"), ("params", "0.5")],
 )
-def test_every_point_is_what_a_single_run_gives(network, rule, text):
+def test_every_point_is_what_a_single_run_gives(network: Any, rule: Any, text: Any) -> None:
     config = make_config(network)
     inputs = load_network(config)
     result = sweep_network(inputs, config, parse_grid(rule, text))
@@ -208,10 +216,11 @@ def test_every_point_is_what_a_single_run_gives(network, rule, text):
             (swept_point.validation, alone.result.validation),
             (swept_point.test, alone.result.test),
         ):
+            assert expected is not None
             assert found == dataclasses.replace(expected, to_wrong=(), to_right=())
 
 
-def test_parameters_never_grow_as_the_threshold_rises(network):
+def test_parameters_never_grow_as_the_threshold_rises(network: Any) -> None:
     config = make_config(network)
     grid = parse_grid("threshold", "1e-3:0.99:12")
     result = sweep_network(load_network(config), config, grid, Options(test_points=False))
@@ -223,7 +232,7 @@ def test_parameters_never_grow_as_the_threshold_rises(network):
     assert all(p.test is None for p in result.points)
 
 
-def test_a_sweep_calibrates_once_and_measures_equal_networks_once(config):
+def test_a_sweep_calibrates_once_and_measures_equal_networks_once(config: Any) -> None:
     journal = Journal()
     grid = "1e-9,1e-8,0.1,0.2"
     result = swept(config, grid, journal=journal).result
@@ -237,7 +246,7 @@ def test_a_sweep_calibrates_once_and_measures_equal_networks_once(config):
     assert journal.tracked.count("test: compressed") == 3
 
 
-def test_a_metric_of_the_users_own_is_measured_once_for_the_original(network):
+def test_a_metric_of_the_users_own_is_measured_once_for_the_original(network: Any) -> None:
     code = Path(network["model"].rpartition(":")[0])
     config = make_config({**network, "metric_fn": f"{code}:brightness"})
     result = sweep_network(load_network(config), config, parse_grid("macs", "0.8,0.4"))
@@ -248,7 +257,7 @@ def test_a_metric_of_the_users_own_is_measured_once_for_the_original(network):
         assert p.validation.drop == p.validation.custom.before - p.validation.custom.after
 
 
-def test_images_held_in_memory_are_the_images(network):
+def test_images_held_in_memory_are_the_images(network: Any) -> None:
     images = load_network(make_config(network)).test
     held = hold(images, Loader(32))
     assert held is not images
@@ -259,14 +268,14 @@ def test_images_held_in_memory_are_the_images(network):
     assert hold(images, Loader(32), cap=100) is images
 
 
-def test_one_point_is_a_sweep_with_a_word_about_it(config):
+def test_one_point_is_a_sweep_with_a_word_about_it(config: Any) -> None:
     result = swept(config, "0.1").result
     assert len(result.points) == 1
     assert any("one point" in warning for warning in result.warnings)
     assert read_report(config.output)["sweep"]["points"][0]["value"] == 0.1
 
 
-def test_a_budget_out_of_reach_stops_the_sweep_before_any_point(config):
+def test_a_budget_out_of_reach_stops_the_sweep_before_any_point(config: Any) -> None:
     journal = Journal()
     with pytest.raises(BudgetError, match="smallest reachable"):
         swept(config, "0.5,0.001", "macs", journal)
@@ -276,14 +285,16 @@ def test_a_budget_out_of_reach_stops_the_sweep_before_any_point(config):
 # --- What is written, and going on -------------------------------------------------------------
 
 
-def same_numbers(one, other):
+def same_numbers(one: Any, other: Any) -> Any:
     """Points but for the seconds that they took."""
     return [dataclasses.replace(p, seconds=None) for p in one.points] == [
         dataclasses.replace(p, seconds=None) for p in other.points
     ]
 
 
-def test_a_sweep_that_was_stopped_goes_on_without_redoing_a_point(config, tmp_path):
+def test_a_sweep_that_was_stopped_goes_on_without_redoing_a_point(
+    config: Any, tmp_path: Path
+) -> None:
     whole = swept(config.replace(output=str(tmp_path / "whole"))).result
     with pytest.raises(KeyboardInterrupt):
         swept(config, journal=Journal(stop_after=2))
@@ -305,7 +316,7 @@ def test_a_sweep_that_was_stopped_goes_on_without_redoing_a_point(config, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["weights", "labels", "images", "code", "setting", "damage"])
-def test_points_of_other_content_are_never_taken(change, tmp_path):
+def test_points_of_other_content_are_never_taken(change: Any, tmp_path: Path) -> None:
     network = write_network(tmp_path / "network")
     config = make_config({**network, "output": str(tmp_path / "sweep")})
     swept(config, "0.03,0.1")
@@ -333,7 +344,7 @@ def test_points_of_other_content_are_never_taken(change, tmp_path):
     assert journal.points == [(0.03, False), (0.1, False)]
 
 
-def test_names_and_speed_do_not_make_other_content(tmp_path):
+def test_names_and_speed_do_not_make_other_content(tmp_path: Path) -> None:
     network = write_network(tmp_path / "network")
     config = make_config({**network, "output": str(tmp_path / "sweep")})
     swept(config, "0.1")
@@ -345,7 +356,7 @@ def test_names_and_speed_do_not_make_other_content(tmp_path):
     assert journal.points == [(0.1, True)]
 
 
-def test_folders_that_are_no_sweeps_are_refused(config, tmp_path):
+def test_folders_that_are_no_sweeps_are_refused(config: Any, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
@@ -360,7 +371,7 @@ def test_folders_that_are_no_sweeps_are_refused(config, tmp_path):
         swept(config.replace(output=""), "0.1")
 
 
-def test_force_starts_over(config):
+def test_force_starts_over(config: Any) -> None:
     swept(config, "0.1,0.2", pick=parse_pick("macs<=1"))
     journal = Journal()
     swept(config.replace(force=True), "0.1", journal=journal)
@@ -369,7 +380,9 @@ def test_force_starts_over(config):
     assert not (Path(config.output) / "chosen").exists()
 
 
-def test_what_is_left_of_a_sweep_that_failed_is_what_going_on_needs(config, tmp_path):
+def test_what_is_left_of_a_sweep_that_failed_is_what_going_on_needs(
+    config: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="matches no layer"):
         swept(config.replace(keep=("nothing*",)), "0.5", "macs")
     left = [p.name for p in Path(config.output).iterdir()]
@@ -383,7 +396,7 @@ def test_what_is_left_of_a_sweep_that_failed_is_what_going_on_needs(config, tmp_
 # --- The chosen point --------------------------------------------------------------------------
 
 
-def test_the_chosen_point_is_saved_as_a_run_saves_it(config, tmp_path):
+def test_the_chosen_point_is_saved_as_a_run_saves_it(config: Any, tmp_path: Path) -> None:
     found = swept(config, "0.9,0.6,0.3", "macs", pick=parse_pick("drop<=20"))
     points = found.result.points
     fit = [p for p in points if p.validation.drop <= 20]
@@ -409,7 +422,7 @@ def test_the_chosen_point_is_saved_as_a_run_saves_it(config, tmp_path):
     assert compress.load(folder, trust_code=True)(torch.zeros(1, 1, 10, 10)).shape == (1, 6)
 
 
-def test_a_pick_that_no_point_satisfies_fails_and_keeps_the_reports(config):
+def test_a_pick_that_no_point_satisfies_fails_and_keeps_the_reports(config: Any) -> None:
     swept(config, "0.3", pick=parse_pick("macs<=1"))
     with pytest.raises(GateError, match=r"Nearest is threshold 0.3 with drop \d"):
         swept(config, "0.3", pick=parse_pick("drop<=-50"), resume=True)
@@ -418,7 +431,7 @@ def test_a_pick_that_no_point_satisfies_fails_and_keeps_the_reports(config):
     assert not any(p["chosen"] for p in read_report(folder)["sweep"]["points"])
 
 
-def test_a_chosen_point_that_breaks_a_gate_is_not_saved(config):
+def test_a_chosen_point_that_breaks_a_gate_is_not_saved(config: Any) -> None:
     strict = config.replace(min_agreement=0.999)
     with pytest.raises(GateError, match="agreement"):
         swept(strict, "0.3", pick=parse_pick("macs<=1"))
@@ -427,13 +440,15 @@ def test_a_chosen_point_that_breaks_a_gate_is_not_saved(config):
     assert read_report(folder)["verdict"] == "failed"
 
 
-def test_only_the_chosen_point_meets_the_test_set_if_asked(config):
+def test_only_the_chosen_point_meets_the_test_set_if_asked(config: Any) -> None:
     pick = parse_pick("macs<=1")
     result = swept(config, "0.1,0.3", pick=pick, test_points=False).result
     assert [p.test is not None for p in result.points] == [p.chosen for p in result.points]
 
 
-def test_images_without_labels_can_be_picked_by_agreement_alone(network, tmp_path):
+def test_images_without_labels_can_be_picked_by_agreement_alone(
+    network: Any, tmp_path: Path
+) -> None:
     arrays = np.load(network["data"].removeprefix("tensors:"))
     np.savez(tmp_path / "bare.npz", images=arrays["images"])
     bare = {**network, "data": f"tensors:{tmp_path / 'bare.npz'}", "test": ""}
@@ -447,7 +462,7 @@ def test_images_without_labels_can_be_picked_by_agreement_alone(network, tmp_pat
     assert read_report(config.output)["verdict"] == "unverified"
 
 
-def test_the_record_of_a_point_says_what_it_depends_on(config):
+def test_the_record_of_a_point_says_what_it_depends_on(config: Any) -> None:
     swept(config, "0.1")
     (file,) = (Path(config.output) / "sweep.points").iterdir()
     key = json.loads(file.read_text())["key"]
@@ -455,13 +470,13 @@ def test_the_record_of_a_point_says_what_it_depends_on(config):
     assert "checkpoint" not in key["settings"]
 
 
-def test_a_grid_is_a_rule_of_its_own(config):
+def test_a_grid_is_a_rule_of_its_own(config: Any) -> None:
     grid = Grid("macs", (0.5,))
     assert str(grid) == "--macs 0.5"
     assert grid.at(config.with_rule("threshold", 0.1), 0.5).rule == "macs"
 
 
-def test_every_quantity_is_documented():
+def test_every_quantity_is_documented() -> None:
     page = (DOCS / "reference" / "sweep.md").read_text(encoding="utf-8")
     for quantity in QUANTITIES:
         assert f"| `{quantity}` |" in page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ class FakeTime:
     def clock(self) -> float:
         return self.now
 
-    def work(self, name: str, *seconds: float):
+    def work(self, name: str, *seconds: float) -> Any:
         """Return a callable whose n-th call takes the n-th of ``seconds``, then the last again."""
         left = list(seconds)
 
@@ -51,7 +53,7 @@ def test_warm_up_is_not_counted_and_an_outlier_does_not_matter() -> None:
 
 
 def test_drift_hits_all_candidates_alike() -> None:
-    def slowing(fake: FakeTime, seconds: float):
+    def slowing(fake: FakeTime, seconds: float) -> Any:
         def run() -> None:
             fake.now += seconds * (1 + fake.now / 100)
 
@@ -116,7 +118,7 @@ class Timed(nn.Module):
         self.fake, self.name, self.seconds = fake, name, seconds
         self.seen: set[tuple[bool, ...]] = set()
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.fake.calls.append(self.name)
         last = {"memory_format": torch.channels_last}
         self.fake.now += self.seconds / (2 if x.is_contiguous(**last) else 1)
@@ -204,7 +206,7 @@ def test_memory_format_is_put_on_and_taken_off() -> None:
         assert not model.grid.is_contiguous()
         torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected)
     assert snapshot(model) == before
-    last = model.to(memory_format=torch.channels_last)
+    last = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = snapshot(last)
     with pytest.raises(RuntimeError), in_memory_format(last, "contiguous"):
         last(torch.randn(1, 7, 9, 9))  # seven channels
@@ -262,7 +264,7 @@ def test_a_setting_is_that_of_this_process() -> None:
         table.time([(conv, (1, 3, 5, 5))], other)
 
 
-def test_a_table_survives_json(tmp_path) -> None:
+def test_a_table_survives_json(tmp_path: Path) -> None:
     fake = FakeTime()
     table, setting = LatencyTable(), Setting.here()
     layer = Timed(fake, "layer", 0.1 + 0.2)
@@ -277,7 +279,7 @@ def test_a_table_survives_json(tmp_path) -> None:
     assert fake.calls == []
 
 
-def damaged(change) -> str:
+def damaged(change: Any) -> str:
     table = LatencyTable()
     table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
     raw = json.loads(table.to_json())
@@ -296,14 +298,14 @@ def damaged(change) -> str:
         (lambda raw: raw.update(entries=[3]), "damaged"),
     ],
 )
-def test_a_damaged_table_is_refused(tmp_path, change, message) -> None:
+def test_a_damaged_table_is_refused(tmp_path: Path, change: Any, message: Any) -> None:
     path = tmp_path / "latency.json"
     path.write_text(damaged(change))
     with pytest.raises(InputError, match=message):
         LatencyTable.read(path)
 
 
-def test_a_missing_or_foreign_table_is_refused(tmp_path) -> None:
+def test_a_missing_or_foreign_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         LatencyTable.read(tmp_path / "none.json")
     path = tmp_path / "latency.json"
