@@ -282,3 +282,16 @@ def test_storage_given_again_is_not_taken_for_the_old_one() -> None:
         weight.data = torch.full((2, 2, 3, 3), float(step), dtype=torch.float64)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), layer.forward_expanded(x), **EXACT)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_statistics_that_a_training_forward_moved_are_seen(gradients: bool) -> None:
+    """torch moves running statistics without raising their versions."""
+    layer = layers()[0]
+    x = example(layer)
+    with torch.set_grad_enabled(gradients):
+        before = layer(x)
+        layer.train()(x + 1)
+        layer.eval()
+        torch.testing.assert_close(layer(x), layer.forward_expanded(x), **EXACT)
+        assert not torch.allclose(layer(x), before)

@@ -94,7 +94,7 @@ def keep(
     constants = {
         i: t.detach().clone()
         for i, t in enumerate(tensors)
-        if t is not None and t.dim() == 1 and not t.requires_grad
+        if t is not None and t.dim() < 2 and not t.requires_grad
     }
     return KeptWeight(stamps, options, value, _versions(value), constants, compose)
 

@@ -23,8 +23,10 @@ from compress.modules.overparam.kept import (
     readable,
 )
 
-# Tensors of a sublayer: weight, bias, and its BatchNorm's weight, bias, mean and variance.
-_SLOTS = 6
+# Tensors of a sublayer: weight, bias, and its BatchNorm's weight, bias, mean, variance and count.
+# The count is no part of the result, but a training forward moves mean and variance without
+# raising their versions, and the count's alone tells.
+_SLOTS = 7
 InitFunction = Callable[..., Any]
 
 
@@ -163,9 +165,10 @@ class OverparamLayer(nn.Module):
             found += [layer.weight, layer.bias]
             norm: Any = self.norms[position] if len(self.norms) else None
             if norm is None:
-                found += [None] * 4
+                found += [None] * 5
             else:
                 found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                found += [norm.num_batches_tracked]
         return found
 
     def _filled(self, plain: nn.Module) -> Any:
@@ -196,7 +199,7 @@ def _compose(chain: Chain, epsilons: Sequence[float], tensors: Tensors) -> Colla
     last = tensors[-_SLOTS]
     assert last is not None
     for position in range(chain.depth):
-        weight, bias, gamma, beta, mean, variance = tensors[position * _SLOTS :][:_SLOTS]
+        weight, bias, gamma, beta, mean, variance, _ = tensors[position * _SLOTS :][:_SLOTS]
         assert weight is not None
         weight = weight.to(wide_dtype(weight))
         if epsilons:
