@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 from compress.modules.flat import FlatModule
 
@@ -321,3 +322,24 @@ def test_threads_with_vectors_of_their_own(way: str) -> None:
             torch.testing.assert_close(gradient_found, slope, **EXACT)
     assert all(a is b for a, b in zip(before, net.parameters(), strict=True))
     assert torch.equal(flat.flat_param, parameters_to_vector(net.parameters()))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda z: torch.tanh(self.inner(z)).square(), x, use_reentrant=False)
+
+
+def test_checkpoints_are_recomputed_inside_the_block() -> None:
+    flat = FlatModule(Checkpointed().double())
+    x = sample()
+    vector = torch.randn(flat.param_numel, dtype=torch.float64, requires_grad=True)
+    parts = flat.unflatten(vector)
+    expected = torch.tanh(x @ parts["inner.weight"].T + parts["inner.bias"]).square().sum()
+    (wanted,) = torch.autograd.grad(expected, vector)
+    with flat.unflattened(vector) as module:
+        (slope,) = torch.autograd.grad(module(x).sum(), vector)
+    torch.testing.assert_close(slope, wanted, **EXACT)
