@@ -15,7 +15,6 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compress.modules.overparam import collapse, overparameterize
 
@@ -135,7 +135,7 @@ def rank_for(values: Tensor, energy: float) -> int:
 
 def projected(
     model: nn.Module, found: list[tuple[Tensor, Tensor, Tensor]], ranks: list[int]
-) -> Iterator[None]:
+) -> list[RemovableHandle]:
     """Hooks that project each hidden layer's output onto its leading components."""
     handles = []
     for layer, (mean, _, vectors), rank in zip(layers_of(model), found, ranks, strict=True):

@@ -146,7 +146,7 @@ class _Collector:
                 for pooled_rows in pool.rows(self.kind.images(rows), g, images):
                     pooled.update(pooled_rows)
 
-        output.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        output.register_hook(hook)
 
     def _taken(self, y: Tensor) -> Tensor | None:
         if y.shape[0] % self.batch:  # the batch is not the leading axis: take every row

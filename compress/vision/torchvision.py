@@ -32,10 +32,10 @@ def load_torchvision() -> tuple[ModuleType, Any]:
         if "torchvision::" not in str(error):
             raise
         # torch leaves both methods untyped.
-        library = operators.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        library = operators.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            library.define(schema)  # type: ignore[no-untyped-call]
+            library.define(schema)
         import torchvision
     return torchvision, library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -416,14 +417,85 @@ def test_trace() -> None:
         flat.trace((3,))  # type: ignore[arg-type]
 
 
-def test_trace_says_when_the_training_form_differs() -> None:
-    flat = FlatModule(convnet())
+def test_trace_keeps_the_training_and_the_evaluation_form() -> None:
+    model = convnet()
+    model[3].p = 0.5
+    flat, twin = FlatModule(model), copy.deepcopy(model)
     x = image()
-    with pytest.warns(UserWarning, match=r"evaluation form.*2 modules .* 1, 3"):
-        flat.trace((x,))
-    assert flat.module[1].training
-    traced = flat(x)
-    torch.testing.assert_close(traced, flat.module.eval()(x), **EXACT)
+    before = copy.deepcopy(flat.state_dict())
+    state = torch.get_rng_state()
+    flat.trace(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flat.training
+    assert all(m.training for m in model.modules())
+    for name, value in flat.state_dict().items():  # the statistics of BatchNorm too
+        assert torch.equal(value, before[name])
+    for mode in (True, False, True, False):
+        flat.train(mode)
+        twin.train(mode)
+        torch.manual_seed(3)
+        y = flat(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(y, twin(x), **EXACT)
+        for one, other in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(one, other, **EXACT)
+    flat.train()
+    twin.train()
+    model[1].eval()  # neither of the traced forms
+    twin[1].eval()
+    model[3].p = twin[3].p = 0.0
+    torch.testing.assert_close(flat(x), twin(x), **EXACT)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x) * y
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.rand(3)
+
+
+def test_trace_takes_lists_and_checks() -> None:
+    flat = FlatModule(TwoInputs())
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    expected = flat(x, y)
+    assert torch.equal(flat.trace([x, y])(x, y), expected)
+    assert torch.equal(flat.trace((x, y))(x, y), expected)
+    drawing = FlatModule(Draws())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drawing.trace([x])
+    told = [str(w.message) for w in caught if w.category is torch.jit.TracerWarning]
+    assert any("does not match the corresponding output" in message for message in told)
+    unchecked = FlatModule(Draws()).trace([x], check_trace=False)
+    assert unchecked.is_traced
+    with pytest.raises(TypeError, match="check_input"):
+        flat.trace(x, check_input=True)  # type: ignore[call-arg]
+
+
+def test_a_form_that_cannot_be_traced() -> None:
+    flat = FlatModule(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).eval()
+    one = torch.randn(1, 3)
+    with pytest.warns(UserWarning, match="its training form, which will run untraced: Expected"):
+        flat.trace(one)
+    assert torch.equal(flat(one), flat.module(one))
+    more = torch.randn(4, 3)
+    expected = copy.deepcopy(flat.module).train()(more)
+    torch.testing.assert_close(flat.train()(more), expected)
+    replacing = FlatModule(Tied())
+    with pytest.raises(ValueError, match="its forward replaces calls"):
+        replacing.trace(torch.ones(1, 4))
+    assert not replacing.is_traced
 
 
 def test_tied_and_frozen_under_trace() -> None:

@@ -1,4 +1,4 @@
-"""The examples of the three pages run as they stand, and the example script works."""
+"""The examples of the pages run as they stand, and the example script works."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+PAGES = (
+    "overparam", "flat", "hypernet", "from-overparam", "from-reparam-module", "from-hyperlight",
+)  # fmt: skip
 EXAMPLES = [
     pytest.param(code, id=f"{page}-{index}")
-    for page in ("overparam", "flat", "hypernet")
+    for page in PAGES
     for index, code in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
     )
@@ -21,7 +24,7 @@ EXAMPLES = [
 
 
 def test_every_page_has_an_example() -> None:
-    assert {str(p.id).partition("-")[0] for p in EXAMPLES} == {"overparam", "flat", "hypernet"}
+    assert {str(p.id).rpartition("-")[0] for p in EXAMPLES} == set(PAGES)
 
 
 @pytest.mark.parametrize("code", EXAMPLES)

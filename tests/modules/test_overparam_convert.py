@@ -43,7 +43,7 @@ def test_any_tree_keeps_its_output_and_sharing(model: nn.Module) -> None:
     state = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*it shares a parameter")
-        expanded = overparameterize(model, depth=3, width=1.5)
+        expanded = overparameterize(model, depth=3, width=1.5, inplace=False)
     torch.testing.assert_close(expanded(x), expected, **EXACT)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert not chains(model)
@@ -61,7 +61,7 @@ def test_resnet18_keeps_its_outputs() -> None:
     torch.manual_seed(0)
     model = torchvision_model("resnet18").double().eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    expanded = overparameterize(model)
+    expanded = overparameterize(model, inplace=False)
     assert len(chains(expanded)) == 21
     with torch.no_grad():
         expected = model(x)
@@ -111,7 +111,11 @@ def test_preserving_in_any_chain_that_can_hold_the_layer(
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, padding=1, groups=groups).double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    new = overparameterize(layer, kernel_sizes=kernels, width=width)
+    if isinstance(kernels, tuple):
+        with pytest.warns(UserWarning, match="as one 3x3 kernel"):
+            new = overparameterize(layer, kernel_sizes=kernels, width=width)
+    else:
+        new = overparameterize(layer, kernel_sizes=kernels, width=width)
     torch.testing.assert_close(new(x), layer(x), **EXACT)
     torch.testing.assert_close(new.eval()(x), layer(x), **EXACT)
 
@@ -156,7 +160,7 @@ def test_what_a_chain_cannot_hold_is_refused_and_nothing_changes(
 def test_fresh_weights_for_any_chain_of_the_right_kernel() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), nn.Conv2d(4, 4, 5))
-    new = overparameterize(model, kernel_sizes=[3, 3], init="fresh", width=2)
+    new = overparameterize(model, kernel_sizes=[3, 3], init="fresh", width=2, inplace=False)
     x = torch.randn(1, 3, 12, 12)
     assert new(x).shape == model(x).shape
     assert not torch.allclose(new(x), model(x))
@@ -168,13 +172,18 @@ def test_root_names_patterns_and_inplace() -> None:
     assert isinstance(overparameterize(root), OverparamLinear)
     assert isinstance(collapse(overparameterize(root)), nn.Linear)
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
-    some = overparameterize(model, include=["1.*"])
+    some = overparameterize(model, include=["1.*"], inplace=False)
     assert type(some[0]) is nn.Linear
     assert isinstance(some[1][0], OverparamLinear)
-    others = overparameterize(model, exclude="1.*")
+    others = overparameterize(model, exclude="1.*", inplace=False)
     assert isinstance(others[0], OverparamLinear)
     assert type(others[1][0]) is nn.Linear
-    assert overparameterize(model, inplace=True) is model
+    assert not chains(model)
+    assert overparameterize(model) is model  # in place unless told otherwise, as the original
+    assert len(chains(model)) == 2
+    before = list(model.named_modules())
+    assert overparameterize(model) is model
+    assert list(model.named_modules()) == before
     assert len(chains(model)) == 2
     assert collapse(model, inplace=True) is model
     assert not chains(model)
@@ -195,10 +204,10 @@ def test_unknown_patterns_and_inits_are_refused() -> None:
 def test_shared_layers_stay_shared_and_excluded_aliases_win() -> None:
     layer = nn.Linear(3, 3)
     model = nn.ModuleDict({"a": layer, "b": layer})
-    new = overparameterize(model)
+    new = overparameterize(model, inplace=False)
     assert isinstance(new["a"], OverparamLinear)
     assert new["a"] is new["b"]
-    kept = overparameterize(model, exclude="b")
+    kept = overparameterize(model, exclude="b", inplace=False)
     assert type(kept["a"]) is nn.Linear
     twin = nn.Linear(3, 3)
     twin.weight, twin.bias = layer.weight, layer.bias
@@ -265,3 +274,76 @@ def test_training_after_conversion_and_collapsing() -> None:
     assert new(x).square().mean() < first
     torch.testing.assert_close(collapse(new)(x), new(x), **EXACT)
     torch.testing.assert_close(new.eval()(x), new.train()(x), **EXACT)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_conversion_by_kind_and_with_modules_to_ignore(inplace: bool) -> None:
+    def network() -> nn.Module:
+        features = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3))
+        return nn.Sequential(features, nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
+
+    def kinds(model: nn.Module) -> list[str]:
+        return [type(m).__name__ for m in (model[0][0], model[0][2], model[2], model[3])]  # type: ignore[index]
+
+    def converted(model: nn.Module, **options: Any) -> list[str]:
+        return kinds(overparameterize(model, init="fresh", inplace=inplace, **options))
+
+    assert converted(network(), overparam="conv") == [
+        "OverparamConv2d", "OverparamConv2d", "Linear", "Linear",
+    ]  # fmt: skip
+    assert converted(network(), overparam="fc") == [
+        "Conv2d", "Conv2d", "OverparamLinear", "OverparamLinear",
+    ]  # fmt: skip
+    model = network()
+    assert converted(model, ignore=[model[0], model[3]]) == [  # type: ignore[index]
+        "Conv2d", "Conv2d", "OverparamLinear", "Linear",
+    ]  # fmt: skip
+    model = network()
+    assert converted(model, ignore=model[0]) == [  # type: ignore[index]
+        "Conv2d", "Conv2d", "OverparamLinear", "OverparamLinear",
+    ]  # fmt: skip
+    model = network()
+    before = list(model.named_modules())
+    with pytest.raises(ValueError, match="overparam='linear' is unknown"):
+        overparameterize(model, overparam="linear")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a Linear that is not in the model"):
+        overparameterize(model, ignore=[nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match="not 'features'; exclude takes names"):
+        overparameterize(model, ignore=["features"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="positional"):
+        overparameterize(model, 2, 1, "all")  # type: ignore[misc]
+    assert list(model.named_modules()) == before
+
+
+def test_an_optimiser_made_before_the_conversion_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="optimiser made before .* holds 2 parameters"):
+        overparameterize(model, exclude="1")
+    overparameterize(model, inplace=False)  # the model itself keeps what the optimiser holds
+    del early
+    late = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    overparameterize(model)  # converts the other layer
+    model[0](torch.ones(1, 3)).sum().backward()
+    before = model[0].layers[0].weight.clone()
+    late.step()
+    assert not torch.equal(model[0].layers[0].weight, before)
+
+
+def test_branches_over_even_kernels_keep_the_function() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    for padding in (0, 1, "same"):
+        for intervals in (1, 2, -1, [1, 2]):
+            layer = nn.Conv2d(4, 4, (2, 4), padding=padding).double()
+            new = overparameterize(
+                layer, kernel_sizes=[(2, 4), 1], residual=True, residual_intervals=intervals
+            )
+            if padding == "same":
+                with warnings.catch_warnings():  # torch warns once in a process
+                    warnings.filterwarnings("ignore", message=".*even kernel")
+                    expected = layer(x)
+            else:
+                expected = layer(x)
+            torch.testing.assert_close(new(x), expected, **EXACT)
+            torch.testing.assert_close(new.eval()(x), expected, **EXACT)

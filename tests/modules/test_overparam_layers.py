@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress.errors import UnsupportedLayer
 from compress.modules.overparam import OverparamConv2d, OverparamLinear
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -68,7 +68,8 @@ def by_hand(layer: OverparamConv2d, x: Tensor) -> Tensor:
                 parts = layer.kernel_sizes[m - n : m]
                 size = [sum(k[axis] for k in parts) - n + 1 for axis in (0, 1)]
                 kernel = torch.zeros(source.shape[1], 1, *size, dtype=x.dtype)
-                kernel[:, 0, size[0] // 2, size[1] // 2] = 1
+                early = layer.padding == "same"  # pads the odd one last
+                kernel[:, 0, (size[0] - early) // 2, (size[1] - early) // 2] = 1
                 channels = source.shape[1]
                 y = y + F.conv2d(source, kernel, None, stride, 0, layer.dilation, channels)
         nodes.append(y)
@@ -154,7 +155,7 @@ sizes = st.one_of(st.integers(1, 4), st.tuples(st.integers(1, 3), st.integers(1,
     batch_norm=st.booleans(),
     intervals=st.sampled_from([None, 1, -1]),
 )
-def test_any_geometry_is_exact_or_refused(
+def test_any_geometry_is_exact(
     kernels: list[Any], stride: Any, padding: Any, dilation: Any, groups: int, mode: str,
     width: int, bias: bool, batch_norm: bool, intervals: int | None,
 ) -> None:  # fmt: skip
@@ -162,22 +163,11 @@ def test_any_geometry_is_exact_or_refused(
     if intervals == 1:
         width = 1
     make = lambda: OverparamConv2d(  # noqa: E731
-        4, 4, kernels, stride, padding, dilation, groups, mode, width, bias=bias,
-        batch_norm=batch_norm, residual=intervals is not None, residual_intervals=intervals or 2,
-        dtype=torch.float64,
+        4, 4, kernels, stride, padding, dilation=dilation, groups=groups, padding_mode=mode,
+        width=width, bias=bias, batch_norm=batch_norm, residual=intervals is not None,
+        residual_intervals=intervals or 2, dtype=torch.float64,
     )  # fmt: skip
-    flat = [side for k in kernels for side in ((k, k) if isinstance(k, int) else k)]
-    if intervals == 1 and any(side % 2 == 0 for side in flat):
-        with pytest.raises(UnsupportedLayer, match="no centre"):
-            make()
-        return
-    try:
-        layer = make()
-    except UnsupportedLayer:
-        whole = [sum(flat[axis::2]) - len(kernels) + 1 for axis in (0, 1)]
-        assert intervals == -1
-        assert any(side % 2 == 0 for side in whole)
-        return
+    layer = make()
     unsettle(layer)
     layer.eval()
     x = torch.randn(1, 4, 27, 28, dtype=torch.float64)
@@ -195,8 +185,8 @@ def test_linear(
 ) -> None:
     torch.manual_seed(0)
     layer = OverparamLinear(
-        4, 4, width, depth, bias, batch_norm, intervals is not None, intervals or 2,
-        dtype=torch.float64,
+        4, 4, width, depth, bias=bias, batch_norm=batch_norm, residual=intervals is not None,
+        residual_intervals=intervals or 2, dtype=torch.float64,
     )  # fmt: skip
     unsettle(layer)
     layer.eval()
@@ -447,7 +437,8 @@ def test_initialisation() -> None:
 def test_kernel_sizes_and_attributes() -> None:
     assert OverparamConv2d(2, 4, [5, 3, 1], padding=3, depth=3).kernel_size == (7, 7)
     assert OverparamConv2d(2, 4, 5, depth=3).kernel_sizes == ((5, 5), (1, 1), (1, 1))
-    assert OverparamConv2d(2, 4, (1, 4)).kernel_size == (1, 4)
+    with pytest.warns(UserWarning, match=r"\(1, 4\) as one 1x4 kernel.*\[\(1, 4\), 1\].*\[1, 4\]"):
+        assert OverparamConv2d(2, 4, (1, 4)).kernel_size == (1, 4)
     assert OverparamConv2d(2, 4).kernel_size == (3, 3)
     layer = OverparamConv2d(2, 4, [3, 1], width=2.6, stride=2)
     assert layer.layers[0].weight.shape == (10, 2, 3, 3)
@@ -489,7 +480,8 @@ def test_an_unreached_interval_warns_and_adds_nothing() -> None:
         ({"kernel_sizes": [3, 1], "depth": 3}, "depth=3"),
         ({"kernel_sizes": 0}, "kernel_sizes=0"),
         ({"kernel_sizes": (3, 3, 3)}, r"\(3, 3, 3\)"),
-        ({"depth": 0}, "depth 0"),
+        ({"kernel_sizes": "33"}, "kernel_sizes='33'"),
+        ({"depth": 0}, "depth=0"),
         ({"kernel_sizes": []}, "depth 0"),
         ({"stride": 0}, "stride=0"),
         ({"padding": -1}, "padding=-1"),
@@ -497,10 +489,14 @@ def test_an_unreached_interval_warns_and_adds_nothing() -> None:
         ({"padding": "same", "stride": 2}, "'same'"),
         ({"padding_mode": "mirror"}, "'mirror'"),
         ({"residual": True, "residual_intervals": 0}, "interval of 0"),
+        ({"residual": True, "residual_intervals": 1.5}, "residual_intervals=1.5"),
         ({"residual": True, "width": 2, "residual_intervals": 1}, "8 hidden channels and 4 in"),
         ({"residual": True, "out_channels": 8}, "4 channels in and 8 out"),
-        ({"residual": True, "kernel_sizes": [2, 1]}, "2x2 kernel"),
-        ({"out_channels": 0}, "out = 0"),
+        ({"out_channels": 0}, "out_channels=0"),
+        ({"width": True}, "width=True"),
+        ({"stride": 1.5}, "stride=1.5"),
+        ({"groups": True}, "groups=True"),
+        ({"negative_slope": float("inf")}, "negative_slope=inf"),
     ],
 )
 def test_bad_options_are_one_sentence(options: dict[str, Any], words: str) -> None:
@@ -513,5 +509,125 @@ def test_bad_options_are_one_sentence(options: dict[str, Any], words: str) -> No
 def test_bad_linear_options() -> None:
     with pytest.raises(ValueError, match=r"int\(4 \* 0.2\) = 0 hidden"):
         OverparamLinear(4, 4, width=0.2)
-    with pytest.raises(ValueError, match="depth 0"):
+    with pytest.raises(ValueError, match="depth=0"):
         OverparamLinear(4, 4, depth=0)
+
+
+def test_arguments_whose_order_differs_elsewhere_go_by_name_alone() -> None:
+    """The authors' code and torch each have another sixth (fifth) positional argument."""
+    with pytest.raises(TypeError, match="positional"):
+        OverparamConv2d(4, 4, 3, 1, 1, 2)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        OverparamLinear(4, 4, 1, 2, False)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="width=True"):
+        OverparamLinear(4, 4, True)  # nn.Linear's bias
+    assert OverparamConv2d(4, 4, [3, 1], 2, 0).stride == (2, 2)
+    assert OverparamLinear(4, 6, 2, 3).chain.channels == (4, 12, 12, 6)
+
+
+def test_a_tuple_of_kernels_is_said_to_be_one_kernel() -> None:
+    with pytest.warns(UserWarning, match=r"\(3, 1\) as one 3x1 kernel, and not as a chain of 2"):
+        layer = OverparamConv2d(2, 4, (3, 1))
+    assert layer.kernel_sizes == ((3, 1), (1, 1))
+    chain = OverparamConv2d(2, 4, np.array([5, 3]))  # type: ignore[arg-type]
+    assert chain.kernel_sizes == ((5, 5), (3, 3))
+
+
+def test_numbers_of_numpy_serve_everywhere() -> None:
+    one, two, three = (np.int64(n) for n in (1, 2, 3))
+    layer = OverparamConv2d(
+        two, two, [three, one], one, one, dilation=one, groups=two, width=np.float64(1),
+        residual=True, residual_intervals=two,
+    )  # fmt: skip
+    pairs = OverparamConv2d(two, two, three, (one, two), (one, two), dilation=(one, one), depth=two)
+    linear = OverparamLinear(two, two, one, three, residual=True, residual_intervals=[one, three])
+    for made in (layer, pairs, linear):
+        assert type(made.depth) is int
+        assert "int64" not in repr(made)
+        made.eval().collapse()
+    assert layer.kernel_size == (3, 3)
+    assert pairs.stride == pairs.padding == (1, 2)
+    assert linear.chain.intervals == (1, 3)
+    assert not isinstance(layer.padding[0], np.integer)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+def test_the_gain_follows_the_negative_slope(slope: float) -> None:
+    torch.manual_seed(0)
+    gain = (2 / (1 + slope**2)) ** 0.5
+    for layer in (
+        OverparamLinear(300, 300, negative_slope=slope),
+        OverparamConv2d(100, 100, [3, 1], negative_slope=slope),
+    ):
+        first, last = layer.layers
+        assert first.weight.std().item() == pytest.approx(first.weight[0].numel() ** -0.5, rel=0.03)
+        assert last.weight.std().item() == pytest.approx(
+            gain * last.weight[0].numel() ** -0.5, rel=0.03
+        )
+
+
+def test_a_choice_of_initialisation() -> None:
+    torch.manual_seed(0)
+    layer = OverparamConv2d(40, 80, [3, 1], negative_slope=0.5)
+    layer.reset_parameters(mode="fan_in", b_init="default")
+    for sub in layer.layers:
+        fan_in = sub.weight[0].numel()
+        bound = fan_in**-0.5
+        assert 0.8 * bound < sub.bias.abs().max() <= bound
+        gain = 1 if sub is layer.layers[0] else (2 / 1.25) ** 0.5
+        assert sub.weight.std().item() == pytest.approx(gain * bound, rel=0.05)
+    layer.reset_parameters(nn.init.xavier_normal_)
+    for sub, gain in zip(layer.layers, (1, (2 / 1.25) ** 0.5), strict=True):
+        fans = (sub.in_channels + sub.out_channels) * sub.weight[0, 0].numel()
+        assert sub.weight.std().item() == pytest.approx(gain * (2 / fans) ** 0.5, rel=0.05)
+        assert not sub.bias.any()
+    layer.reset_parameters(nn.init.zeros_)
+    assert not layer.weight.any()
+    linear = OverparamLinear(8, 8)
+    linear.reset_parameters(nn.init.orthogonal_)
+    first = linear.layers[0].weight
+    torch.testing.assert_close(first @ first.T, torch.eye(8))
+    with pytest.raises(ValueError, match="b_init='one'"):
+        linear.reset_parameters(b_init="one")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mode='fan_avg'"):
+        linear.reset_parameters(mode="fan_avg")  # type: ignore[arg-type]
+
+
+def test_same_padding_keeps_the_size() -> None:
+    x = torch.randn(1, 2, 11, 12)
+    helper = OverparamConv2d.compute_same_padding
+    cases: list[tuple[Any, Any, Any]] = [
+        ([5, 3, 1], 1, 3), (3, 1, 1), ([3, 3], 2, 4), ([2, 2], 1, 1), ([(1, 3), 3], 1, (1, 2)),
+        ([3, 1], (1, 2), (1, 2)), (1, 1, 0),
+    ]  # fmt: skip
+    for kernels, dilation, wanted in cases:
+        assert helper(kernels, dilation) == wanted
+        layer = OverparamConv2d(2, 2, kernels, padding=wanted, dilation=dilation)
+        assert layer(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"\[2, 1\], an even kernel"):
+        helper([2, 1])
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("padding", [0, 1, (2, 1), "same"])
+@pytest.mark.parametrize("intervals", [1, 2, -1, [1, 2, 3]])
+def test_branches_over_even_kernels_are_exact(padding: Any, intervals: Any) -> None:
+    torch.manual_seed(0)
+    for stride, dilation in ((1, 1), (1, 2), (2, 1), ((3, 2), 2)):
+        if padding == "same" and stride != 1:
+            continue
+        layer = OverparamConv2d(
+            4, 4, [2, (3, 4), 2], stride, padding, dilation=dilation, groups=2, residual=True,
+            residual_intervals=intervals, dtype=torch.float64,
+        )  # fmt: skip
+        unsettle(layer)
+        layer.eval()
+        x = torch.randn(1, 4, 13, 14, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), by_hand(layer, x), **EXACT)
+        torch.testing.assert_close(layer.forward_expanded(x), by_hand(layer, x), **EXACT)
+    shifted = OverparamConv2d(
+        1, 1, [2], 1, "same", bias=False, residual=True, residual_intervals=1, dtype=torch.float64
+    )
+    nn.init.zeros_(shifted.layers[0].weight)
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(shifted(x), x, **EXACT)  # aligned with what "same" pads

@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from compress.modules.flat.module import FlatModule
+from compress.modules.flat.moving import from_reparam_state_dict, to_reparam_state_dict
 
-__all__ = ["FlatModule"]
+# The name that torchreparam gives it.
+ReparamModule = FlatModule
+
+__all__ = ["FlatModule", "ReparamModule", "from_reparam_state_dict", "to_reparam_state_dict"]

@@ -7,33 +7,29 @@ of any order (Finn et al., "Model-Agnostic Meta-Learning", 2017) and with BatchN
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from compress.modules.flat.checks import Buffers, check_parameters, check_state, checked_buffers
-from compress.modules.flat.running import (
-    TracedForward,
-    find_places,
-    hold_buffers,
-    put_back,
-    state_besides,
-    swapped,
-    trace_evaluation,
-)
+from compress.modules.flat.checks import Buffers, checked_buffers
+from compress.modules.flat.running import find_places, hold_buffers, lock_of, put_back, swapped
+from compress.modules.flat.tracing import Example, checked_inputs, trace_forms
+from compress.modules.flat.vector import SharedVector
 
 
-class FlatModule(nn.Module):
+class FlatModule(SharedVector):
     """Put ``module`` behind a single parameter vector.
 
     The only parameter is `flat_param`, in the order of
     ``torch.nn.utils.parameters_to_vector(module.parameters())``, tied parameters once. It shares
-    storage with the module's parameters: editing one in place shows in the other.
+    storage with the module's parameters: editing one in place shows in the other. Their gradients
+    are one as well: a backward pass through ``module`` itself fills ``flat_param.grad``, one
+    through this module fills the parameters', and an optimiser over either trains both.
+
+    Threads may run this module with vectors of their own at the same time; they take turns.
 
     Parameters that are frozen when the module is wrapped keep their places in the vector, but the
     forward reads them from ``module`` itself, where nothing that moves the vector (weight decay)
@@ -54,51 +50,10 @@ class FlatModule(nn.Module):
         ValueError: Parameters of several dtypes or devices, or not initialised yet.
     """
 
-    flat_param: nn.Parameter
-    module: nn.Module
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"FlatModule wraps an nn.Module, not a {type(module).__name__}.")
-        named = dict(module.named_parameters())
-        check_parameters(type(module).__name__, named)
-        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in named.items()}
-        self.param_numel = sum(p.numel() for p in named.values())
-        self._trained = tuple(name for name, p in named.items() if p.requires_grad)
-        self._places = tuple(
-            (place, name) for place, name in find_places(module) if name in self._trained
-        )
-        self._traced: TracedForward | None = None
-        # Not registered: its parameters are not parameters of this module.
-        object.__setattr__(self, "module", module)
-        pieces = [p.detach().reshape(-1) for p in named.values()]
-        vector = torch.cat(pieces) if pieces else torch.zeros(0)
-        self.flat_param = nn.Parameter(vector, requires_grad=bool(self._trained) or not named)
-        self.training = module.training
-
     @property
     def is_traced(self) -> bool:
         """Whether the forward is a traced one."""
         return self._traced is not None
-
-    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the parameters by name as views of ``vector`` ``[param_numel]``.
-
-        Raises:
-            ValueError: Another shape.
-        """
-        if vector.shape != (self.param_numel,):
-            raise ValueError(self._expected("a vector of shape", tuple(vector.shape)))
-        return self._views(vector)
-
-    def _views(self, vector: Tensor) -> dict[str, Tensor]:
-        # One split, whose backward is one concatenation.
-        pieces = torch.split(vector, [math.prod(shape) for shape in self.shapes.values()])
-        return {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
-        }
 
     def forward(
         self,
@@ -120,20 +75,39 @@ class FlatModule(nn.Module):
         Raises:
             ValueError: A vector or buffers of another length, shape, dtype or device.
         """
-        vector = self.flat_param if flat_param is None else flat_param
+        if torch.compiler.is_compiling():
+            return self._run(flat_param, buffers, inputs, kwargs)
+        with lock_of(self.module):
+            return self._run(flat_param, buffers, inputs, kwargs)
+
+    def _run(
+        self,
+        flat_param: Tensor | None,
+        buffers: Buffers | None,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        vector = flat_param
+        if vector is None:
+            vector = self.flat_param if self._inside is None else self._inside
         self._check_vector(vector)
         given = None if buffers is None else checked_buffers(self.module, buffers)
         if self._traced is not None:
-            values = list(self.module.buffers()) if given is None else list(given.values())
-            return self._traced(vector, [*self._frozen(), *values], inputs, kwargs)
-        everything = self._views(vector)
-        tensors = {place: everything[name] for place, name in self._places}
-        if given is not None:
-            tensors |= {p: given[n] for p, n in find_places(self.module, buffers=True)}
+            self._traced.check(inputs, kwargs)
+        traced = None if self._traced is None else self._traced.find(self.module)
+        tensors: dict[str, Tensor] = {}
+        if traced is None:
+            everything = self._views(vector)
+            tensors = {place: everything[name] for place, name in self._places}
+            if given is not None:
+                tensors |= {p: given[n] for p, n in find_places(self.module, buffers=True)}
         if torch.compiler.is_compiling():
             return self._call(tensors, inputs, kwargs)
         held = hold_buffers(self.module, given)
         try:
+            if traced is not None:
+                values = self.module.buffers() if given is None else given.values()
+                return traced(vector, *self._frozen(), *values, *inputs)
             return self._call(tensors, inputs, kwargs)
         except BaseException:
             put_back(held)
@@ -146,24 +120,63 @@ class FlatModule(nn.Module):
         # swaps them once for each name and takes the first swap for what was there.
         return torch.func.functional_call(self.module, tensors, inputs, kwargs, tie_weights=False)
 
-    def trace(self, example: Tensor | tuple[Tensor, ...]) -> Self:
-        """Replace the forward by one traced on ``example``, and return self.
+    @contextlib.contextmanager
+    def unflattened(self, vector: Tensor, buffers: Buffers | None = None) -> Iterator[nn.Module]:
+        """Let the wrapped module run on another vector: all of its methods, not only the forward.
 
-        The traced forward takes ``flat_param=`` and ``buffers=`` as before. It is the evaluation
-        form whatever the mode, with a warning where that makes a difference. Copies, and this
-        module after ``.to(...)``, are not traced.
+        Inside the block its parameters are views of ``vector``, so that gradients reach the vector,
+        and this module runs with the vector too. Afterwards, also after an exception, they are its
+        own again. Other threads that run this module wait for the end of the block.
 
         Args:
-            example: The input, or a tuple of all inputs.
+            vector: ``[param_numel]``.
+            buffers: As `forward` takes them.
+
+        Yields:
+            The wrapped module.
+
+        Raises:
+            ValueError: A vector or buffers of another length, shape, dtype or device.
+        """
+        with lock_of(self.module):
+            self._check_vector(vector)
+            values = {} if buffers is None else checked_buffers(self.module, buffers)
+            views = self._views(vector)
+            values |= {name: views[name] for name in self._trained}
+            outer = self._inside
+            with swapped(self.module, values):
+                self._inside = vector
+                try:
+                    yield self.module
+                finally:
+                    self._inside = outer
+
+    def trace(
+        self,
+        example: Tensor | Sequence[Tensor],
+        *,
+        check_trace: bool = True,
+        check_tolerance: float = 1e-5,
+        strict: bool = True,
+    ) -> Self:
+        """Replace the forward by forms traced on ``example``, and return self.
+
+        The training and the evaluation form are both traced, and the module's mode says which runs;
+        in other modes (one BatchNorm frozen afterwards) it runs untraced. They take ``flat_param=``
+        and ``buffers=`` as before. Copies, and this module after ``.to(...)``, are not traced.
+
+        Args:
+            example: The input, or a list or tuple of all inputs.
+            check_trace: Whether to compare each form with a second run (not while dropout draws).
+            check_tolerance: For that comparison.
+            strict: As `torch.jit.trace` takes it.
 
         Raises:
             TypeError: An input that is not a tensor.
+            ValueError: A forward that replaces a buffer, which a traced one would lose.
         """
-        inputs = example if isinstance(example, tuple) else (example,)
-        for value in inputs:
-            if not isinstance(value, Tensor):
-                raise TypeError(f"trace takes tensors as examples, not a {type(value).__name__}.")
-        names = [name for name in self.shapes if name not in self._trained]
+        inputs = checked_inputs(example)
+        names = list(self.frozen_names)
         names += [name for name, _ in self.module.named_buffers()]
 
         # functional_call refuses to be traced.
@@ -171,158 +184,26 @@ class FlatModule(nn.Module):
             everything = self._views(vector)
             values = {name: everything[name] for name in self._trained}
             values |= dict(zip(names, tensors, strict=False))
-            with swapped(self.module, values):
-                return self.module(*tensors[len(names) :])
+            with swapped(self.module, values) as replaced:
+                output = self.module(*tensors[len(names) :])
+                if lost := replaced():
+                    raise ValueError(
+                        f"FlatModule({type(self.module).__name__}) cannot be traced: its forward "
+                        f"replaces {', '.join(lost)}, which a traced forward would not. Write them "
+                        "in place (copy_, add_)."
+                    )
+            return output
 
-        arguments = (self.flat_param.detach(), *self._frozen(), *self.module.buffers(), *inputs)
-        self._traced = trace_evaluation(self.module, run, arguments, len(inputs))
+        options = {
+            "check_trace": check_trace, "check_tolerance": check_tolerance, "strict": strict,
+        }  # fmt: skip
+        held = (*self._frozen(), *self.module.buffers())
+        with lock_of(self.module):
+            self._traced = trace_forms(
+                self.module, run, Example(self.flat_param, held, inputs, options)
+            )
         return self
 
     def _frozen(self) -> list[Tensor]:
         named = dict(self.module.named_parameters())
-        return [named[name].detach() for name in self.shapes if name not in self._trained]
-
-    def _expected(self, what: str, got: object) -> str:
-        return (
-            f"FlatModule({type(self.module).__name__}) expects a flat_param of {self.param_numel} "
-            f"entries, {self.flat_param.dtype} on {self.flat_param.device}; it got {what} {got}."
-        )
-
-    def _check_vector(self, vector: Tensor) -> None:
-        if not isinstance(vector, Tensor):
-            raise TypeError(self._expected("a", type(vector).__name__))
-        if vector.shape != (self.param_numel,):
-            raise ValueError(self._expected("a vector of shape", tuple(vector.shape)))
-        if vector.dtype != self.flat_param.dtype:
-            raise ValueError(self._expected("the dtype", vector.dtype))
-        if vector.device != self.flat_param.device:
-            raise ValueError(self._expected("one on", vector.device))
-
-    # What keeps the module and the vector one: storage, mode, dtype and device, state.
-
-    def _tie(self) -> None:
-        named = dict(self.module.named_parameters())
-        views = self.unflatten(self.flat_param.detach())
-        for name in self._trained:
-            named[name].data = views[name]
-        for inner in self.module.modules():
-            if isinstance(inner, FlatModule):
-                inner._tie()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "flat_param" and "flat_param" in self._parameters:
-            self._check_vector(value)
-        super().__setattr__(name, value)
-        if name == "flat_param":
-            self._tie()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # torch leaves _apply untyped.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._traced = None
-        self._tie()
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of this and the wrapped module."""
-        super().train(mode)
-        self.module.train(mode)
-        return self
-
-    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
-        """Apply ``fn`` to every wrapped module, then to this one."""
-        self.module.apply(fn)
-        return super().apply(fn)
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wrapped module's buffers by the names that ``buffers=`` takes."""
-        return self.module.named_buffers(prefix, recurse, remove_duplicate)
-
-    def module_state_dict(self) -> dict[str, Tensor]:
-        """Return the state dict of the wrapped module, as copies."""
-        return OrderedDict((name, value.clone()) for name, value in self._module_state().items())
-
-    def _module_state(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.module.state_dict().items() if isinstance(v, Tensor)}
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load this module's state dict, or the wrapped module's own.
-
-        Raises:
-            ValueError: ``assign=True``, which would separate the vector from the module.
-            RuntimeError: Missing, unexpected or misshapen entries; nothing is loaded.
-        """
-        if assign:
-            raise ValueError(
-                "FlatModule cannot load with assign=True: its parameters share one storage."
-            )
-        flat = "flat_param" in state_dict
-        expected = self.state_dict() if flat else self.module.state_dict()
-        check_state(type(self.module).__name__, state_dict, expected, strict)
-        if flat:
-            return super().load_state_dict(state_dict, strict)
-        result = self.module.load_state_dict(state_dict, strict)
-        self._copy_frozen()
-        return result
-
-    def _copy_frozen(self) -> None:
-        """Show the frozen parameters in the vector as well."""
-        views = self.unflatten(self.flat_param.detach())
-        for name, p in self.module.named_parameters():
-            if name not in self._trained:
-                views[name].copy_(p.detach())
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        rest = state_besides(self.module, self._trained, keep_vars)
-        destination.update({f"{prefix}module.{name}": value for name, value in rest.items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        start = f"{prefix}module."
-        rest = {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
-        own = {k: v for k, v in state_dict.items() if not k.startswith(start)}
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        wanted = state_besides(self.module, self._trained)
-        try:
-            result = self.module.load_state_dict(rest, strict=False)
-        except RuntimeError as error:
-            error_msgs.append(str(error))
-            return
-        missing_keys += [f"{start}{k}" for k in result.missing_keys if k in wanted]
-        unexpected_keys += [f"{start}{k}" for k in result.unexpected_keys]
-        self._tie()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Views of the vector would each be written with the whole of its storage.
-        hollow: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty(0, dtype=p.dtype, device=p.device))
-            for name, p in self.module.named_parameters()
-            if name in self._trained
-        }
-        return {**self.__dict__, "_traced": None, "module": copy.deepcopy(self.module, hollow)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
-        self._tie()
-
-    def extra_repr(self) -> str:
-        """Show the wrapped module's class and the length of the vector."""
-        return f"{type(self.module).__name__}, param_numel={self.param_numel}"
+        return [named[name].detach() for name in self.frozen_names]

@@ -1,78 +1,28 @@
-"""Traced forwards, and buffers that survive a failed one."""
+"""Modules that hold other tensors for a while, and buffers that survive a failed forward."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+
+_GUARD = threading.Lock()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class TracedForward:
-    """A traced forward ``function(vector, *frozen and buffers, *inputs)`` and what it takes."""
+def lock_of(module: nn.Module) -> threading.RLock:
+    """Return the lock to hold while ``module`` holds other tensors than its own.
 
-    name: str
-    function: Callable[..., Any]
-    count: int
-
-    def __call__(
-        self,
-        vector: Tensor,
-        held: Sequence[Tensor],
-        inputs: tuple[Any, ...],
-        keywords: Mapping[str, Any],
-    ) -> Any:
-        """Run it, or raise ValueError where the inputs are not those it was traced with."""
-        if keywords or len(inputs) != self.count:
-            raise ValueError(
-                f"FlatModule({self.name}) was traced with {self.count} positional inputs; it got "
-                f"{len(inputs)} and the keywords {sorted(keywords)}."
-            )
-        return self.function(vector, *held, *inputs)
-
-
-def trace_evaluation(
-    module: nn.Module, function: Callable[..., Any], arguments: Sequence[Tensor], count: int
-) -> TracedForward:
-    """Trace ``function(*arguments)``, which runs ``module``, with the module in evaluation mode.
-
-    Args:
-        module: Its modes are as before afterwards; a warning names those that trace differently.
-        function: Takes only tensors.
-        arguments: Examples.
-        count: How many of them, at the end, are the module's inputs.
+    Threads that run one module with vectors of their own would otherwise read, and then put back,
+    each other's.
     """
-    active = [
-        name or type(m).__name__
-        for name, m in module.named_modules()
-        if m.training and isinstance(m, _NormBase | _DropoutNd)
-    ]
-    if active:
-        warnings.warn(
-            f"FlatModule({type(module).__name__}) is traced in its evaluation form, but "
-            f"{len(active)} modules with another training form are in training mode: "
-            f"{', '.join(active[:5])}.",
-            UserWarning,
-            stacklevel=3,
-        )
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        # torch leaves trace untyped.
-        traced: Callable[..., Any] = torch.jit.trace(  # type: ignore[no-untyped-call]
-            function, tuple(arguments), check_trace=False
-        )
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-    return TracedForward(type(module).__name__, traced, count)
+    with _GUARD:
+        return _LOCKS.setdefault(module, threading.RLock())
 
 
 def state_besides(
@@ -105,8 +55,12 @@ def find_places(module: nn.Module, *, buffers: bool = False) -> list[tuple[str, 
 
 
 @contextlib.contextmanager
-def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let ``module`` hold other parameters and buffers, by name; tied ones follow."""
+def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Callable[[], list[str]]]:
+    """Let ``module`` hold other parameters and buffers, by name; tied ones follow.
+
+    Yields:
+        A function that lists which of them were replaced since, by their last names.
+    """
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     new = {id(named[name]): value for name, value in values.items()}
     places: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -119,7 +73,7 @@ def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for store, name, tensor in places:
             store[name] = new[id(tensor)]
-        yield
+        yield lambda: [name for store, name, t in places if store[name] is not new[id(t)]]
     finally:
         for store, name, tensor in places:
             store[name] = tensor

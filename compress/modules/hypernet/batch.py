@@ -142,7 +142,7 @@ def _joint_statistics(main: nn.Module, samples: int) -> Iterator[None]:
 
 def _joint_forward(module: _BatchNorm, samples: int, x: Tensor) -> Tensor:
     """Batch normalisation of one sample by the statistics of all."""
-    module._check_input_dim(x)  # type: ignore[no-untyped-call]
+    module._check_input_dim(x)
     dims = [d for d in range(x.dim()) if d != 1]
     count = samples * (x.numel() // x.shape[1])
     if count < 2:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.errors import UnsupportedLayer
-from compress.linalg.kernels import Pair, compose_kernels, dirac, push_bias, spatial_size
+from compress.linalg.kernels import Pair, compose_kernels, push_bias, spatial_size
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,15 @@ class Chain:
         kernels: ``(k_h, k_w)`` of each sublayer.
         groups: Groups of every sublayer.
         intervals: Residual intervals that are reached, ascending.
+        early: Whether the identity over an even kernel is the tap before the middle, which suits
+            padding that puts the odd one last, and not the one after it.
     """
 
     channels: tuple[int, ...]
     kernels: tuple[Pair, ...]
     groups: int = 1
     intervals: tuple[int, ...] = ()
+    early: bool = False
 
     @property
     def depth(self) -> int:
@@ -46,6 +51,23 @@ class Chain:
         parts = self.kernels[start:end]
         return tuple(sum(k[axis] - 1 for k in parts) + 1 for axis in (0, 1))  # type: ignore[return-value]  # two axes
 
+    def middle(self, size: Pair) -> Pair:
+        """Tap of a kernel of ``size`` that is the identity, as `torch.nn.init.dirac_` puts it."""
+        height, width = size
+        return ((height - self.early) // 2, (width - self.early) // 2)
+
+    def identity(self, size: Pair, like: Tensor) -> Tensor:
+        """Kernel ``[c, c / groups, k_h, k_w]`` of the identity on the input's channels."""
+        channels, groups = self.channels[0], self.groups
+        eye = torch.eye(channels // groups, dtype=like.dtype, device=like.device)
+        return self.placed(eye[:, :, None, None].repeat(groups, 1, 1, 1), size)
+
+    def placed(self, kernel: Tensor, size: Pair) -> Tensor:
+        """``kernel`` inside a kernel of ``size``, the identity after or before it."""
+        spare = (size[0] - kernel.shape[2], size[1] - kernel.shape[3])
+        top, left = self.middle((spare[0] + 1, spare[1] + 1))
+        return F.pad(kernel, (left, spare[1] - left, top, spare[0] - top))
+
     def sources(self, node: int) -> tuple[int, ...]:
         """Nodes whose values are added to ``node``."""
         return tuple(node - n for n in self.intervals if node % n == 0)
@@ -59,8 +81,8 @@ def make_chain(
     *,
     width: float,
     groups: int,
-    residual: bool,
-    residual_intervals: int | Sequence[int],
+    residual_intervals: int | Sequence[int] | None,
+    early: bool = False,
 ) -> Chain:
     """Check the options of an over-parameterised layer and return its chain.
 
@@ -71,22 +93,17 @@ def make_chain(
         kernels: Kernel of each sublayer.
         width: Hidden channels as a multiple of ``out_channels``.
         groups: Groups of every sublayer.
-        residual: Whether there are residual branches.
-        residual_intervals: Their intervals; -1 is the whole depth.
+        residual_intervals: Intervals of the residual branches, -1 the whole depth; None for none.
+        early: As in `Chain`.
 
     Raises:
         ValueError: A size, width, depth or interval that makes no chain.
-        UnsupportedLayer: A residual branch over an even kernel.
     """
     depth = len(kernels)
     if depth < 1:
         raise ValueError(f"{name} has depth {depth}; a chain has at least one sublayer.")
-    for what, value in (("in", in_channels), ("out", out_channels), ("groups", groups)):
-        if value < 1:
-            raise ValueError(f"{name} has {what} = {value}; it must be at least 1.")
-    for kernel in kernels:
-        if min(kernel) < 1:
-            raise ValueError(f"{name} has a kernel of {kernel}; kernels must be at least 1.")
+    if isinstance(width, bool):
+        raise ValueError(f"{name} has width={width}; it is a number. Give bias= by name.")
     hidden = int(out_channels * width)
     if depth > 1 and hidden < 1:
         raise ValueError(
@@ -100,21 +117,20 @@ def make_chain(
                 f"{name} has groups={groups}, which do not divide its {size} channels (in, hidden, "
                 f"out: {sizes[0]}, {hidden}, {sizes[-1]}); change the width or the groups."
             )
-    intervals = _intervals(name, depth, residual_intervals) if residual else ()
-    chain = Chain(sizes, kernels, groups, intervals)
+    intervals = () if residual_intervals is None else _intervals(name, depth, residual_intervals)
+    chain = Chain(sizes, kernels, groups, intervals, early)
     _check_residual(name, chain)
     return chain
 
 
 def _intervals(name: str, depth: int, given: int | Sequence[int]) -> tuple[int, ...]:
     """Intervals that are reached, ascending; -1 is the depth; warn of those that are not."""
-    asked = (given,) if isinstance(given, int) else tuple(given)
-    for interval in asked:
-        if interval < 1 and interval != -1:
-            raise ValueError(
-                f"{name} has a residual interval of {interval}; intervals are positive, or -1 for "
-                "the whole depth."
-            )
+    asked = tuple(whole(n, name, "residual_intervals", -1) for n in as_sequence(given))
+    if 0 in asked:
+        raise ValueError(
+            f"{name} has a residual interval of 0; intervals are positive, or -1 for the whole "
+            "depth."
+        )
     unreached = sorted({n for n in asked if n > depth})
     if unreached:
         warnings.warn(
@@ -141,15 +157,6 @@ def _check_residual(name: str, chain: Chain) -> None:
             f"{list(chain.intervals)} end inside the chain and need them equal. Use width=1 or "
             "residual_intervals=-1."
         )
-    for node in range(1, chain.depth + 1):
-        for source in chain.sources(node):
-            span = chain.span(source, node)
-            if any(k % 2 == 0 for k in span):
-                raise UnsupportedLayer(
-                    f"{name}: the residual branch from node {source} to node {node} spans a "
-                    f"{span[0]}x{span[1]} kernel, which has no centre for the identity; use odd "
-                    "kernels there or other residual_intervals."
-                )
 
 
 def compose_chain(
@@ -158,7 +165,7 @@ def compose_chain(
     """Return the kernel and bias of the one layer that equals the chain.
 
     With the composite kernels ``T_0 = identity``, ``T_m = W_m * T_{m-1} + sum over the residual
-    sources s of node m of T_s``, each ``T_s`` centred in the larger kernel.
+    sources s of node m of T_s``, each ``T_s`` in the middle of the larger kernel.
 
     Args:
         chain: Its shape.
@@ -176,7 +183,9 @@ def compose_chain(
         kernel = weight if below is None else compose_kernels(below, weight, groups=chain.groups)
         shift = push_bias(shifts[-1], weight, bias, groups=chain.groups)
         for source in chain.sources(node):
-            kernel = kernel + _centred(chain, kernels[source], spatial_size(kernel), weight)
+            below, size = kernels[source], spatial_size(kernel)
+            branch = chain.identity(size, weight) if below is None else chain.placed(below, size)
+            kernel = kernel + branch
             added = shifts[source]
             if added is not None:
                 shift = added if shift is None else shift + added
@@ -187,11 +196,29 @@ def compose_chain(
     return whole, shifts[-1]
 
 
-def _centred(chain: Chain, kernel: Tensor | None, size: Pair, like: Tensor) -> Tensor:
-    """``kernel`` (None: the identity) in the middle of a kernel of ``size``."""
-    if kernel is None:
-        return dirac(
-            chain.channels[0], size, groups=chain.groups, dtype=like.dtype, device=like.device
+def as_sequence(value: Any) -> tuple[Any, ...]:
+    """Return one number as a sequence of one, and a sequence as it is."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return tuple(value) if isinstance(value, Iterable) else (value,)
+    return (value,)
+
+
+def whole(value: Any, name: str, what: str, least: int = 1) -> int:
+    """Read a whole number, numpy's too.
+
+    Raises:
+        ValueError: A number below ``least``, or anything else (a boolean, a float).
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(
+            f"{name} has {what}={value!r}; it takes a whole number of at least {least}."
         )
-    height, width = ((s - k) // 2 for s, k in zip(size, spatial_size(kernel), strict=True))
-    return F.pad(kernel, (width, width, height, height))
+    return number

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.linalg.convolution import resolve_padding
 from compress.linalg.kernels import Pair
-from compress.modules.overparam.chain import make_chain
+from compress.modules.overparam.chain import as_sequence, make_chain, whole
 from compress.modules.overparam.layer import OverparamLayer
 
 KernelSizes = int | tuple[int, int] | list[Any]
@@ -27,8 +28,9 @@ class OverparamConv2d(OverparamLayer):
     Args:
         in_channels: Channels in.
         out_channels: Channels out.
-        kernel_sizes: An integer or a tuple (one rectangular kernel) is the first kernel, the rest
-            being 1x1; a list is the chain and sets the depth. None is 3.
+        kernel_sizes: An integer is the first kernel, the rest being 1x1; a list is the chain and
+            sets the depth, its entries integers or ``(height, width)``. A tuple is one rectangular
+            kernel, with a warning where the authors' code reads a chain. None is 3.
         stride: Stride of the whole.
         padding: Padding of the whole, as `nn.Conv2d` takes it.
         dilation: Dilation of every convolution.
@@ -39,8 +41,12 @@ class OverparamConv2d(OverparamLayer):
         bias: Whether every sublayer has a bias.
         batch_norm: BatchNorm after every sublayer; linear in evaluation only.
         residual: Whether to add residual branches: the centred identity of the kernels between,
-            under the same padding and stride.
+            under the same padding and stride. Over an even kernel, which has no centre, the
+            identity is the tap after the middle, as `torch.nn.init.dirac_` puts it (before the
+            middle for ``padding="same"``, which pads the odd one last).
         residual_intervals: For each n, node m = n, 2n, ... adds node m - n; -1 is the depth.
+        negative_slope: Slope below zero of the activation after the layer, for the gain of the
+            initial weights: 0 for ReLU, 1 for none.
         device: Where the parameters are.
         dtype: Their dtype.
 
@@ -50,7 +56,6 @@ class OverparamConv2d(OverparamLayer):
 
     Raises:
         ValueError: Sizes, widths, depths or intervals that make no chain.
-        UnsupportedLayer: A residual branch over an even kernel, which has no centre.
 
     References:
         Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023.
@@ -66,6 +71,7 @@ class OverparamConv2d(OverparamLayer):
         kernel_sizes: KernelSizes | None = None,
         stride: int | Pair = 1,
         padding: int | Pair | str = 1,
+        *,
         dilation: int | Pair = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
@@ -75,17 +81,22 @@ class OverparamConv2d(OverparamLayer):
         batch_norm: bool = False,
         residual: bool = False,
         residual_intervals: int | Sequence[int] = 2,
+        negative_slope: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.kernel_sizes = chain_kernels("OverparamConv2d", kernel_sizes, depth)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        name = "OverparamConv2d"
+        self.in_channels = whole(in_channels, name, "in_channels")
+        self.out_channels = whole(out_channels, name, "out_channels")
+        self.groups = whole(groups, name, "groups")
         self.width, self.batch_norm, self.residual = width, batch_norm, residual
         self.residual_intervals = residual_intervals
         self.chain = make_chain(
-            "OverparamConv2d", in_channels, out_channels, self.kernel_sizes,
-            width=width, groups=groups, residual=residual, residual_intervals=residual_intervals,
+            name, self.in_channels, self.out_channels, self.kernel_sizes,
+            width=width, groups=self.groups, early=isinstance(padding, str) and padding == "same",
+            residual_intervals=residual_intervals if residual else None,
         )  # fmt: skip
         self.stride, self.dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
         self.padding = padding if isinstance(padding, str) else _pair(padding, "padding", 0)
@@ -96,6 +107,7 @@ class OverparamConv2d(OverparamLayer):
         self._assemble(
             [self._sublayer(position, bias, where) for position in range(self.depth)],
             [nn.BatchNorm2d(c, **where) for c in self.chain.channels[1:]] if batch_norm else [],
+            negative_slope,
         )
 
     def _check_padding(self) -> None:
@@ -178,10 +190,40 @@ class OverparamConv2d(OverparamLayer):
     def _branch(self, value: Tensor, source: int, node: int) -> Tensor:
         """The identity that a centred tap of the kernels from ``source`` to ``node`` computes."""
         span = self.chain.span(source, node)
-        top, left = (d * (k - 1) // 2 for d, k in zip(self.dilation, span, strict=True))
+        # The tap of the identity, and how far the other taps reach beyond it.
+        (top, left), (d_h, d_w) = self.chain.middle(span), self.dilation
+        bottom, right = span[0] - 1 - top, span[1] - 1 - left
         step_h, step_w = self.stride if node == self.depth else (1, 1)
         height, width = value.shape[-2:]
-        return value[..., top : height - top : step_h, left : width - left : step_w]
+        rows = slice(d_h * top, height - d_h * bottom, step_h)
+        return value[..., rows, slice(d_w * left, width - d_w * right, step_w)]
+
+    @staticmethod
+    def compute_same_padding(kernel_sizes: KernelSizes, dilation: int | Pair = 1) -> int | Pair:
+        """Return the padding that keeps height and width at stride 1.
+
+        Args:
+            kernel_sizes: As the layer takes it.
+            dilation: As the layer takes it.
+
+        Returns:
+            Rows and columns on each side, one number where they are equal.
+
+        Raises:
+            ValueError: An even chain of kernels, which no equal padding of both sides serves; give
+                the layer ``padding="same"``.
+        """
+        chain = chain_kernels("compute_same_padding", kernel_sizes, None)
+        steps = _pair(dilation, "dilation", 1)
+        spans = [d * sum(k[axis] - 1 for k in chain) for axis, d in enumerate(steps)]
+        if any(span % 2 for span in spans):
+            raise ValueError(
+                f"compute_same_padding has kernel_sizes={kernel_sizes}, an even kernel as a whole; "
+                "equal padding of both sides cannot keep the size. Give padding='same' to the "
+                "layer."
+            )
+        rows, columns = (span // 2 for span in spans)
+        return rows if rows == columns else (rows, columns)
 
     def collapse(self) -> nn.Conv2d:
         """Return the plain ``nn.Conv2d`` that this layer equals in evaluation."""
@@ -220,23 +262,35 @@ def chain_kernels(
     Raises:
         ValueError: A list whose length is not the depth given, or entries that are not kernels.
     """
-    if isinstance(kernel_sizes, list):
+    if isinstance(kernel_sizes, Iterable) and not isinstance(kernel_sizes, tuple | str):
+        kernel_sizes = list(kernel_sizes)  # a list, or an array of numpy
         if depth is not None and depth != len(kernel_sizes):
             raise ValueError(
                 f"{name} has kernel_sizes={kernel_sizes}, a chain of {len(kernel_sizes)}, and "
                 f"depth={depth}; leave the depth out, or give one kernel."
             )
         return tuple(_pair(k, "kernel_sizes", 1) for k in kernel_sizes)
-    depth = 2 if depth is None else depth
+    depth = 2 if depth is None else whole(depth, name, "depth")
     first = _pair(3 if kernel_sizes is None else kernel_sizes, "kernel_sizes", 1)
-    return (first, *[(1, 1)] * (depth - 1)) if depth > 0 else ()
+    if isinstance(kernel_sizes, tuple):
+        warnings.warn(
+            f"{name} reads kernel_sizes={kernel_sizes} as one {first[0]}x{first[1]} kernel, and "
+            f"not as a chain of {len(kernel_sizes)} kernels as the authors' code does. Write "
+            f"{[first, *[1] * (depth - 1)]} for it, or {list(kernel_sizes)} for the chain.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return (first, *[(1, 1)] * (depth - 1))
 
 
 def _pair(value: Any, what: str, least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    name = "OverparamConv2d"
+    given = as_sequence(value)
+    alone = len(given) == 1 and given[0] is value
+    if isinstance(value, str) or not (alone or len(given) == 2):
         raise ValueError(
-            f"OverparamConv2d has {what}={value!r}; it takes a whole number of at least {least}, "
-            "or two of them."
+            f"{name} has {what}={value!r}; it takes a whole number of at least {least}, or two of "
+            "them."
         )
-    return pair[0], pair[1]
+    first, last = given[0], given[-1]
+    return whole(first, name, what, least), whole(last, name, what, least)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from compress.errors import near_matches
 from compress.linalg.kernels import spatial_size
+from compress.modules.overparam.chain import whole
+from compress.modules.overparam.choice import below, chosen_kinds, warn_of_optimisers
 from compress.modules.overparam.conv import KernelSizes, OverparamConv2d, chain_kernels
 from compress.modules.overparam.layer import OverparamLayer
 from compress.modules.overparam.linear import OverparamLinear
@@ -31,50 +33,68 @@ def overparameterize(
     model: nn.Module,
     depth: int | None = None,
     width: float = 1,
+    *,
     kernel_sizes: KernelSizes | None = None,
+    overparam: Literal["all", "conv", "fc"] = "all",
+    ignore: Iterable[nn.Module] = (),
     include: Patterns = "*",
     exclude: Patterns = (),
     batch_norm: bool = False,
     residual: bool = False,
-    init: Literal["preserve", "fresh"] = "preserve",
-    *,
     residual_intervals: int | Sequence[int] = 2,
-    inplace: bool = False,
+    init: Literal["preserve", "fresh"] = "preserve",
+    inplace: bool = True,
 ) -> nn.Module:
-    """Replace every ``nn.Linear`` and ``nn.Conv2d`` by an over-parameterised layer.
+    """Replace every ``nn.Linear`` and ``nn.Conv2d`` by an over-parameterised layer, in place.
 
     Subclasses are kept, because they may compute something else; so are layers whose weight is
-    tied to another module (with a warning), because a chain has no weight to tie. A module that is
-    used in several places, and layers that share all their parameters, stay shared.
+    tied to another module (with a warning), because a chain has no weight to tie, and layers that
+    are over-parameterised already. A module that is used in several places, and layers that share
+    all their parameters, stay shared.
 
     Args:
-        model: The model, which may itself be such a layer.
+        model: The model. Where it is itself such a layer, only what is returned is converted.
         depth: Number of sublayers; 2 if neither it nor a list of kernels is given.
         width: Hidden channels as a multiple of the layer's output channels.
         kernel_sizes: Chain of kernels as `OverparamConv2d` takes it; None is ``[k, 1, 1, ...]``
             with each layer's own kernel.
+        overparam: Kinds of layers to convert: "conv" is ``nn.Conv2d``, "fc" ``nn.Linear``.
+        ignore: Modules of the model to keep, with everything below them.
         include: Glob or globs of dotted names to convert; the root's name is empty.
         exclude: Glob or globs of names to keep, which win.
         batch_norm: BatchNorm after every sublayer.
         residual: Residual branches.
+        residual_intervals: As `OverparamConv2d` takes it.
         init: "preserve": the new chain computes what the old layer did (with BatchNorm: in
             evaluation). "fresh": new weights, for training from scratch.
-        residual_intervals: As `OverparamConv2d` takes it.
-        inplace: Replace inside ``model`` instead of in a copy.
+        inplace: Replace inside ``model``; else a copy of it is converted.
 
     Returns:
         The converted model.
 
     Raises:
         UnsupportedLayer: With "preserve", a chain that cannot hold its layer; names the layer.
-        ValueError: Options that make no chain, a pattern that matches no layer.
+        ValueError: Options that make no chain, a pattern or a module to ignore that the model
+            does not have. Nothing is replaced then.
+
+    Warns:
+        UserWarning: An optimiser made before holds parameters of replaced layers, which it would
+            step without any effect on the model.
     """
     if init not in ("preserve", "fresh"):
         raise ValueError(f"init={init!r} is unknown; it is 'preserve' or 'fresh'.")
-    target = model if inplace else copy.deepcopy(model)
+    kinds = chosen_kinds(overparam)
+    kept = below(model, ignore)
+    memo: dict[int, Any] = {}
+    target = model if inplace else copy.deepcopy(model, memo)
+    if not inplace:
+        kept = {id(memo[key]) for key in kept}
+    patterns = _patterns(include), _patterns(exclude)
     replacements: dict[int, nn.Module] = {}
     twins: dict[tuple[Any, ...], nn.Module] = {}
-    for name, layer in _chosen(target, _patterns(include), _patterns(exclude)).items():
+    for name, layer in _chosen(target, *patterns).items():
+        if type(layer) not in kinds or id(layer) in kept:
+            continue
         key = (repr(layer), id(layer.weight), id(layer.bias))
         if key not in twins:
             twins[key] = _expand(
@@ -83,7 +103,11 @@ def overparameterize(
                 preserve=init == "preserve",
             )  # fmt: skip
         replacements[id(layer)] = twins[key]
-    return _replace(target, replacements)
+    before = {id(p): p for p in target.parameters()}
+    converted = _replace(target, replacements)
+    if inplace:
+        warn_of_optimisers(before, converted)
+    return converted
 
 
 def collapse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -118,10 +142,18 @@ def _chosen(
     names: dict[int, list[str]] = {}
     layers: dict[int, nn.Linear | nn.Conv2d] = {}
     every: list[str] = []
+    # The sublayers of a chain are what it is made of, not layers to expand again.
+    inside = {
+        id(part)
+        for chain in model.modules()
+        if isinstance(chain, OverparamLayer)
+        for part in chain.layers
+    }
     for name, module in model.named_modules(remove_duplicate=False):
         every.append(name)
         # A layer whose weight is computed (by an old-style hook) has no such parameter.
-        if type(module) in (nn.Linear, nn.Conv2d) and "weight" in module._parameters:
+        plain = type(module) in (nn.Linear, nn.Conv2d) and "weight" in module._parameters
+        if plain and id(module) not in inside:
             assert isinstance(module, nn.Linear | nn.Conv2d)
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
@@ -183,8 +215,11 @@ def _expand(
                 depth = len(kernel_sizes) if isinstance(kernel_sizes, list) else 2
             new = OverparamLinear(layer.in_features, layer.out_features, depth=depth, **options)
         else:
-            size = (layer.kernel_size[0], layer.kernel_size[1])
-            kernels = chain_kernels("overparameterize", kernel_sizes or size, depth)
+            if kernel_sizes is None:
+                size = (layer.kernel_size[0], layer.kernel_size[1])
+                count = 2 if depth is None else whole(depth, "overparameterize", "depth")
+                kernel_sizes = [size, *[1] * (count - 1)]
+            kernels = chain_kernels("overparameterize", kernel_sizes, depth)
             padding = layer.padding if isinstance(layer.padding, str) else tuple(layer.padding)
             new = OverparamConv2d(
                 layer.in_channels, layer.out_channels, list(kernels), stride=tuple(layer.stride),  # type: ignore[arg-type]  # pairs

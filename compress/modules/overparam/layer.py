@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator
-from typing import Any
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from compress.linalg.kernels import BatchNorm, fold_batch_norm, wide_dtype
 from compress.modules.overparam.chain import Chain, compose_chain
+from compress.modules.overparam.kept import (
+    Collapsed,
+    KeptWeight,
+    Tensors,
+    differentiable,
+    keep,
+    readable,
+)
+
+# Tensors of a sublayer: weight, bias, and its BatchNorm's weight, bias, mean, variance and count.
+# The count is not a part of the result, but a training forward moves mean and variance without
+# raising their versions, and the count's alone tells.
+_SLOTS = 7
+InitFunction = Callable[..., Any]
 
 
 class OverparamLayer(nn.Module):
@@ -21,41 +37,69 @@ class OverparamLayer(nn.Module):
     the other; in evaluation the one layer that they equal does. ``weight`` and ``bias`` are that
     layer's at any time, differentiable with respect to every sublayer.
 
-    The collapsed weight is kept while no gradient is asked for, and made anew when any sublayer's
-    tensor was replaced, moved or written in place. Writes through ``tensor.data``, or
-    through another tensor over its storage, cannot be seen: write under ``torch.no_grad()``.
+    The collapsed weight is kept, and made anew when any sublayer's tensor was replaced, moved or
+    written in place. Where gradients are asked for, the kept weight serves every forward and its
+    backward collapses the chain again, so that each backward pass, of any order, stands by itself.
+    Writes through ``tensor.data``, or through another tensor over its storage, cannot be seen:
+    write under ``torch.no_grad()``.
     """
 
     chain: Chain
     layers: nn.ModuleList
     norms: nn.ModuleList
-    _kept: (
-        tuple[list[tuple[weakref.ref[Tensor], int, int]], list[float], Tensor, Tensor | None] | None
-    )
+    negative_slope: float
+    _kept: KeptWeight | None
 
-    def _assemble(self, layers: list[nn.Module], norms: list[nn.Module]) -> None:
+    def _assemble(
+        self, layers: list[nn.Module], norms: list[nn.Module], negative_slope: float
+    ) -> None:
+        if not math.isfinite(negative_slope):
+            raise ValueError(
+                f"{type(self).__name__} has negative_slope={negative_slope}; it must be finite."
+            )
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(norms)
+        self.negative_slope = negative_slope
         self._kept = None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw new weights: Kaiming normal, gain √2 at the last sublayer and 1 before; BN 1 and 0.
+    def reset_parameters(
+        self,
+        init_fn: InitFunction = nn.init.kaiming_normal_,
+        b_init: Literal["zero", "default"] = "zero",
+        mode: Literal["fan_in", "fan_out"] | None = None,
+    ) -> None:
+        """Draw new weights, by default Kaiming normal with zero biases; BatchNorm 1 and 0.
 
-        The fan is the outgoing one for convolutions and the incoming one for linear layers; biases
-        are zero.
+        The gain is that of a leaky ReLU of ``negative_slope`` at the last sublayer (√2 for ReLU)
+        and 1 before, where nothing nonlinear follows.
+
+        Args:
+            init_fn: Function of `torch.nn.init`, or one like them. It is called with ``a``,
+                ``mode`` and ``nonlinearity`` where it takes those (Kaiming), with ``gain`` where
+                it takes that (Xavier, orthogonal), with the weight alone otherwise.
+            b_init: "zero", or "default": uniform within ``1 / sqrt(fan_in)``, as in torch's layers.
+            mode: Fan that `init_fn` keeps the variance of; None is the outgoing one for
+                convolutions and the incoming one for linear layers.
+
+        Raises:
+            ValueError: An unknown ``b_init`` or ``mode``.
         """
+        if b_init not in ("zero", "default"):
+            raise ValueError(f"b_init={b_init!r} is unknown; it is 'zero' or 'default'.")
+        if mode not in (None, "fan_in", "fan_out"):
+            raise ValueError(f"mode={mode!r} is unknown; it is 'fan_in' or 'fan_out'.")
         layer: Any
         norm: Any
         for position, layer in enumerate(self.layers):
-            last = position == len(self.layers) - 1
-            nn.init.kaiming_normal_(
-                layer.weight,
-                mode="fan_out" if isinstance(layer, nn.Conv2d) else "fan_in",
-                nonlinearity="relu" if last else "linear",
-            )
-            if layer.bias is not None:
+            slope = self.negative_slope if position == len(self.layers) - 1 else 1.0
+            fan = mode or ("fan_out" if isinstance(layer, nn.Conv2d) else "fan_in")
+            _draw(init_fn, layer.weight, slope, fan)
+            if layer.bias is not None and b_init == "zero":
                 nn.init.zeros_(layer.bias)
+            elif layer.bias is not None:
+                bound = layer.weight[0].numel() ** -0.5
+                nn.init.uniform_(layer.bias, -bound, bound)
         for norm in self.norms:
             norm.reset_parameters()
 
@@ -74,27 +118,25 @@ class OverparamLayer(nn.Module):
         """Bias of that layer, or None."""
         return self.effective()[1]
 
-    def effective(self) -> tuple[Tensor, Tensor | None]:
+    def effective(self) -> Collapsed:
         """Weight and bias of the one layer, kept from the last call where nothing changed."""
         tensors = self._tensors()
-        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        stamps = None if tracked else _stamps(tensors)
-        if stamps is None:
-            return self._compose()
-        norms: list[Any] = list(self.norms)
-        eps = [float(norm.eps) for norm in norms]
+        compose = functools.partial(_compose, self.chain, self._epsilons())
+        tracked = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
+        if not readable(tensors):
+            return compose(tensors)
         kept = self._kept
-        if kept is not None and kept[1] == eps and _same(kept[0], tensors, stamps):
-            return kept[2], kept[3]
+        if kept is not None and kept.fits(tensors, self._epsilons()):
+            return differentiable(kept, tensors) if tracked else kept.value
+        # The graph of this first use is that of the computation itself; only its value is kept.
         # A tensor made under inference_mode could not be used in a later training step.
-        with torch.inference_mode(False), torch.no_grad():
-            weight, bias = self._compose()
-        references = [
-            (weakref.ref(t), version, pointer)
-            for t, (version, pointer) in zip(tensors, stamps, strict=True)
-        ]
-        self._kept = (references, eps, weight, bias)
-        return weight, bias
+        with torch.inference_mode(False), torch.set_grad_enabled(tracked):
+            collapsed = compose(tensors)
+        kept = keep(tensors, self._epsilons(), collapsed, compose)
+        self._kept = kept
+        return collapsed if tracked else kept.value
 
     @contextlib.contextmanager
     def _statistics_kept_on_error(self) -> Iterator[None]:
@@ -111,36 +153,23 @@ class OverparamLayer(nn.Module):
                     buffer.copy_(before)
             raise
 
-    def _tensors(self) -> list[Tensor]:
+    def _epsilons(self) -> tuple[float, ...]:
+        norms: list[Any] = list(self.norms)
+        return tuple(float(norm.eps) for norm in norms)
+
+    def _tensors(self) -> list[Tensor | None]:
+        """`_SLOTS` tensors of each sublayer, None where it has none."""
         found: list[Tensor | None] = []
         layer: Any
-        norm: Any
-        for layer in self.layers:
-            found += [layer.weight, layer.bias]
-        for norm in self.norms:
-            found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        return [t for t in found if t is not None]
-
-    def _compose(self) -> tuple[Tensor, Tensor | None]:
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        layer: Any
         for position, layer in enumerate(self.layers):
-            weight = layer.weight.to(wide_dtype(layer.weight))
-            bias = layer.bias
-            if len(self.norms):
-                norm: Any = self.norms[position]
-                folded = BatchNorm(
-                    norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-                )
-                weight, bias = fold_batch_norm(weight, bias, folded)
-            weights.append(weight if weight.dim() == 4 else weight[:, :, None, None])
-            biases.append(bias)
-        weight, bias = compose_chain(self.chain, weights, biases)
-        dtype = layer.weight.dtype
-        if layer.weight.dim() == 2:
-            weight = weight[:, :, 0, 0]
-        return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+            found += [layer.weight, layer.bias]
+            norm: Any = self.norms[position] if len(self.norms) else None
+            if norm is None:
+                found += [None] * 5
+            else:
+                found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                found += [norm.num_batches_tracked]
+        return found
 
     def _filled(self, plain: nn.Module) -> Any:
         weight, bias = self.effective()
@@ -150,30 +179,51 @@ class OverparamLayer(nn.Module):
             plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
         return plain.train(self.training)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.setdefault("negative_slope", 0.0)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
 
-def _stamps(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
-    """Version and address of each tensor, or None where they cannot be read.
 
-    They cannot for inference tensors (no version), under `torch.func` transforms (no storage) and
-    while a graph is recorded, which must hold the computation and not its result.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return None
+def _compose(chain: Chain, epsilons: Sequence[float], tensors: Tensors) -> Collapsed:
+    """Weight and bias of the one layer, from `_SLOTS` tensors of each sublayer."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    last = tensors[-_SLOTS]
+    assert last is not None
+    for position in range(chain.depth):
+        weight, bias, gamma, beta, mean, variance, _ = tensors[position * _SLOTS :][:_SLOTS]
+        assert weight is not None
+        weight = weight.to(wide_dtype(weight))
+        if epsilons:
+            assert mean is not None
+            assert variance is not None
+            norm = BatchNorm(mean, variance, gamma, beta, epsilons[position])
+            weight, bias = fold_batch_norm(weight, bias, norm)
+        weights.append(weight if weight.dim() == 4 else weight[:, :, None, None])
+        biases.append(bias)
+    weight, bias = compose_chain(chain, weights, biases)
+    if last.dim() == 2:
+        weight = weight[:, :, 0, 0]
+    return weight.to(last.dtype).contiguous(), None if bias is None else bias.to(last.dtype)
+
+
+def _draw(init_fn: InitFunction, weight: Tensor, slope: float, mode: str) -> None:
+    """Fill ``weight`` by ``init_fn``, for a leaky ReLU of ``slope`` after it (1: none)."""
     try:
-        return [(t._version, t.data_ptr()) for t in tensors]
-    except RuntimeError:
-        return None
-
-
-def _same(
-    kept: list[tuple[weakref.ref[Tensor], int, int]],
-    tensors: list[Tensor],
-    stamps: list[tuple[int, int]],
-) -> bool:
-    return len(kept) == len(tensors) and all(
-        reference() is tensor and version == stamp[0] and pointer == stamp[1]
-        for (reference, version, pointer), tensor, stamp in zip(kept, tensors, stamps, strict=True)
-    )
+        takes = set(inspect.signature(init_fn).parameters)
+    except ValueError:  # a builtin has no signature to read
+        takes = set()
+    if {"a", "mode", "nonlinearity"} <= takes:
+        init_fn(weight, a=slope, mode=mode, nonlinearity="leaky_relu")
+    elif "gain" in takes:
+        init_fn(weight, gain=nn.init.calculate_gain("leaky_relu", slope))
+    else:
+        init_fn(weight)

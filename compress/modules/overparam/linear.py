@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.modules.overparam.chain import make_chain
+from compress.modules.overparam.chain import make_chain, whole
 from compress.modules.overparam.layer import OverparamLayer
 
 
@@ -26,6 +26,8 @@ class OverparamLinear(OverparamLayer):
         batch_norm: BatchNorm after every sublayer; linear in evaluation only.
         residual: Whether to add residual branches.
         residual_intervals: For each n, node m = n, 2n, ... adds node m - n; -1 is the depth.
+        negative_slope: Slope below zero of the activation after the layer, for the gain of the
+            initial weights: 0 for ReLU, 1 for none.
         device: Where the parameters are.
         dtype: Their dtype.
 
@@ -45,26 +47,31 @@ class OverparamLinear(OverparamLayer):
         out_features: int,
         width: float = 1,
         depth: int = 2,
+        *,
         bias: bool = True,
         batch_norm: bool = False,
         residual: bool = False,
         residual_intervals: int | Sequence[int] = 2,
+        negative_slope: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        name = "OverparamLinear"
+        self.in_features = whole(in_features, name, "in_features")
+        self.out_features = whole(out_features, name, "out_features")
         self.width, self.batch_norm, self.residual = width, batch_norm, residual
         self.residual_intervals = residual_intervals
         self.chain = make_chain(
-            "OverparamLinear", in_features, out_features, ((1, 1),) * depth,
-            width=width, groups=1, residual=residual, residual_intervals=residual_intervals,
+            name, self.in_features, self.out_features, ((1, 1),) * whole(depth, name, "depth"),
+            width=width, groups=1, residual_intervals=residual_intervals if residual else None,
         )  # fmt: skip
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = self.chain.channels
         self._assemble(
             [nn.Linear(a, b, bias=bias, **where) for a, b in pairwise(sizes)],
             [nn.BatchNorm1d(b, **where) for b in sizes[1:]] if batch_norm else [],
+            negative_slope,
         )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name

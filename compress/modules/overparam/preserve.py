@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedLayer
-from compress.linalg.kernels import Pair, dirac, spatial_size, wide_dtype
+from compress.linalg.kernels import Pair, spatial_size, wide_dtype
 from compress.modules.overparam.chain import Chain
 
 
@@ -36,13 +36,7 @@ def split_weight(name: str, weight: Tensor, chain: Chain) -> list[Tensor]:
     if not chain.intervals:
         return _train(name, target, chain, holders, weight.dtype)
     if chain.intervals == (chain.depth,):
-        unit = dirac(
-            chain.channels[0],
-            chain.kernel_size,
-            groups=chain.groups,
-            dtype=target.dtype,
-            device=target.device,
-        )
+        unit = chain.identity(chain.kernel_size, target)
         return _train(name, target - unit, chain, holders, weight.dtype)
     return _around_branches(name, target, chain)
 
@@ -163,18 +157,13 @@ def _around_branches(name: str, target: Tensor, chain: Chain) -> list[Tensor]:
             a[-1] += a[source]
             b[-1] += b[source]
 
-    def identity(size: Pair) -> Tensor:
-        return dirac(
-            chain.channels[0], size, groups=chain.groups, dtype=target.dtype, device=target.device
-        )
-
     weights = []
     for node in range(1, chain.depth + 1):
         if node == holder:
-            known = b[-1] * identity(spatial_size(target)) if b[-1] else 0
+            known = b[-1] * chain.identity(spatial_size(target), target) if b[-1] else 0
             weights.append((target - known) / a[-1])
         else:
-            weights.append(identity((1, 1)) * scales[node - 1])
+            weights.append(chain.identity((1, 1), target) * scales[node - 1])
     return weights
 
 
