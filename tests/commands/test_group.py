@@ -99,9 +99,9 @@ def test_the_launcher_runs_the_same_commands() -> None:
         (["run", "w.pt", "--threshold", "much"], "'much' is not a valid float"),
         (["run", "w.pt", "--rank", "conv1"], "'conv1' is not NAME=R"),
         (["run", "w.pt", "--scheme", "=output"], "is not GLOB=NAME"),
-        (["run", "w.pt", "--mean", "0.5;0.5"], "no list of numbers"),
+        (["run", "w.pt", "--mean", "0.5;0.5"], "not a list of numbers"),
         (["run", "w.pt", "more.pt"], "unexpected extra argument"),
-        (["inspect", "w.pt", "--input-shape", "3,-1,4"], "no shape"),
+        (["inspect", "w.pt", "--input-shape", "3,-1,4"], "not a shape"),
         (["verify"], "Missing argument 'RESULT'"),
     ],
 )

@@ -81,7 +81,7 @@ def test_it_goes_on_after_a_stop_and_refuses_to_write_over(bench: Workbench) -> 
         ((), 2, "No grid was given"),
         (("--macs", "0.5", "--energies", "0.9"), 2, "Several grids were given"),
         (("--thresholds", ""), 2, "--thresholds is empty"),
-        (("--thresholds", "1e-4:1e-1:none"), 2, "no whole number"),
+        (("--thresholds", "1e-4:1e-1:none"), 2, "not a whole number"),
         (("--macs", "0.5,1.5"), 2, "macs = 1.5 is outside"),
         (("--macs", "0.5", "--pick", "accuracy"), 2, "is not a condition"),
         (("--macs", "0.5", "--pick", "dorp<=1"), 2, "Did you mean 'drop'"),

@@ -308,8 +308,8 @@ def test_idx_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, message in {
         "cut.gz": "cannot be read",
         "short": r"announces \[7, 4, 5\] values, 140 bytes, and holds 139",
-        "text": "no IDX file of bytes",
-        "floats": "no IDX file of bytes",
+        "text": "not an IDX file of bytes",
+        "floats": "not an IDX file of bytes",
         "gone": "No such file",
     }.items():
         with pytest.raises(DataError, match=message):

@@ -291,7 +291,7 @@ def test_whole_and_complex_numbers_are_no_weights(tmp_path: Path, dtype: Any) ->
     path = tmp_path / "weights.pt"
     torch.save({**STATE, "fc.weight": STATE["fc.weight"].to(dtype)}, path)
     model = network()
-    with pytest.raises(CheckpointError, match=r"no real number's: fc\.weight \("):
+    with pytest.raises(CheckpointError, match=r"not a real number's: fc\.weight \("):
         load_into(model, read_checkpoint(path))
     assert torch.equal(model.fc.weight, STATE["fc.weight"])
 

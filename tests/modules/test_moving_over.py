@@ -20,7 +20,7 @@ from compress.modules.overparam import (
     overparameterize,
     to_overparam_state_dict,
 )
-from compress.vision import torchvision_model
+from compress.vision.torchvision import torchvision_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "modules.py"

@@ -310,8 +310,8 @@ def test_a_missing_or_foreign_table_is_refused(tmp_path: Path) -> None:
         LatencyTable.read(tmp_path / "none.json")
     path = tmp_path / "latency.json"
     path.write_text("{")
-    with pytest.raises(InputError, match="no JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         LatencyTable.read(path)
     path.write_text("[]")
-    with pytest.raises(InputError, match="no latency table"):
+    with pytest.raises(InputError, match="not a latency table"):
         LatencyTable.read(path)
