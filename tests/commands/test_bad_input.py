@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -349,21 +350,22 @@ def test_a_process_stopped_in_the_middle(bench: Workbench, sent: signal.Signals)
     words = ["run", bench.checkpoint, "--model", SPEC, "--data", f"{slow}:slow", "--test",
              f"{slow}:slow", "--output", str(bench.output()), "--energy", "0.9"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
+    # Tests started in the background of a shell inherit an ignored SIGINT, and hand it on.
+    with subprocess.Popen(
         [sys.executable, "-m", "compress.commands", *words],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while not (bench.folder / "reached").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(sent)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+        preexec_fn=partial(signal.signal, sent, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not (bench.folder / "reached").exists():
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(sent)
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, stderr
     assert stderr.strip() == "Interrupted; nothing was left behind."
     assert stdout == ""
