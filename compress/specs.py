@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from compress.errors import InputError, ModelError, near_matches
+from compress.errors import InputError, near_matches
 from compress.vision.torchvision import load_torchvision
 
 T = TypeVar("T")
@@ -59,16 +59,6 @@ def _toml_value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return values["value"] if len(values) == 1 else text
-
-
-def needs_trust(spec: str) -> bool:
-    """Whether building a spec runs code that is neither torchvision's nor the embedded network's.
-
-    No other part of this package is exempt: ``compress.models:build_model?spec=their.py:net`` would
-    run anything, and ``compress.py:net`` is a file of the user's.
-    """
-    head = split_spec(spec, ModelError)[0]
-    return not head.startswith(("torchvision:", "compress.demo_data.network:"))
 
 
 def import_function(spec: str, error: type[InputError]) -> Callable[..., Any]:

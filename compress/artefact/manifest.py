@@ -20,6 +20,8 @@ MODEL_FILE = "model.safetensors"
 
 
 FORMAT = 1
+# A side of 2,048 pixels is 50 MB a picture; far larger ones would fill any memory.
+LARGEST_RECORDED_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,23 @@ def is_artefact(path: str | Path) -> bool:
 
 
 def recorded_settings(manifest: Manifest) -> dict[str, Any]:
-    """What a result says of its images and limits, as defaults for measuring it again."""
+    """What a result says of its images and limits, as defaults for measuring it again.
+
+    Raises:
+        ArtefactError: It asks for pictures of a size that only the user may ask for.
+    """
     settings = manifest.settings
     names = settings_of(Role.PICTURES, Role.GATE)
-    return {name: settings[name] for name in names if settings.get(name) not in (None, [], ())}
+    recorded = {n: settings[n] for n in names if settings.get(n) not in (None, [], ())}
+    for name in ("resize", "crop"):
+        side = recorded.get(name)
+        if isinstance(side, int) and side > LARGEST_RECORDED_SIDE:
+            raise ArtefactError(
+                f"The result records {name} = {side:,} pixels, and a file may ask for at most "
+                f"{LARGEST_RECORDED_SIDE:,}, since every picture would be enlarged to that: pass "
+                f"--{name} {side} yourself if the network really takes such images."
+            )
+    return recorded
 
 
 def memory_format(manifest: Manifest) -> str:

@@ -27,7 +27,7 @@ from compress.modules.attention import unpack
 from compress.network.chains import empty_chain
 from compress.running.memory_format import put_in_format
 from compress.running.modules import replace_module
-from compress.specs import needs_trust
+from compress.trust import require_trusted_model
 
 
 def save(model: nn.Module, manifest: Manifest, path: str | Path) -> Manifest:
@@ -95,12 +95,8 @@ def load(
                 f"{file} was made from a model that a program passed in; pass the same "
                 "architecture as compress.load(path, model=...)."
             )
-        if needs_trust(manifest.model) and not trust_code:
-            raise ArtefactError(
-                f"{file} is rebuilt by the code {manifest.model!r}, and loading a file must not "
-                "run code unasked: pass the architecture as compress.load(path, model=...), or "
-                "trust_code=True (--trust-code) where you trust that code."
-            )
+        if not trust_code:
+            require_trusted_model(manifest.model, f"The result {file}", ArtefactError)
         model = build_model(manifest.model).module
     return _filled(model, manifest, file)
 

@@ -24,29 +24,24 @@ if TYPE_CHECKING:
 )
 @click.argument("plan_file", metavar="PLAN")
 @click.option("--checkpoint", metavar="FILE", help="The checkpoint that the plan was made for.")
-@click.option("--trust-code", is_flag=True, help="Import the code that the plan's model names.")
 @configured(
     "model", "data", "test", "output", "schemes", "gates", "images", "calibration", "fit",
     "evaluation", "compute",
 )  # fmt: skip
-def apply(settings: Settings, terminal: Terminal, plan_file: str, *, trust_code: bool) -> None:
+def apply(settings: Settings, terminal: Terminal, plan_file: str) -> None:
     """Carry out PLAN: fit, rewrite, verify, save, report. Model and metric are the plan's."""
     from compress.plan import read_plan
 
     plan = read_plan(plan_file)
-    _check_trust(plan, settings, trust_code=trust_code)
+    _check_trust(plan, settings)
     rule = {plan.rule: plan.value} if plan.rule in RULE_NAMES else {}
     config = settings.config(model=plan.model, metric=plan.metric, **rule)
     run_and_show(config, terminal, plan)
 
 
-def _check_trust(plan: Plan, settings: Settings, *, trust_code: bool) -> None:
+def _check_trust(plan: Plan, settings: Settings) -> None:
     """Reading a plan must not run code that the user did not name."""
-    from compress.specs import needs_trust
+    from compress.trust import require_trusted_model
 
-    if settings.given("model") or trust_code or not plan.model or not needs_trust(plan.model):
-        return
-    raise PlanError(
-        f"The plan's model is built by the code {plan.model!r}, which a plan must not run unasked: "
-        "pass --model yourself, or --trust-code where you trust that code."
-    )
+    if plan.model and not settings.given("model") and not settings.trust_code:
+        require_trusted_model(plan.model, "The plan's model", PlanError)

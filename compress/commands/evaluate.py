@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("checkpoint", required=False, metavar="CHECKPOINT_OR_RESULT")
-@click.option("--trust-code", is_flag=True, help="Import the code that a result's model names.")
 @configured("model", "data", "test", "images", "evaluation", "compute")
-def evaluate(settings: Settings, terminal: Terminal, *, trust_code: bool) -> None:
+def evaluate(settings: Settings, terminal: Terminal) -> None:
     """Measure accuracy, MACs, parameters and latency of one model, original or compressed."""
     from compress.artefact.manifest import is_artefact, recorded_settings
     from compress.pipeline.evaluate import evaluate_model
@@ -34,7 +33,9 @@ def evaluate(settings: Settings, terminal: Terminal, *, trust_code: bool) -> Non
         from compress.artefact.manifest import read_manifest
 
         base = recorded_settings(read_manifest(path))
-    found = evaluate_model(settings.config(**base), trust_code=trust_code, track=terminal.track)
+    found = evaluate_model(
+        settings.config(**base), trust_code=settings.trust_code, track=terminal.track
+    )
     terminal.show(asdict(found), _lines(found))
 
 

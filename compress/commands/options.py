@@ -6,7 +6,7 @@ Precedence: default < base of the command (what a plan or an artefact records) <
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -153,6 +153,11 @@ GROUPS: dict[str, tuple[Decorator, ...]] = {
 }
 _COMMON = (
     click.option("--config", "config_file", metavar="FILE", help="Settings as TOML; flags win."),
+    click.option(
+        "--trust-code",
+        is_flag=True,
+        help="Run the code that a result, a plan or the configuration in a result folder names.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     click.option("--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -175,14 +180,13 @@ def configured(*groups: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def called(
-            config_file: str | None, *, as_json: bool, quiet: bool, debug: bool, **values: Any
+            config_file: str | None, *, as_json: bool, quiet: bool, trust_code: bool, **values: Any
         ) -> None:
-            del debug  # looked up where errors are caught
-            settings = Settings(
-                read_toml(config_file) if config_file else {},
-                {k: v for k, v in values.items() if k in names and v is not None},
-            )
-            own = {k: v for k, v in values.items() if k not in names}
+            flags = {k: v for k, v in values.items() if k in names and v is not None}
+            file = _read_settings(config_file, flags, trust_code=trust_code)
+            settings = Settings(file, flags, trust_code=trust_code)
+            # --debug is looked up where errors are caught.
+            own = {k: v for k, v in values.items() if k not in names and k != "debug"}
             command(settings, Terminal(quiet=quiet, as_json=as_json), **own)
 
         options = [option for group in groups for option in GROUPS[group]]
@@ -193,11 +197,41 @@ def configured(*groups: str) -> Callable[[Command], Command]:
     return decorate
 
 
-class Settings:
-    """What the user set, before it is one configuration."""
+def _read_settings(
+    path: str | None, flags: Mapping[str, Any], *, trust_code: bool
+) -> dict[str, Any]:
+    """Read the file of --config; of one in a result folder, code is taken only with trust."""
+    if path is None:
+        return {}
+    values = read_toml(path)
+    if trust_code:
+        return values
+    from compress.trust import is_in_result_folder, setting_risks
 
-    def __init__(self, file: dict[str, Any], flags: dict[str, Any]) -> None:
-        self.file, self.flags = file, flags
+    if not is_in_result_folder(path):
+        return values
+    for name, risk in setting_risks({k: v for k, v in values.items() if k not in flags}).items():
+        raise ConfigError(
+            f"The setting {name!r} of {path} {risk}, which the configuration in a result folder "
+            f"must not do unasked: pass --{name.replace('_', '-')} yourself, or --trust-code where "
+            "you trust the folder."
+        )
+    return values
+
+
+class Settings:
+    """What the user set, before it is one configuration.
+
+    Args:
+        file: The settings of --config.
+        flags: The settings given by flags.
+        trust_code: Whether the code that a file names may be run.
+    """
+
+    def __init__(
+        self, file: dict[str, Any], flags: dict[str, Any], *, trust_code: bool = False
+    ) -> None:
+        self.file, self.flags, self.trust_code = file, flags, trust_code
 
     def config(self, **base: Any) -> RunConfig:
         """Return the checked configuration, and set torch's threads by it.

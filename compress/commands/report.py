@@ -61,7 +61,6 @@ def limit_flags(command: Callable[..., None]) -> Callable[..., None]:
     help="Compare different models or test sets all the same, under a banner.",
 )
 @click.option("--junit", metavar="FILE", help="Write the limits as JUnit XML.")
-@click.option("--trust-code", is_flag=True, help="Import the code that a result's model names.")
 @configured("model", "test", "output", "images", "evaluation", "compute")
 def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     """Report on finished RESULTs (folders or files of them), or measure a pair anew.
@@ -90,7 +89,7 @@ class Asked:
         results: Finished results.
         before: The original's checkpoint.
         after: The compressed model.
-        **flags: ``baseline`` and ``junit`` (files or None), ``allow_mismatch`` and ``trust_code``.
+        **flags: ``baseline`` and ``junit`` (files or None), and ``allow_mismatch``.
 
     Raises:
         UsageError: Both or neither are asked for, or half of a pair.
@@ -103,7 +102,6 @@ class Asked:
         self.baseline: str | None = flags["baseline"]
         self.junit: str | None = flags["junit"]
         self.allow_mismatch: bool = flags["allow_mismatch"]
-        self.trust_code: bool = flags["trust_code"]
         self.measures = bool(before or after)
         if results and self.measures:
             raise UsageError("Give finished results, or --before and --after to measure; not both.")
@@ -132,7 +130,9 @@ def _measure(
     manifest = read_manifest(asked.after)
     recorded = {k: v for k, v in recorded_settings(manifest).items() if k not in LIMIT_HELP}
     config = settings.config(**recorded, checkpoint=asked.before)
-    result = verify_result(config, asked.after, trust_code=asked.trust_code, track=terminal.track)
+    result = verify_result(
+        config, asked.after, trust_code=settings.trust_code, track=terminal.track
+    )
     config = config.replace(model=result.model)
     module, _, _, preprocessing = load_model(config)
     images = open_images(config.test, config, module, preprocessing)

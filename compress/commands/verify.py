@@ -16,9 +16,8 @@ from compress.errors import GateError
 )
 @click.argument("artefact", metavar="RESULT")
 @click.option("--checkpoint", metavar="FILE", help="The original that was compressed.")
-@click.option("--trust-code", is_flag=True, help="Import the code that the result's model names.")
 @configured("model", "test", "gates", "images", "evaluation", "compute")
-def verify(settings: Settings, terminal: Terminal, artefact: str, *, trust_code: bool) -> None:
+def verify(settings: Settings, terminal: Terminal, artefact: str) -> None:
     """Hold RESULT to its gates again, on another test set or machine.
 
     Model, preprocessing and limits are those of the run unless you give others. The errors of
@@ -31,7 +30,7 @@ def verify(settings: Settings, terminal: Terminal, artefact: str, *, trust_code:
     from compress.result import GateResult
 
     config = settings.config(**recorded_settings(read_manifest(artefact)))
-    result = verify_result(config, artefact, trust_code=trust_code, track=terminal.track)
+    result = verify_result(config, artefact, trust_code=settings.trust_code, track=terminal.track)
     report = build_report(result)
     terminal.show(report, run_summary(report, measured_on="the test images"))
     failed = [gate_sentence(GateResult(**gate)) for gate in report["gates"] if not gate["passed"]]

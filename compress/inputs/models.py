@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from compress.errors import ModelError
-from compress.specs import call_factory, needs_trust, split_spec
+from compress.specs import call_factory, split_spec
 from compress.vision.preprocessing import Preprocessing
 from compress.vision.torchvision import torchvision_model, torchvision_preset
 
@@ -27,8 +27,6 @@ class BuiltModel:
     Attributes:
         module: The network.
         spec: The spec it was built from.
-        needs_trust: Whether building it ran the user's own code, so that loading a result that
-            names this spec must be allowed explicitly. False for torchvision and this package.
         preset: The preprocessing of torchvision's default weights, None for other models.
         input_shape: One input without the batch axis, ``(C, H, W)``: torchvision's preset, or the
             module's attribute ``input_shape``; None where neither is there.
@@ -36,7 +34,6 @@ class BuiltModel:
 
     module: nn.Module
     spec: str
-    needs_trust: bool
     preset: Preprocessing | None
     input_shape: tuple[int, ...] | None
 
@@ -69,7 +66,6 @@ def build_model(spec: str) -> BuiltModel:
     return BuiltModel(
         module=module.float().eval(),
         spec=spec,
-        needs_trust=needs_trust(spec),
         preset=None,
         input_shape=tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None,
     )
@@ -102,7 +98,6 @@ def _build_torchvision(spec: str, name: str, arguments: dict[str, Any]) -> Built
     return BuiltModel(
         module=module.float().eval(),
         spec=spec,
-        needs_trust=False,
         preset=replace(preset, channels=3),
         input_shape=(3, side, side),
     )

@@ -26,7 +26,7 @@ from compress.plan import DENSE
 from compress.progress import Track, silent
 from compress.report import judged
 from compress.result import EndMetric, LayerErrors, LayerResult, Result
-from compress.specs import needs_trust
+from compress.trust import require_trusted_model
 
 
 def verify_result(
@@ -98,11 +98,8 @@ def _with_model(config: RunConfig, manifest: Manifest, *, trust_code: bool) -> R
         if not value:
             raise ConfigError(f"No {name} given; pass --{name}.")
     _check_checkpoint(config, manifest)
-    if not config.model and needs_trust(spec) and not trust_code:
-        raise ArtefactError(
-            f"The result names the code {spec!r}; pass --model to say what builds it, or "
-            "--trust-code where you trust that code."
-        )
+    if not config.model and not trust_code:
+        require_trusted_model(spec, "The result", ArtefactError)
     return config.replace(model=spec)
 
 

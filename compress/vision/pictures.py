@@ -12,6 +12,9 @@ from PIL import Image
 from compress.errors import DataError, one_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Whatever a file is called, Pillow would try every format it knows, and read PostScript by
+# starting Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 def thumbnail(pixels: np.ndarray[Any, np.dtype[np.uint8]], side: int = 64) -> bytes:
@@ -36,7 +39,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
         DataError: The file is not a picture, is truncated, or has a pixel type beyond 8 or 16 bits.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return convert_image(image, channels)
     except DataError:

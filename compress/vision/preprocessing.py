@@ -19,6 +19,9 @@ _PIL_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 
+# Pixels of one picture after resizing: as many as Pillow warns of, a gigabyte as three channels.
+LARGEST_RESIZED = 2**30 // 12
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -80,7 +83,7 @@ def image_to_tensor(image: Image.Image, preprocessing: Preprocessing, name: str)
         DataError: The image is smaller than the crop, or its channels do not match the mean.
     """
     if preprocessing.resize is not None:
-        height, width = _resized(image.height, image.width, preprocessing.resize)
+        height, width = _resized(image.height, image.width, preprocessing.resize, name)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), _PIL_FILTERS[preprocessing.interpolation])
     pixels = torch.from_numpy(image_to_array(image)).permute(2, 0, 1)
@@ -97,7 +100,7 @@ def pixels_to_tensor(pixels: Tensor, preprocessing: Preprocessing, name: str) ->
     """
     values = _scaled(pixels)
     if preprocessing.resize is not None:
-        size = _resized(values.shape[-2], values.shape[-1], preprocessing.resize)
+        size = _resized(values.shape[-2], values.shape[-1], preprocessing.resize, name)
         if size != tuple(values.shape[-2:]):
             smooth = preprocessing.interpolation != "nearest"
             flat = values.reshape(-1, *values.shape[-3:])
@@ -113,11 +116,22 @@ def _scaled(pixels: Tensor) -> Tensor:
     return pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def _resized(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Size with the shorter side at ``shorter``, the longer in whole pixels."""
+def _resized(height: int, width: int, shorter: int, name: str) -> tuple[int, int]:
+    """Size with the shorter side at ``shorter``, the longer in whole pixels.
+
+    Raises:
+        DataError: A picture far longer than wide would become a huge one.
+    """
     if height <= width:
-        return shorter, int(shorter * width / height)
-    return int(shorter * height / width), shorter
+        size = shorter, int(shorter * width / height)
+    else:
+        size = int(shorter * height / width), shorter
+    if size[0] * size[1] > LARGEST_RESIZED:
+        raise DataError(
+            f"The image {name} is {height}x{width} pixels and would become {size[0]}x{size[1]}; "
+            "pass a smaller --resize, or take the image away."
+        )
+    return size
 
 
 def _cropped_and_normalised(values: Tensor, preprocessing: Preprocessing, name: str) -> Tensor:

@@ -85,7 +85,8 @@ def test_the_configuration_beside_the_result_repeats_it(bench: Workbench) -> Non
     config = make_config(read_toml(bench.output() / "config.toml"))
     assert (config.rules["energy"], config.keep, config.seed) == (0.9, ("head",), 5)
     assert (config.checkpoint, config.model) == (bench.checkpoint, SPEC)
-    result = command("run", "--config", str(bench.output() / "config.toml"), "--force", "--json")
+    given = ("--config", str(bench.output() / "config.toml"), "--trust-code")
+    result = command("run", *given, "--force", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["result"]["config"]["seed"] == 5
 

@@ -19,7 +19,7 @@ from compress.errors import DataError, ModelError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
 from compress.inputs.models import build_model
-from compress.specs import needs_trust, split_spec
+from compress.specs import split_spec
 from compress.vision.torchvision import torchvision_preset
 
 RESNET20 = NETWORKS / "resnet20.py"
@@ -78,7 +78,6 @@ def test_a_users_file(user_file: Any) -> None:
     assert built.module[0].in_channels == 5
     assert built.module[0].weight.dtype == torch.float32
     assert not built.module.training
-    assert built.needs_trust
     assert (built.preset, built.input_shape) == (None, None)
     assert build_model(f"{user_file}:Shaped").input_shape == (1, 8, 8)
     assert isinstance(build_model(f"{user_file}:late").module, nn.ReLU)
@@ -90,28 +89,11 @@ def test_a_module_in_the_working_folder(user_file: Any) -> None:
     del user_file
     built = build_model("inside:net")
     assert isinstance(built.module, nn.Tanh)
-    assert built.needs_trust
 
 
-def test_the_package_needs_no_trust_for_its_own_network() -> None:
+def test_the_packages_own_network_takes_arguments() -> None:
     built = build_model("compress.demo_data.network:width32?num_classes=7")
-    assert not built.needs_trust
     assert built.module(torch.zeros(2, *built.input_shape)).shape == (2, 7)
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("torchvision:resnet18?num_classes=3", False),
-        ("compress.demo_data.network:width32?width=8", False),
-        ("compress.specs:build_model?spec=theirs.py:net", True),
-        ("compress.py:net", True),
-        ("torchvision.models:resnet18", True),
-        ("theirs.py:net", True),
-    ],
-)
-def test_what_needs_trust(spec: Any, expected: Any) -> None:
-    assert needs_trust(spec) is expected
 
 
 def test_the_demo_network_has_the_experiments_size() -> None:
@@ -192,7 +174,6 @@ def test_arguments_are_toml_values() -> None:
 def test_torchvision_by_name() -> None:
     built = build_model("torchvision:mobilenet_v3_small?num_classes=7")
     assert built.module(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
-    assert not built.needs_trust
     assert not built.module.training
     assert built.input_shape == (3, 224, 224)
     assert (built.preset.resize, built.preset.crop) == (256, 224)
