@@ -220,7 +220,7 @@ def test_any_tree_is_bit_equal_with_its_values_back(model: nn.Module) -> None:
     expected = model(x)
     names = list(dict(model.named_parameters()))
     before = {id(m): type(m) for m in model.modules()}
-    hyper, values = hypernetize(model, return_values=True)
+    hyper, values = hypernetize(model, return_values=True, inplace=False)
     assert list(values) == list(hyper.external_shapes()) == names
     assert list(hyper.parameters()) == []
     with hyper.using_externals(values):

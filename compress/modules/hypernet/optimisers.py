@@ -1,13 +1,13 @@
-"""Finding optimisers that a conversion would leave behind."""
+"""The warning about optimisers that a conversion leaves behind."""
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Sequence
 
 from torch import nn
-from torch.optim import Optimizer
+
+from compress.modules.optimisers import optimisers_of
 
 
 def warn_of_optimisers(model: nn.Module, slots: Sequence[str], inplace: bool | None) -> None:
@@ -24,13 +24,8 @@ def warn_of_optimisers(model: nn.Module, slots: Sequence[str], inplace: bool | N
     if inplace is False:
         return
     named = dict(model.named_parameters())
-    lost = {id(named[name]) for name in slots} if inplace else {id(p) for p in named.values()}
-    if not lost:
-        return
-    for optimiser in _living_optimisers():
-        held = sum(id(p) in lost for group in optimiser.param_groups for p in group["params"])
-        if not held:
-            continue
+    lost = [named[name] for name in slots] if inplace else list(named.values())
+    for optimiser, held in optimisers_of(lost):
         kind = type(optimiser).__name__
         if inplace:
             text = (
@@ -45,13 +40,3 @@ def warn_of_optimisers(model: nn.Module, slots: Sequence[str], inplace: bool | N
                 "or inplace=False if the copy is meant."
             )
         warnings.warn(text, UserWarning, stacklevel=4)
-
-
-def _living_optimisers() -> list[Optimizer]:
-    # Parameters do not know their optimisers and torch keeps no list; type() rather than
-    # isinstance, which would run the code of proxy objects.
-    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and _is_complete(o)]
-
-
-def _is_complete(optimiser: Optimizer) -> bool:
-    return "param_groups" in vars(optimiser)

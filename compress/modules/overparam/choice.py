@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
+
+from compress.modules.optimisers import optimisers_of
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (nn.Linear, nn.Conv2d),
@@ -57,16 +57,9 @@ def warn_of_optimisers(before: Mapping[int, nn.Parameter], converted: nn.Module)
             given to new ones.
         converted: The model afterwards.
     """
-    gone = set(before) - {id(p) for p in converted.parameters()}
-    if not gone:
-        return
-    held = {
-        id(p)
-        for optimiser in _optimisers()
-        for group in optimiser.param_groups
-        for p in group["params"]
-    }
-    count = len(held & gone)
+    left = {id(p) for p in converted.parameters()}
+    gone = [p for key, p in before.items() if key not in left]
+    count = max((held for _, held in optimisers_of(gone)), default=0)
     if count:
         warnings.warn(
             f"An optimiser made before the conversion holds {count} parameters of layers that are "
@@ -74,9 +67,3 @@ def warn_of_optimisers(before: Mapping[int, nn.Parameter], converted: nn.Module)
             UserWarning,
             stacklevel=3,
         )
-
-
-def _optimisers() -> list[torch.optim.Optimizer]:
-    # The collector knows every living object that refers to others. The type is read past
-    # __class__, which proxies answer as they like.
-    return [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
