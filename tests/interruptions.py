@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from compress.commands.interruption import _Interrupter
+
 # Events that change what is on the disk, and where their paths stand among the arguments.
 _PATHS = {
     "os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (0, 1),
@@ -21,15 +23,19 @@ _PATHS = {
 _NOT_REACHED, _DONE_AFTER_SIGNAL, _FAILED = 0, 3, 4
 
 
-def signalled(work: Callable[[], object], folder: Path, n: int, sent: signal.Signals) -> bool:
+def signalled(
+    work: Callable[[], object], folder: Path, n: int, sent: signal.Signals, *, again: bool = False
+) -> bool:
     """Run ``work`` in a forked process that gets a signal before its n-th change below a folder.
+
+    With ``again`` it gets one before every later change too.
 
     Returns:
         Whether there was an n-th change.
     """
     child = os.fork()
     if child == 0:
-        os._exit(_child(work, folder, n, sent))
+        os._exit(_child(work, folder, (n + 1, sys.maxsize if again else n + 1), sent))
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == sent
@@ -39,7 +45,9 @@ def signalled(work: Callable[[], object], folder: Path, n: int, sent: signal.Sig
     return code == _DONE_AFTER_SIGNAL
 
 
-def _child(work: Callable[[], object], folder: Path, n: int, sent: signal.Signals) -> int:
+def _child(
+    work: Callable[[], object], folder: Path, between: tuple[int, int], sent: signal.Signals
+) -> int:
     changes, reached = 0, False
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
@@ -47,11 +55,11 @@ def _child(work: Callable[[], object], folder: Path, n: int, sent: signal.Signal
         if not _changes(event, arguments, str(folder)):
             return
         changes += 1
-        if changes == n + 1:
+        if between[0] <= changes <= between[1]:
             reached = True
             os.kill(os.getpid(), sent)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _Interrupter())
     sys.addaudithook(watch)
     try:
         work()

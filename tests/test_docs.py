@@ -19,7 +19,7 @@ from stopwatch import stop_the_clock
 from workbench import command
 
 import compress
-from compress.commands import cli
+from compress.commands.group import cli
 from compress.data import Preprocessing, open_dataset
 from compress.demo_data.network import width32
 from compress.report import build_report, write_report

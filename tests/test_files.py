@@ -330,13 +330,20 @@ def contents(folder: Any) -> Any:
     return {name: (out / name).read_text() for name in entries(out)} if out.exists() else None
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("sent", "again"),
+    [(signal.SIGKILL, False), (signal.SIGINT, False), (signal.SIGINT, True)],
+    ids=["killed", "Ctrl-C", "impatient Ctrl-C"],
+)
 @pytest.mark.parametrize("exchanging", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("work", [replace_folder, update_folder, write_file])
 def test_a_signal_at_any_change_leaves_the_old_or_the_new(
-    tmp_path: Path, work: Any, exchanging: Any, sent: Any
+    tmp_path: Path, work: Any, exchanging: Any, sent: Any, again: Any
 ) -> None:
-    """The process gets the signal just before its n-th change of a file, for every n."""
+    """The process gets the signal just before its n-th change of a file, for every n.
+
+    An impatient user sends it before every later change too, while the first one's clean-up runs.
+    """
     reached, n = True, 0
     outcomes = set()
     while reached:
@@ -346,7 +353,7 @@ def test_a_signal_at_any_change_leaves_the_old_or_the_new(
         with pytest.MonkeyPatch.context() as patch:
             if not exchanging:
                 patch.setattr("compress.files.atomic.exchange", no_exchange)
-            reached = signalled(lambda folder=folder: work(folder), folder, n, sent)
+            reached = signalled(lambda folder=folder: work(folder), folder, n, sent, again=again)
         old = {"model.safetensors": "old", "report.json": "old"}
         new = old | {"report.json": "new"} if work is write_file else dict.fromkeys(old, "new")
         left = [e for e in entries(folder / "out") if e.startswith(".")] if contents(folder) else []

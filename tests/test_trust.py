@@ -110,7 +110,7 @@ def test_images_and_functions_that_need_trust() -> None:
 def test_every_setting_that_is_a_spec_is_looked_at() -> None:
     specs = {"model", "data", "test", "metric_fn", "loss_fn"}
     # What names code says in its help that it takes a function, or a factory, of the user's.
-    from compress.commands import cli
+    from compress.commands.group import cli
 
     named = {
         option.name

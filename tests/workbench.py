@@ -14,7 +14,7 @@ from networks.tiny import tiny
 from places import NETWORKS
 from safetensors.torch import save_file
 
-from compress.commands import cli
+from compress.commands.group import cli
 
 SOURCE = NETWORKS / "tiny.py"
 SPEC = f"{SOURCE}:tiny"

@@ -10,9 +10,18 @@ from typing import Any, NoReturn
 import click
 
 from compress import __version__
+from compress.commands.apply import apply
+from compress.commands.demo import demo
+from compress.commands.evaluate import evaluate
+from compress.commands.inspect import inspect
+from compress.commands.interruption import INTERRUPTED, say_interrupted
+from compress.commands.plan import plan
+from compress.commands.report import report
+from compress.commands.run import run
+from compress.commands.sweep import sweep
+from compress.commands.verify import verify
 from compress.errors import CompressError, near_matches
 
-INTERRUPTED = 130
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 DEBUG = "compress.debug"
 
@@ -40,7 +49,7 @@ class Commands(click.Group):
             _explain(arguments, f"Error: {text}.{hint}")
             sys.exit(error.exit_code)
         except click.Abort:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            say_interrupted()
             sys.exit(INTERRUPTED)
         except CompressError as error:
             _explain(arguments, f"Error: {error}")
@@ -92,3 +101,7 @@ def cli() -> None:
     Calibrates on images without labels, chooses ranks, rewrites layers as short chains of plain
     layers, and verifies the result on held-out images before it saves it.
     """
+
+
+for command in (run, inspect, plan, apply, sweep, report, verify, evaluate, demo):
+    cli.add_command(command)

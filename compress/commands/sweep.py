@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compress.commands.group import INTERRUPTED
+from compress.commands.interruption import INTERRUPTED
 from compress.commands.options import Settings, configured, example
 from compress.commands.terminal import Terminal, table
 from compress.errors import ConfigError, GateError

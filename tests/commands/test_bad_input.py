@@ -332,7 +332,9 @@ def test_a_full_disk_spares_the_result_that_stood_there(
     assert bench.leftovers() == ["out"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"]
+)
 def test_a_process_stopped_in_the_middle(bench: Workbench, sent: signal.Signals) -> None:
     """A real process gets a signal while it calibrates, said by a marker that its data writes."""
     slow = bench.folder / "slow.py"

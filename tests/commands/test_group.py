@@ -14,7 +14,7 @@ from places import DOCS, ROOT
 from workbench import command, paragraph
 
 from compress import __version__
-from compress.commands import cli
+from compress.commands.group import cli
 from compress.commands.options import GROUPS, Settings
 from compress.config import Role, settings_of
 from compress.errors import CompressError
@@ -71,7 +71,7 @@ def test_no_group_of_flags_is_left_over() -> None:
 
 def test_version_and_help_need_no_torch() -> None:
     code = (
-        "import sys; from compress.commands import cli; import compress.commands\n"
+        "import sys; from compress.commands.group import cli; import compress.commands\n"
         "for words in (['--help'], ['run', '--help'], ['--version']):\n"
         "    try: cli.main(words)\n"
         "    except SystemExit as done: assert done.code == 0\n"

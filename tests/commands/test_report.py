@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from stopwatch import stop_the_clock
 from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
-from compress.commands import cli
+from compress.commands.group import cli
 from compress.commands.report import LIMIT_HELP
 from compress.report import LIMITS, build_report, read_report, write_report
 from compress.report.schema import report_schema
