@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate.fisher import Objective
-from compress.calibrate.pooled import Pool, channel_sketch
+from compress.calibrate.pooled import Pool, channel_sketch, recentre
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Calibration, LayerStatistics, Source
 from compress.errors import CalibrationError
@@ -100,7 +100,7 @@ class _Collector:
         self.pool: Pool | None = None
         if recipe.weigh and recipe.pool:
             sketch = channel_sketch(g, positions.images, recipe.seed).to(device)
-            self.pool = Pool(g, sketch, patches=patches)
+            self.pool = Pool(g, sketch, patches)
             length = g.in_features if patches else g.out_features
             self.statistics.pooled = Moments(g.groups, length + 1, device)
         self.start = self.batch = self.call = 0
@@ -131,8 +131,17 @@ class _Collector:
             if moments.pooled is not None and y.shape[0] % self.batch == 0:
                 # A copy: what is changed in place later must not reach the gradient's hook.
                 rows = (inputs[0] if moments.inputs is not None else output).detach().clone()
+                if self.pool is not None and self.pool.reference is None:
+                    self.pool.reference = moments.rows.mean
             self._watch(output, moments.weighting, taken, rows)
         self.call += 1
+
+    def finish(self) -> LayerStatistics:
+        """Return what was seen, pooled rows centred on the mean of all images."""
+        found, pool = self.statistics, self.pool
+        if found.pooled is not None and pool is not None and pool.reference is not None:
+            recentre(found.pooled, found.rows.mean - pool.reference)
+        return found
 
     def _watch(
         self, output: Tensor, weighting: Moments, taken: Tensor | None, rows: Tensor | None
@@ -199,7 +208,7 @@ def calibrate(
                 with torch.no_grad():
                     run_model(model, inputs)
             seen += len(inputs)
-    statistics = {c.site.name: c.statistics for c in collectors.values()}
+    statistics = {c.site.name: c.finish() for c in collectors.values()}
     _check_moments(statistics)
     return Calibration(statistics, source, "loss" if recipe.weigh else "mse")
 

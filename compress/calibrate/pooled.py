@@ -14,13 +14,14 @@ Koroko et al. 2022).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.linalg.moments import Moments
+from compress.linalg.spectrum import shrink
 
 # Rows of a layer at most, over all images: wider layers pool random combinations of channels.
 POOLED_ROWS = 1 << 16
@@ -28,6 +29,8 @@ POOLED_ROWS = 1 << 16
 PLAIN_SHARE = 0.3
 # Patch elements unfolded at a time.
 _CHUNK = 1 << 24
+# What rounding may take from an eigenvalue, in parts of the trace: rows are multiplied in float32.
+_ROUNDING = 2.0**-22
 
 
 def channel_sketch(geometry: Geometry, images: int, seed: int) -> Tensor:
@@ -46,23 +49,28 @@ def channel_sketch(geometry: Geometry, images: int, seed: int) -> Tensor:
     return scaled
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pool:
     """How a layer's rows are pooled.
+
+    Rows are taken from ``x - reference`` with a reference near the mean, and moved to the mean
+    itself in the end: taking the mean's part off a sum of raw rows would leave rounding larger
+    than the smallest eigenvalues, and an indefinite covariance, in whose metric a fit runs away.
 
     Attributes:
         geometry: The layer.
         sketch: See `channel_sketch`.
         patches: Whether rows are patches or outputs.
+        reference: Near the rows' mean, ``[groups, features]``.
     """
 
     geometry: Geometry
     sketch: Tensor
-    _: KW_ONLY
     patches: bool
+    reference: Tensor | None = None
 
     def rows(self, activation: Tensor, gradient: Tensor, images: int) -> Iterator[Tensor]:
-        """Rows ``Σ_p g_p [x_p, 1]`` of each image and channel.
+        """Rows ``Σ_p g_p [x_p - reference, 1]`` of each image and channel.
 
         Args:
             activation: The layer's input where ``patches``, else its output; ``[batch, ...]``.
@@ -84,6 +92,8 @@ class Pool:
                 x = patch_rows(activation[part], geometry)
             else:
                 x = output_rows(activation[part], geometry)
+            if self.reference is not None:
+                x = x - self.reference.to(x).unsqueeze(1)
             g = output_rows(gradient[part], geometry) @ self.sketch.to(gradient)
             x, g = (rows.reshape(len(rows), count, -1, rows.shape[2]) for rows in (x.to(g), g))
             pooled = g.mT @ x
@@ -91,22 +101,29 @@ class Pool:
             yield torch.cat([pooled, total], dim=3).flatten(1, 2)
 
 
-def pooled_covariance(pooled: Moments, mean: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+def recentre(pooled: Moments, shift: Tensor) -> None:
+    """Take ``shift [groups, features]`` more off the rows that were pooled, in place."""
+    mean, scatter = pooled.mean.clone(), pooled.scatter.clone()
+    mean[:, :-1] -= shift * mean[:, -1:]
+    scatter[:, :-1] -= shift.unsqueeze(2) * scatter[:, -1:]
+    scatter[:, :, :-1] -= scatter[:, :, -1:] * shift.unsqueeze(1)
+    pooled.mean, pooled.scatter = mean, scatter
+
+
+def pooled_covariance(pooled: Moments, plain: Tensor) -> tuple[Tensor, Tensor]:
     """Return the covariance that stands for pooled rows, at the plain one's scale.
 
     Args:
-        pooled: Of the rows of `pooled_rows`.
-        mean: Of the plain rows ``[groups, features]``, which the bias absorbs.
-        plain: Their covariance ``[groups, features, features]``.
+        pooled: Moments of rows ``Σ_p g_p [x_p - m, 1]`` with the mean ``m``, which the bias
+            absorbs.
+        plain: The covariance of the plain rows ``[groups, features, features]``.
 
     Returns:
         The mixture with the plain covariance, of the plain one's trace, and what pooled rows have
         in units of it, ``[groups, 1, 1]``.
     """
-    raw = pooled.second_moment
-    across = raw[:, :-1, -1].unsqueeze(2) * mean.unsqueeze(1)
-    centred = raw[:, :-1, :-1] - across - across.mT
-    centred = centred + raw[:, -1:, -1:] * mean.unsqueeze(2) * mean.unsqueeze(1)
+    centred = pooled.second_moment[:, :-1, :-1]
+    centred = shrink(centred, min(_ROUNDING * centred.shape[-1], 1.0))
     share = _trace(centred) / _trace(plain).clamp_min(1e-300)
     live = (share > 0) & (_trace(plain) > 0)
     scaled = centred / torch.where(live, share, torch.ones_like(share))

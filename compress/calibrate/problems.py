@@ -41,7 +41,7 @@ def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics)
     if statistics.pooled is None or not statistics.pooled.count:
         return plain
     seen = plain.output_covariance if plain.input_covariance is None else plain.input_covariance
-    found, share = pooled_covariance(statistics.pooled, statistics.rows.mean, seen)
+    found, share = pooled_covariance(statistics.pooled, seen)
     channels = site.geometry.out_features
     trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.

@@ -20,7 +20,8 @@ class LayerStatistics:
         inputs: Moments of its patches, or None where outputs were the cheaper side.
         outputs: Moments of its outputs, or None where `inputs` give them.
         weighting: Moments of the gradients at its outputs, or None for the plain metric.
-        pooled: Moments of rows pooled by gradient, see `compress.calibrate.pooled`, or None.
+        pooled: Moments of centred rows pooled by gradient, see `compress.calibrate.pooled`, or
+            None.
     """
 
     inputs: Moments | None = None

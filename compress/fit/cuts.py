@@ -39,7 +39,8 @@ def find_segments(
             return not any(True for _ in modules[str(node.target)].parameters())
         return node.op not in ("get_attr", "output")
 
-    cuts = list(_cuts(nodes))
+    # What carries everything on may be a tuple, as a split gives: its parts are not one value.
+    cuts = [cut for cut in _cuts(nodes) if positions[cut]]
     segments = []
     start = cuts[0] if cuts else 0
     for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):

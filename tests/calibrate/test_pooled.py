@@ -57,6 +57,13 @@ def test_pooled_rows_are_the_rows_of_the_weights_gradient(case: Case) -> None:
     assert statistics.inputs is not None
     assert statistics.pooled is not None
     D = weight_gradients(layer, case.inputs())
+    kind = kind_of(layer)
+    assert kind is not None
+    for number, image in enumerate(case.inputs()):
+        output = layer(image.unsqueeze(0))
+        g = kind.images(torch.autograd.grad(loss(output, image), [output])[0])
+        total = g.sum((0, 2, 3)).reshape(*D.shape[1:3], 1)
+        D[number] -= total * statistics.inputs.mean.unsqueeze(1)
     wanted = torch.einsum("igcd,igce->gde", D, D) / (D.shape[0] * D.shape[2])
     torch.testing.assert_close(statistics.pooled.second_moment[:, :-1, :-1], wanted, **NEAR)
 
@@ -96,7 +103,8 @@ def test_outputs_are_pooled_where_they_are_the_shorter_rows() -> None:
     for image in case.inputs():
         y = layer(image.unsqueeze(0)).detach().requires_grad_()
         (g,) = torch.autograd.grad(loss(y, y), [y])
-        extended = torch.cat([y[0], torch.ones(len(y[0]), 1, dtype=y.dtype)], dim=1)
+        centred = y[0] - statistics.outputs.mean
+        extended = torch.cat([centred, torch.ones(len(y[0]), 1, dtype=y.dtype)], dim=1)
         rows += [sum(g[0, t, c] * extended[t] for t in range(len(extended))) for c in range(5)]
     wanted = sum(torch.outer(row, row) for row in rows) / len(rows)
     torch.testing.assert_close(statistics.pooled.second_moment[0], wanted.detach(), **NEAR)
@@ -156,3 +164,20 @@ def test_without_any_gradient_the_plain_metric_is_left() -> None:
     assert plain.input_covariance is not None
     torch.testing.assert_close(problem.input_covariance, plain.input_covariance)
     assert bool(torch.isfinite(problem.weighting).all())
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_the_metric_is_never_indefinite(offset: float) -> None:
+    """Nearly rank-deficient patches far from zero: one grey channel blown up to sixteen."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Conv2d(16, 16, 3, padding=1)).requires_grad_(False)
+    x = torch.rand(40, 1, 12, 12) + offset
+    sites = find_sites(net, x[:1])
+    parts = [(part, torch.zeros(len(part))) for part in x.split(10)]
+    recipe = Recipe(schemes=SCHEME_NAMES, pool=True, loss=loss)
+    statistics = calibrate(net, sites, parts, Source(len(x)), recipe).statistics["1"]
+    problem = fit_problem(sites[1], net[1], statistics)
+    assert problem.input_covariance is not None
+    values = torch.linalg.eigvalsh(problem.input_covariance)
+    assert float(values.min()) >= 0
+    assert float(values.max()) > 1e3 * float(values.median())
