@@ -33,9 +33,6 @@ from compress.running.memory_format import in_format, in_memory_format
 # outputs and one-tap inputs, which have a tenth of the features.
 FREE_PATCHES = 1 << 16
 FREE_OUTPUTS = 1 << 13
-# Longer patches than this are not accumulated for schemes that want them: the matrix alone would
-# take more than half a gigabyte.
-LONGEST_PATCH = 8192
 
 WHEN = "on the calibration images"
 REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
@@ -48,8 +45,7 @@ def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
         return True
     needed = {s for s in schemes if s in site.schemes and not scheme_named(s).closed_form}
     # For one-tap layers `input` can do nothing that `output` does not do better.
-    taps = math.prod(geometry.kernel_size)
-    return bool(needed) and taps > 1 and geometry.in_features <= LONGEST_PATCH
+    return bool(needed) and math.prod(geometry.kernel_size) > 1
 
 
 class _Positions:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compress.config import RunConfig
 from compress.errors import ConfigError, near_matches
-from compress.linalg.schemes import Ranks, scheme_for_ranks, scheme_named
+from compress.linalg.schemes import OUTPUT, Ranks, scheme_for_ranks, scheme_named, too_long
 from compress.network.sites import LayerSite
 from compress.plan import DENSE
 
@@ -78,8 +78,14 @@ class Overrides:
         return "kept on request" if self._last(self.config.scheme, site) == DENSE else None
 
     def scheme(self, site: LayerSite) -> str | None:
-        """The scheme asked for, or None."""
-        return self._last(self.config.scheme, site)
+        """The scheme asked for, or None; output in the place of one that is not offered.
+
+        A layer whose patches are too long takes no other, which a warning says.
+        """
+        asked = self._last(self.config.scheme, site)
+        if asked in (None, DENSE) or too_long(site.geometry) is None:
+            return asked
+        return OUTPUT.name if scheme_named(asked).rank_count == OUTPUT.rank_count else asked
 
     def ranks(self, site: LayerSite) -> Ranks | None:
         """The ranks asked for, or None."""

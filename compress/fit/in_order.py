@@ -25,7 +25,7 @@ from compress.linalg.fit import Covariances, Problem, refine
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
-from compress.linalg.schemes import scheme_named
+from compress.linalg.schemes import scheme_named, too_long
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
@@ -96,7 +96,9 @@ def refit(
         error became.
     """
     sites = traced.sites
-    by_alias = {a: n for n in factors for a in sites[n].aliases if len(sites[n].calls) == 1}
+    # Long patches would take minutes a layer, and gigabytes; the joint refit has them too.
+    once = [n for n in factors if len(sites[n].calls) == 1 and not too_long(sites[n].geometry)]
+    by_alias = {a: n for n in once for a in sites[n].aliases}
     steps = [n for n in traced.graph.nodes if n.op == "call_module" and str(n.target) in by_alias]
     current = dict(factors)
     outcome: dict[str, Refit] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
+from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
 from compress.network.graph import FoldedPair, fold_batch_norms, trace
 from compress.network.sites import LayerSite, find_sites
@@ -93,6 +94,12 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         graph = trace(baseline)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
     sites = without_read_layers(baseline, sites, example)
+    long = [s.name for s in sites if s.skip is None and too_long(s.geometry) is not None]
+    if long:
+        warnings.append(
+            f"Patches of more than {LONGEST_PATCH:,} numbers take only the output scheme "
+            f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
+        )
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
     return Network(
         original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings)

@@ -8,11 +8,19 @@ from __future__ import annotations
 from compress.errors import near_matches
 from compress.linalg.schemes.input import INPUT
 from compress.linalg.schemes.output import OUTPUT
-from compress.linalg.schemes.record import Ranks, Scheme, chain_macs, chain_params
+from compress.linalg.schemes.record import (
+    LONGEST_PATCH,
+    Ranks,
+    Scheme,
+    chain_macs,
+    chain_params,
+    too_long,
+)
 from compress.linalg.schemes.spatial import SPATIAL
 from compress.linalg.schemes.two_sided import TWO_SIDED
 
 __all__ = [
+    "LONGEST_PATCH",
     "OUTPUT",
     "SCHEMES",
     "SCHEME_NAMES",
@@ -22,6 +30,7 @@ __all__ = [
     "chain_params",
     "scheme_for_ranks",
     "scheme_named",
+    "too_long",
 ]
 
 # In the order in which they are tried; the first of each number of ranks is the one that ranks

@@ -21,9 +21,20 @@ if TYPE_CHECKING:
     from compress.linalg.geometry import Geometry, Pair
 
 Ranks = tuple[int, ...]
+# The covariance of longer patches would take more than half a gigabyte a layer, and its
+# factorisations minutes; closed forms need only that of the outputs.
+LONGEST_PATCH = 8192
 # The axes of a patch, in the order in which a weight ``[groups, out, in, k_h, k_w]`` has them.
 CHANNEL, ROW, COLUMN = 0, 1, 2
 _WHOLE = (CHANNEL, ROW, COLUMN)
+
+
+def too_long(geometry: Geometry) -> str | None:
+    """Return why a layer takes only schemes in closed form, or None where it takes others too."""
+    length = geometry.in_features
+    if length <= LONGEST_PATCH or math.prod(geometry.kernel_size) == 1:
+        return None
+    return f"its patches of {length:,} numbers are too long for any scheme but output"
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Scheme:
         """Return why the scheme cannot stand for this layer exactly, or None where it can."""
         if geometry.full_rank < 2:
             return "its weight has rank 1 in each group already"
-        return self.unsuited(geometry)
+        return (None if self.closed_form else too_long(geometry)) or self.unsuited(geometry)
 
     def full_ranks(self, geometry: Geometry) -> Ranks:
         """Return the ranks (per group) at which the scheme is the identity on every weight."""
