@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from compress.data.images import UNLABELLED
 from compress.errors import DataError, near_matches
-from compress.files import ARCHIVE_DAMAGE, check_archive
+from compress.files import check_archive
 
 _IDX_UINT8 = 0x08
 
@@ -136,7 +137,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (
-        OSError, SafetensorError, ValueError, TypeError, *ARCHIVE_DAMAGE,
+        OSError, SafetensorError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"The file {path} cannot be read as arrays: {reason}.") from error

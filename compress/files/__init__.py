@@ -1,6 +1,6 @@
 """Writing results so that a reader meets neither half of one nor a damaged one."""
 
-from compress.files.archives import ARCHIVE_DAMAGE, check_archive
+from compress.files.archives import check_archive
 from compress.files.atomic import atomic_folder, atomic_update, sha256_file, write_atomically
 from compress.files.outputs import (
     MODEL_FILE,
@@ -23,7 +23,6 @@ from compress.files.sealed import (
 )
 
 __all__ = [
-    "ARCHIVE_DAMAGE",
     "MODEL_FILE",
     "REPORT",
     "RESULT",

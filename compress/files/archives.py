@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 _ABSURD_RATIO = 100
 _PIECE = 1 << 20
 
-# What Python's reader raises of an archive that is damaged, or of a kind that it does not know.
-ARCHIVE_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+# What Python's reader raises of damage, depending on the byte, and of members with a password.
+_DAMAGE = (zlib.error, struct.error, EOFError, ValueError, NotImplementedError, RuntimeError)
 
 
 def check_archive(path: str | Path, *, expands: bool = True) -> None:
@@ -26,21 +29,30 @@ def check_archive(path: str | Path, *, expands: bool = True) -> None:
         expands: Whether members may be a hundred times as large as what is stored of them.
 
     Raises:
-        zipfile.BadZipFile: A member is not what was written, or expands absurdly.
+        zipfile.BadZipFile: A member is not what was written, expands absurdly, or is packed in a
+            way that neither torch nor numpy knows.
         OSError: The archive cannot be read.
-        Exception: Others of `ARCHIVE_DAMAGE`.
     """
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in members if not expands else ():
-            if member.file_size > _ABSURD_RATIO * max(member.compress_size, 1):
-                raise zipfile.BadZipFile(
-                    f"member {member.filename!r} announces {member.file_size} bytes in "
-                    f"{member.compress_size}, which no weights compress to"
-                )
-        if not any(member.CRC for member in members):
-            return
-        for member in members:
-            with archive.open(member) as opened:
-                while opened.read(_PIECE):
-                    pass  # the checksum is compared at the end
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive, expands=expands)
+    except _DAMAGE as error:
+        raise zipfile.BadZipFile(str(error)) from error
+
+
+def _check_members(archive: zipfile.ZipFile, *, expands: bool) -> None:
+    members = archive.infolist()
+    for member in members:
+        if member.compress_type not in _KNOWN:
+            raise zipfile.BadZipFile(f"member {member.filename!r} is packed in an unknown way")
+        if not expands and member.file_size > _ABSURD_RATIO * max(member.compress_size, 1):
+            raise zipfile.BadZipFile(
+                f"member {member.filename!r} announces {member.file_size} bytes in "
+                f"{member.compress_size}, which no weights compress to"
+            )
+    if not any(member.CRC for member in members):
+        return
+    for member in members:
+        with archive.open(member) as opened:
+            while opened.read(_PIECE):
+                pass  # the checksum is compared at the end

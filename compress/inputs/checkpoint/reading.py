@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.files import (
-    ARCHIVE_DAMAGE,
     MODEL_FILE,
     SEAL_KEY,
     BrokenSeal,
@@ -166,7 +166,7 @@ def _check_members(path: Path) -> None:
     """
     try:
         check_archive(path, expands=False)
-    except (*ARCHIVE_DAMAGE, OSError) as error:
+    except (zipfile.BadZipFile, OSError) as error:
         raise _damaged(path, error) from error
 
 
