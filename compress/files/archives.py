@@ -10,6 +10,8 @@ from pathlib import Path
 # What nothing but a trap or damage compresses to: torch stores its members as they are.
 _ABSURD_RATIO = 100
 _PIECE = 1 << 20
+# The record at the end, with the longest comment; and its number for more than it can count.
+_LONGEST_END, _MANY = 22 + 0xFFFF, 0xFFFF
 
 _KNOWN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -35,9 +37,21 @@ def check_archive(path: str | Path, *, expands: bool = True) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            found, announced = len(archive.infolist()), _announced(Path(path))
+            if announced not in (found, _MANY):
+                raise zipfile.BadZipFile(f"it lists {found} members and announces {announced}")
             _check_members(archive, expands=expands)
     except _DAMAGE as error:
         raise zipfile.BadZipFile(str(error)) from error
+
+
+def _announced(path: Path) -> int:
+    """The number of members that the end of an archive tells, which Python does not look at."""
+    with open(path, "rb") as file:
+        file.seek(-min(_LONGEST_END, path.stat().st_size), 2)
+        end = file.read()
+    at = end.rfind(b"PK\x05\x06") + 10
+    return int.from_bytes(end[at : at + 2], "little")
 
 
 def _check_members(archive: zipfile.ZipFile, *, expands: bool) -> None:

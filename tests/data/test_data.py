@@ -240,6 +240,19 @@ def test_no_flipped_bit_of_an_archive_is_accepted(tmp_path: Path, write: Any) ->
             assert [found.content(k) for k in range(len(found))] == known
 
 
+def test_an_archive_that_lost_a_member_is_refused(tmp_path: Path) -> None:
+    """By one bit: the comment of the first member, of no length, becomes the second member."""
+    path = tmp_path / "a.npz"
+    np.savez(path, images=pixels(20, 8, 8), labels=np.arange(20) % 4)
+    whole = bytearray(path.read_bytes())
+    directory = whole.index(b"PK\x01\x02")
+    whole[directory + 32] ^= 64
+    path.write_bytes(whole)
+    assert np.load(path).files == ["images"]
+    with pytest.raises(DataError, match="lists 1 members and announces 2"):
+        open_dataset(f"tensors:{path}", PLAIN)
+
+
 def test_an_array_that_was_shortened_is_refused(tmp_path: Path) -> None:
     """numpy stops before the end of the member, where its checksum would be compared."""
     path = tmp_path / "a.npz"
