@@ -425,7 +425,8 @@ def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
     record = sealed_record({"a": 1, "b": [0.1, {"d": None, "c": (1, 2)}]})
     turned = dict(reversed(record.items()))
     assert unsealed_record(turned) == {"a": 1, "b": [0.1, {"d": None, "c": [1, 2]}]}
-    for wrong in ({**record, "a": 2}, {**record, "e": 1}, {**record, "sha256": 1}, [], None):
+    edited: list[Any] = [{**record, "a": 2}, {**record, "e": 1}, {**record, "sha256": 1}]
+    for wrong in (*edited, [], None):
         with pytest.raises(BrokenSeal, match="damaged or edited"):
             unsealed_record(wrong)
     with pytest.raises(BrokenSeal, match="no digest"):
