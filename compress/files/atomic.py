@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,22 +29,25 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
+def write_atomically(path: str | Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
     """Write a file whole or not at all: a hidden file beside it, then one rename.
 
-    Text is written as UTF-8. The file keeps the permissions that a plain ``open`` would give it.
-    What an earlier process left behind of the same file is cleared.
+    Text is written as UTF-8, and several pieces one after the other. The file keeps the
+    permissions that a plain ``open`` would give it. What an earlier process left behind of the
+    same file is cleared.
 
     Raises:
         ArtefactError: The folder is missing or unwritable, or the disk is full; what stood at
             ``path`` before still stands.
     """
     path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    pieces = (data,) if isinstance(data, bytes) else data
     clear_leftovers(path)
     try:
         with claimed(path, _new_file) as partial:
             with open(partial, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

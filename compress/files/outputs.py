@@ -12,6 +12,8 @@ from compress.errors import ArtefactError
 from compress.files.leftovers import DECORATION, target_of
 
 MODEL_FILE = "model.safetensors"
+# What was timed of a model, and so is no part of it: equal models are equal bytes.
+RUNTIME_FILE = "runtime.json"
 REPORT_FILES = ("report.json", "report.md", "report.html")
 # The longest name that common file systems take, in bytes.
 LONGEST_NAME = 255
@@ -51,9 +53,9 @@ class OutputKind:
         return found
 
 
-_RESULT_FILES = frozenset((MODEL_FILE, *REPORT_FILES, "plan.json", "config.toml"))
+_RESULT_FILES = frozenset((MODEL_FILE, RUNTIME_FILE, *REPORT_FILES, "plan.json", "config.toml"))
 # A run whose gates failed leaves its report and no model, and may be repeated without asking.
-_FAILED_RUN = _RESULT_FILES - {MODEL_FILE}
+_FAILED_RUN = _RESULT_FILES - {MODEL_FILE, RUNTIME_FILE}
 
 _POINT = re.compile(r"[a-z_]+-[0-9.e+-]+-[0-9a-f]{16}\.json")
 _SWEEP_CALIBRATION = re.compile(r"sweep\.calibration-[0-9a-f]{16}\.safetensors")

@@ -74,6 +74,8 @@ def compress_network(
         assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
     record = Record(job, rewritten, assessed, source)
     result = record.result(clock)
+    # Only now: what is measured of the model must not depend on which format was faster.
+    put_in_format(rewritten.final, rewritten.cost.memory_format)
     return Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
 
 
@@ -93,7 +95,6 @@ def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritt
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("latency"), evaluation_mode(final):
         cost = costs(job.network, final, job.inputs.dtype, job.config.latency_batch)
-    put_in_format(final, cost.memory_format)
     return Rewritten(plan, replaced, final, cost)
 
 
