@@ -23,7 +23,12 @@ A message is one paragraph: what is wrong, where (file, key, layer), what to do.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+# Bytes of a file's name that are no UTF-8 stand as lone surrogates, which no encoding takes.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class CompressError(Exception):
@@ -95,3 +100,16 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Return what an exception says on one line without a full stop, or else its type."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Return text with what no file and no terminal could take as a backslash and digits.
+
+    A byte of a file's name that is not UTF-8 becomes ``\xe9``. All other text stays as it is.
+    """
+    return _SURROGATE.sub(_escaped, os.fspath(text))
+
+
+def _escaped(surrogate: re.Match[str]) -> str:
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"

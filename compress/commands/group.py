@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from compress import __version__
-from compress.errors import CompressError, near_matches
+from compress.errors import CompressError, near_matches, printable
 
 INTERRUPTED = 130
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
@@ -73,7 +73,7 @@ def _explain(arguments: Sequence[str], message: str) -> None:
     """Print an error, after its traceback where --debug asks for that."""
     if "--debug" in arguments:
         click.echo(traceback.format_exc(), err=True)
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
 
 
 @click.group(

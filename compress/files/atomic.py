@@ -32,8 +32,9 @@ def sha256_file(path: str | Path) -> str:
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all: a hidden file beside it, then one rename.
 
-    Text is written as UTF-8. The file keeps the permissions that a plain ``open`` would give it.
-    What an earlier process left behind of the same file is cleared.
+    Text is written as UTF-8, and what UTF-8 cannot hold as a backslash and digits. The file keeps
+    the permissions that a plain ``open`` would give it. What an earlier process left behind of the
+    same file is cleared.
 
     Raises:
         ArtefactError: The folder is missing or unwritable, or the disk is full; what stood at
@@ -44,7 +45,9 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     try:
         with claimed(path, _new_file) as partial:
             with open(partial, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(
+                    data.encode(errors="backslashreplace") if isinstance(data, str) else data
+                )
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
