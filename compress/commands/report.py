@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     """
     limits = _limits(settings, {n: flags.pop(n) for n in LIMIT_HELP if n in flags})
     asked = Asked(**flags)
+    _check_places(settings, asked.junit)
     thumbnails: Mapping[int, bytes] = {}
     if asked.measures:
         reports, thumbnails = _measure(settings, terminal, asked)
@@ -211,14 +213,29 @@ def _write(
     if junit:
         if made["kind"] == "sweep":
             raise UsageError("--junit writes limits, and a sweep has none; pass its chosen result.")
-        _check_junit(Path(junit))
         write_atomically(junit, render_junit(made))
     output = settings.given("output")
     if not output:
         return
-    _check_report_folder(Path(output), force=bool(settings.given("force")))
     with atomic_update(output) as folder:  # perhaps the result's own: what else is in it stays
         write_report(made, folder, thumbnails)
+
+
+def _check_places(settings: Settings, junit: str | None) -> None:
+    """Refuse what cannot or must not be written, before anything is measured.
+
+    Raises:
+        ArtefactError: The output folder or the JUnit file is such a thing.
+    """
+    from compress.files import check_file, check_writable
+
+    if junit:
+        check_file(junit, "JUnit file")
+        _check_junit(Path(junit))
+    output = settings.given("output")
+    if output:
+        _check_report_folder(Path(output), force=bool(settings.given("force")))
+        check_writable(output)
 
 
 def _check_report_folder(folder: Path, *, force: bool) -> None:
@@ -229,7 +246,7 @@ def _check_report_folder(folder: Path, *, force: bool) -> None:
     """
     from compress.files import REPORT, RESULT, SWEEP, check_output, kind_of_folder
 
-    if (folder / "report.json").exists() and not force:
+    if os.path.exists(folder / "report.json") and not force:
         raise ArtefactError(
             f"{folder} already holds a report; pass --force to replace it, or another folder."
         )

@@ -11,6 +11,7 @@ from compress.files.outputs import (
     check_output,
     kind_of_folder,
 )
+from compress.files.places import check_file, check_room, check_writable
 
 __all__ = [
     "MODEL_FILE",
@@ -21,7 +22,10 @@ __all__ = [
     "atomic_folder",
     "atomic_update",
     "check_apart",
+    "check_file",
     "check_output",
+    "check_room",
+    "check_writable",
     "kind_of_folder",
     "sha256_file",
     "write_atomically",

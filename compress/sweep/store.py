@@ -115,9 +115,18 @@ class PointStore:
         return point if (point.rule, point.value) == (rule, value) else None
 
     def write(self, point: SweepPoint) -> None:
-        """Keep a finished point."""
+        """Keep a finished point.
+
+        Raises:
+            ArtefactError: It cannot be written.
+        """
         path = self.path(point.rule, point.value)
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"The sweep's points cannot be written: {path.parent}: {error.strerror}."
+            ) from error
         record = {"key": self.key, "point": to_dict(point)}
         write_atomically(path, json.dumps(record, indent=1, default=str, allow_nan=False) + "\n")
 
