@@ -27,6 +27,8 @@ import os
 import re
 from collections.abc import Iterable
 
+# Where the code of this package lies.
+_OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 # Bytes of a file's name that are no UTF-8 stand as lone surrogates, which no encoding takes.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -100,6 +102,22 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Return what an exception says on one line without a full stop, or else its type."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def what_raised(problem: BaseException) -> str:
+    """Name an exception and the line that raised it, of code that is not this package's.
+
+    Returns:
+        Such as ``"ValueError: no such width at net.py, line 7"``, on one line.
+    """
+    text = " ".join(str(problem).split()).rstrip(".")
+    traceback, where = problem.__traceback__, ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if not name.startswith(("<", _OWN)):
+            where = f" at {os.path.basename(name)}, line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return f"{type(problem).__name__}{f': {text}' if text else ''}{where}"
 
 
 def printable(text: str | os.PathLike[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from compress import __version__
-from compress.errors import CompressError, near_matches, printable
+from compress.errors import CompressError, near_matches, printable, what_raised
 
 INTERRUPTED = 130
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
@@ -45,6 +45,10 @@ class Commands(click.Group):
         except CompressError as error:
             _explain(arguments, f"Error: {error}")
             sys.exit(error.exit_code)
+        except SystemExit as error:
+            if _is_own(error):
+                raise
+            _explain_ended(arguments, error)
         except Exception as error:
             text = " ".join(str(error).split())
             _explain(
@@ -54,6 +58,8 @@ class Commands(click.Group):
                 "--debug and report what it prints.",
             )
             sys.exit(UNEXPECTED)
+        except BaseException as error:
+            _explain_ended(arguments, error)
         sys.exit(code if isinstance(code, int) else 0)
 
     def resolve_command(
@@ -67,6 +73,25 @@ class Commands(click.Group):
                 f"The commands are {', '.join(commands)}."
             )
         return super().resolve_command(ctx, args)
+
+
+def _is_own(ended: SystemExit) -> bool:
+    """Whether the command line itself ended the program, and not the user's code."""
+    traceback, module = ended.__traceback__, ""
+    while traceback is not None:
+        module = str(traceback.tb_frame.f_globals.get("__name__"))
+        traceback = traceback.tb_next
+    return module.partition(".")[0] in ("click", "compress")
+
+
+def _explain_ended(arguments: Sequence[str], error: BaseException) -> NoReturn:
+    """Say that the user's code ended the program, which would else happen without a word."""
+    _explain(
+        arguments,
+        f"Error: The code of the model, the data or a function of yours ended the program: it "
+        f"raised {what_raised(error)}. Let it return, or raise an ordinary exception.",
+    )
+    sys.exit(CompressError.exit_code)
 
 
 def _explain(arguments: Sequence[str], message: str) -> None:
