@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.commands.options import Settings, configured, example
+from compress.commands.options import FINITE, Settings, configured, example
 from compress.commands.terminal import Terminal, table
-from compress.errors import ArtefactError, GateError, UsageError
+from compress.errors import ArtefactError, ConfigError, GateError, UsageError
 
 if TYPE_CHECKING:
     from compress.report.build import Report
@@ -38,7 +39,7 @@ def limit_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a flag for every limit."""
     for name, text in reversed(LIMIT_HELP.items()):
         flag = "--" + name.replace("_", "-")
-        command = click.option(flag, type=float, metavar="X", help=f"Limit: {text}")(command)
+        command = click.option(flag, type=FINITE, metavar="X", help=f"Limit: {text}")(command)
     return command
 
 
@@ -155,7 +156,11 @@ def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, 
     asked = {name: settings.given(name) for name in LIMIT_HELP} | {
         name: value for name, value in flags.items() if value is not None
     }
-    return {name: float(value) for name, value in asked.items() if value is not None}
+    found = {name: value for name, value in asked.items() if value is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ConfigError(f"{name} = {value!r} is not a finite number.")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _arranged(

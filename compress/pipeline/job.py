@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class Job:
         """
         path = Path(self.config.calibration) if self.config.calibration else None
         fit, key = self.inputs.split.fit, self._calibration_key(schemes)
-        if path is not None and path.exists():
+        if path is not None and os.path.exists(path):
             return read_calibration(path, key)
         if path is not None:
             check_file(path, "calibration")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from compress.config import RunConfig
 from compress.files import check_file, check_room, check_writable
@@ -34,7 +33,7 @@ def check_files(config: RunConfig) -> None:
     Raises:
         ArtefactError: One cannot.
     """
-    if config.calibration and not Path(config.calibration).exists():
+    if config.calibration and not os.path.exists(config.calibration):
         check_file(config.calibration, "calibration")
     if config.latency_table:
         check_file(config.latency_table, "latency table")
