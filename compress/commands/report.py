@@ -12,7 +12,7 @@ import click
 
 from compress.commands.options import FINITE, Settings, configured, example
 from compress.commands.terminal import Terminal, table
-from compress.errors import ArtefactError, ConfigError, GateError, UsageError
+from compress.errors import ArtefactError, ConfigError, GateError, UsageError, printable
 
 if TYPE_CHECKING:
     from compress.report.build import Report
@@ -148,7 +148,7 @@ def _read(results: Sequence[str]) -> tuple[list[Report], list[str]]:
     names = [str(Path(r).parent if Path(r).suffix else Path(r)) for r in results]
     if len(set(names)) < len(names):
         names = list(results)
-    return [read_report(result) for result in results], names
+    return [read_report(result) for result in results], [printable(name) for name in names]
 
 
 def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, float]:
@@ -185,7 +185,7 @@ def _arranged(
         earlier = read_report(baseline)
         reports = [
             compare_with_baseline(
-                reports[0], earlier, allow_mismatch=asked.allow_mismatch, name=baseline
+                reports[0], earlier, allow_mismatch=asked.allow_mismatch, name=printable(baseline)
             )
         ]
     if limits:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from compress.commands.output import say
+from compress.errors import printable
 
 T = TypeVar("T")
 
@@ -46,8 +47,10 @@ class Terminal:
         """
         if self.as_json:
             # Escaped where the stream could not hold it: a stand-in would be another value.
-            escaped = not _is_utf8(sys.stdout)
-            say(json.dumps(plain, indent=1, ensure_ascii=escaped, allow_nan=False))
+            text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+            if not _is_utf8(sys.stdout) or printable(text) != text:
+                text = json.dumps(plain, indent=1, allow_nan=False)
+            say(text)
         elif not self.quiet:
             for line in lines:
                 say(line)

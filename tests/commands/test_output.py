@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from places import DOCS
 from workbench import SPEC, Workbench, command, paragraph
 
 from compress.commands.output import fitting
+from compress.commands.terminal import Terminal
 from compress.report.text import MINUS, TIMES
 
 SAMPLE = str(DOCS / "sample")
@@ -63,6 +65,29 @@ def test_stand_ins_and_names_that_are_no_utf_8() -> None:
     assert fitting(text, "latin-1") == f"-1.12 > {TIMES}0.50 é"
     assert fitting(text, "utf-8") == text
     assert fitting(os.fsdecode(b"caf\xe9"), "utf-8") == r"caf\xe9"
+
+
+def test_results_in_folders_that_are_no_utf_8(tmp_path: Path) -> None:
+    places = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe8")]
+    for place in places:
+        shutil.copytree(SAMPLE, place)
+    results, out = [str(place) for place in places], str(tmp_path / os.fsdecode(b"\xe9"))
+    done = command("report", *results, "--json", "--output", out)
+    assert json.loads(done.stdout)["runs"][0]["name"].endswith(r"caf\xe9")
+    assert {p.name for p in Path(out).iterdir()} == {"report.json", "report.md", "report.html"}
+    written = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+    assert written == json.loads(done.stdout)
+    junit = tmp_path / os.fsdecode(b"\xe9.xml")
+    shown = command("report", results[0], "--baseline", f"{results[1]}/report.json", "--junit",
+                    str(junit))  # fmt: skip
+    assert r"caf\xe8/report.json" in shown.stdout
+    assert junit.read_text(encoding="utf-8")
+
+
+def test_json_of_names_that_are_no_utf_8_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    Terminal(as_json=True).show({"name": name}, [])
+    assert json.loads(capsys.readouterr().out) == {"name": name}
 
 
 # --- Streams that take nothing -----------------------------------------------------------------
