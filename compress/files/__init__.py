@@ -13,6 +13,7 @@ from compress.files.outputs import (
     check_output,
     kind_of_folder,
 )
+from compress.files.places import check_file, check_room, check_writable
 from compress.files.sealed import (
     SEAL_KEY,
     BrokenSeal,
@@ -35,8 +36,11 @@ __all__ = [
     "atomic_update",
     "check_apart",
     "check_archive",
+    "check_file",
     "check_output",
+    "check_room",
     "check_tensors",
+    "check_writable",
     "kind_of_folder",
     "sealed_record",
     "sealed_tensors",

@@ -24,6 +24,7 @@ from compress.network.chains import as_saved
 from compress.pipeline.folder import save_result
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import Clock, Compressed, Record
+from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
 from compress.plan import Plan
 from compress.progress import Track, silent
@@ -117,6 +118,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     Raises:
         CompressError: As `run`.
     """
+    check_files(config)
     job = Job.open(load_network(config), config, track).with_images()
     calibration = job.calibrate(config.schemes_in_play)
     job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
@@ -145,6 +147,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
         raise ConfigError("No output given; pass --output DIR for the result folder.")
     check_apart(config.output, input_paths(config), image_folders(config))
     check_output(config.output, force=config.force)
+    check_places(config)
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)
@@ -196,6 +199,7 @@ def compress_model(
     config = make_config({**settings, "model": spec})
     if config.output:
         check_output(config.output, force=config.force)
+    check_places(config)
     given = as_images(images)
     inputs = Inputs(
         model=model,

@@ -131,9 +131,18 @@ class PointStore:
         return point
 
     def write(self, point: SweepPoint) -> None:
-        """Keep a finished point, with a digest of it and of what it depends on."""
+        """Keep a finished point, with a digest of it and of what it depends on.
+
+        Raises:
+            ArtefactError: It cannot be written.
+        """
         path = self.path(point.rule, point.value)
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"The sweep's points cannot be written: {path.parent}: {error.strerror}."
+            ) from error
         record = sealed_record({"key": self.key, "point": to_dict(point)})
         write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
