@@ -16,13 +16,17 @@ from typing import Any
 
 import tomli_w
 
-from compress.errors import ConfigError, near_matches
+from compress.errors import ConfigError, near_matches, printable
 from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
 from compress.plan import DENSE
 from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, RULES, Rule, rule_named
 
 METRICS = ("loss", "mse")
 LARGEST_SEED = (1 << 32) - 1
+# More threads or processes than any machine that this runs on has cores: systems refuse to start
+# them, and not all libraries survive that.
+MOST_THREADS = 1024
+MOST_WORKERS = 1024
 
 
 class Role(Enum):
@@ -51,6 +55,16 @@ def _setting(role: Role, default: Any, problem: Problem = lambda _: None) -> Any
 
 def _positive(value: int | None) -> str | None:
     return None if value is None or value >= 1 else "is not a positive number"
+
+
+def _threads(value: int | None) -> str | None:
+    inside = value is None or 1 <= value <= MOST_THREADS
+    return None if inside else f"is not a number of threads from 1 to {MOST_THREADS}"
+
+
+def _workers(value: int) -> str | None:
+    inside = 0 <= value <= MOST_WORKERS
+    return None if inside else f"is not a number of processes from 0 to {MOST_WORKERS}"
 
 
 def _points(value: float | None) -> str | None:
@@ -94,9 +108,9 @@ class RunConfig:
 
     # Where and how it computes. The batch size is by default chosen by the image size.
     device: str = _setting(Role.SPEED, "cpu")
-    threads: int | None = _setting(Role.SPEED, None, _positive)
+    threads: int | None = _setting(Role.SPEED, None, _threads)
     batch_size: int | None = _setting(Role.SPEED, None, _positive)
-    workers: int = _setting(Role.SPEED, 0, lambda n: None if n >= 0 else "is negative")
+    workers: int = _setting(Role.SPEED, 0, _workers)
     seed: int = _setting(Role.OUTCOME, 0, _seed)
 
     # Calibration. Of the images taken from `data`, a quarter validates and the rest fits.
@@ -131,6 +145,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = [*_contradictions(self), *_wrong_values(self), *_wrong_names(self)]
         problems += _wrong_preprocessing(self)
+        problems += _unwritable(self)
         if problems:
             raise ConfigError("; ".join(problems) + ".")
 
@@ -257,6 +272,30 @@ def _wrong_preprocessing(config: RunConfig) -> Iterable[str]:
         yield f"mean has {len(config.mean)} numbers and std has {len(config.std)}"
     if any(s <= 0 for s in config.std):
         yield "std holds a number that is not positive"
+
+
+def _unwritable(config: RunConfig) -> Iterable[str]:
+    """What no ``config.toml`` could repeat: paths that are not UTF-8, numbers that are none."""
+    for name, value in config.settings().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} = {value} is not a finite number"
+        for part in _parts(value):
+            if printable(part) != part:
+                yield (
+                    f"{name} '{printable(part)}' is not UTF-8, in which results are written: "
+                    "rename the file or folder, or make a link to it with another name"
+                )
+            if "\0" in part:
+                yield f"{name} {part!r} holds a zero byte, which no name can"
+
+
+def _parts(value: Any) -> list[str]:
+    """The texts that a setting consists of."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    return [part for part in value if isinstance(part, str)] if isinstance(value, tuple) else []
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

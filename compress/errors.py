@@ -23,7 +23,14 @@ A message is one paragraph: what is wrong, where (file, key, layer), what to do.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+# Where the code of this package lies.
+_OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+# Bytes of a file's name that are no UTF-8 stand as lone surrogates, which no encoding takes.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class CompressError(Exception):
@@ -95,3 +102,32 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Return what an exception says on one line without a full stop, or else its type."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def what_raised(problem: BaseException) -> str:
+    """Name an exception and the line that raised it, of code that is not this package's.
+
+    Returns:
+        Such as ``"ValueError: no such width at net.py, line 7"``, on one line.
+    """
+    text = " ".join(str(problem).split()).rstrip(".")
+    traceback, where = problem.__traceback__, ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        if not name.startswith(("<", _OWN)):
+            where = f" at {os.path.basename(name)}, line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return f"{type(problem).__name__}{f': {text}' if text else ''}{where}"
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Return text with what no file and no terminal could take as a backslash and digits.
+
+    A byte of a file's name that is not UTF-8 becomes ``\xe9``. All other text stays as it is.
+    """
+    return _SURROGATE.sub(_escaped, os.fspath(text))
+
+
+def _escaped(surrogate: re.Match[str]) -> str:
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from compress.errors import InputError, near_matches
+from compress.errors import InputError, near_matches, what_raised
 from compress.vision.torchvision import load_torchvision
 
 T = TypeVar("T")
@@ -134,8 +134,10 @@ def _call(
         pass  # a builtin without a signature: the call itself will tell
     try:
         return _with_torchvision(lambda: factory(**arguments))
-    except (Exception, SystemExit) as problem:
-        raise error(f"The factory {head} raised {_described(problem)}.") from problem
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # SystemExit, and whatever else the user's code raises
+        raise error(f"The factory {head} raised {what_raised(problem)}.") from problem
 
 
 def _with_torchvision(run: Callable[[], T]) -> T:
@@ -171,9 +173,11 @@ def _import_file(path: Path, error: type[InputError]) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     try:
         _with_torchvision(lambda: loader.exec_module(module))
-    except (Exception, SystemExit) as problem:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # SystemExit, and whatever else the user's code raises
         del sys.modules[name]
-        raise error(f"Importing {path} raised {_described(problem)}.") from problem
+        raise error(f"Importing {path} raised {what_raised(problem)}.") from problem
     return module
 
 
@@ -182,26 +186,16 @@ def _import_module(name: str, error: type[InputError], forms: str) -> ModuleType
         return _with_torchvision(lambda: importlib.import_module(name))
     except ModuleNotFoundError as problem:
         if problem.name is None or not (name + ".").startswith(problem.name + "."):
-            raise error(f"Importing {name} raised {_described(problem)}.") from problem
+            raise error(f"Importing {name} raised {what_raised(problem)}.") from problem
         near = near_matches(name.partition(".")[0], ["torchvision", "imagefolder", "tensors"])
         raise error(
             f"There is no module {problem.name!r} to import, neither installed nor in "
             f"{Path.cwd()}.{near} A spec is {forms}."
         ) from problem
-    except (Exception, SystemExit) as problem:
-        raise error(f"Importing {name} raised {_described(problem)}.") from problem
-
-
-def _described(problem: BaseException) -> str:
-    """Name an exception and the user's line that raised it, in one line."""
-    text = " ".join(str(problem).split()).rstrip(".")
-    traceback, where = problem.__traceback__, ""
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith("<") and code.co_filename != __file__:
-            where = f" at {Path(code.co_filename).name}, line {traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return f"{type(problem).__name__}{f': {text}' if text else ''}{where}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # SystemExit, and whatever else the user's code raises
+        raise error(f"Importing {name} raised {what_raised(problem)}.") from problem
 
 
 @contextmanager

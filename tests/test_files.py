@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
+from damage import body_of
 from interruptions import signalled
+from safetensors import safe_open
 
 from compress.errors import ArtefactError
 from compress.files import (
+    SEAL_KEY,
     SWEEP,
+    BrokenSeal,
     atomic_folder,
     atomic_update,
     check_apart,
     check_output,
+    check_tensors,
+    sealed_record,
+    sealed_tensors,
     sha256_file,
+    unsealed_record,
     write_atomically,
 )
 from compress.files.exchange import exchange
@@ -389,3 +399,42 @@ def test_what_is_not_ours_is_not_cleared(tmp_path: Path) -> None:
     before = entries(tmp_path)
     clear_leftovers(tmp_path / "out")
     assert entries(tmp_path) == before
+
+
+# --- Digests -----------------------------------------------------------------------------------
+
+
+def test_sealed_tensors_are_read_as_what_they_were(tmp_path: Path) -> None:
+    """Names of any letters, shapes of no numbers, and metadata in the order given."""
+    path = tmp_path / "a.safetensors"
+    tensors = {"grün|1": torch.arange(5.0), "": torch.zeros(0, 3), "half": torch.ones(1).half()}
+    metadata = {"zeta": '{"ä": 1}', "alpha": ""}
+    write_atomically(path, sealed_tensors(safetensors.torch.save(tensors), metadata))
+    check_tensors(path)
+    found = safetensors.torch.load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with safe_open(path, "pt") as opened:
+        carried = opened.metadata()
+    assert {name: carried[name] for name in metadata} == metadata
+    header = path.read_bytes()[8 : body_of(path)]
+    assert header.index(b"zeta") < header.index(b"alpha") < header.index(SEAL_KEY.encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 16, b"\2\0\0\0\0\0\0\0{}", b"\0" * 64])
+def test_what_is_no_sealed_file_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(BrokenSeal):
+        check_tensors(tmp_path / "a")
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
+    record = sealed_record({"a": 1, "b": [0.1, {"d": None, "c": (1, 2)}]})
+    turned = dict(reversed(record.items()))
+    assert unsealed_record(turned) == {"a": 1, "b": [0.1, {"d": None, "c": [1, 2]}]}
+    edited: list[Any] = [{**record, "a": 2}, {**record, "e": 1}, {**record, "sha256": 1}]
+    for wrong in (*edited, [], None):
+        with pytest.raises(BrokenSeal, match="damaged or edited"):
+            unsealed_record(wrong)
+    with pytest.raises(BrokenSeal, match="no digest"):
+        unsealed_record({"a": 1})

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from damage import resealed
 from PIL import EpsImagePlugin
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from workbench import SPEC, Workbench, command, paragraph
 
 import compress
@@ -123,13 +122,8 @@ def test_every_setting_that_is_a_spec_is_looked_at() -> None:
 
 
 def edited(folder: Path, **changes: object) -> Path:
-    """Change the manifest of a result as a hostile sender would."""
-    file = folder / "model.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    manifest = json.loads(metadata[ARTEFACT_KEY]) | changes
-    metadata[ARTEFACT_KEY] = json.dumps(manifest)
-    save_file(load_file(file), file, metadata)
+    """Change the manifest of a result, and its digest, as a hostile sender would."""
+    resealed(folder / "model.safetensors", ARTEFACT_KEY, lambda manifest: manifest.update(changes))
     return folder
 
 

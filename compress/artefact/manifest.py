@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from compress import __version__
 from compress.config import Role, settings_of
 from compress.errors import ArtefactError
+from compress.files import MODEL_FILE, SEAL_KEY, BrokenSeal, check_tensors
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 
-MODEL_FILE = "model.safetensors"
-
-
-FORMAT = 1
+# From 2 on, the file carries a digest of its content.
+FORMAT = 2
 # A side of 2,048 pixels is 50 MB a picture; far larger ones would fill any memory.
 LARGEST_RECORDED_SIDE = 2048
 
@@ -55,7 +54,7 @@ class Manifest:
         settings: What decided the outcome, paths left out.
         calibration: Fingerprint of the calibration images, their number and the seed.
         verified: The end metric on the test set; empty for an unverified model.
-        channels_last: Whether the model ran faster in that memory format when measured.
+        not_finite: Names of tensors that hold NaN or infinite values, as those of the original.
         versions: Of compress and torch.
     """
 
@@ -69,7 +68,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     verified: dict[str, Any] = field(default_factory=dict)
-    channels_last: bool = False
+    not_finite: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -100,10 +99,10 @@ def result_file(path: str | Path) -> Path:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read the manifest of a result.
+    """Read the manifest of a result, and check that all of the file is what was written.
 
     Raises:
-        ArtefactError: No compressed model, truncated, tampered with, or of a newer format.
+        ArtefactError: No compressed model, truncated, damaged, edited, or of another format.
     """
     file = result_file(path)
     try:
@@ -114,12 +113,28 @@ def read_manifest(path: str | Path) -> Manifest:
             f"{file} is not a readable safetensors file ({error}); it is truncated or damaged. "
             "Copy it again, or run `compress run` again."
         ) from error
+    if SEAL_KEY in metadata:
+        _check_seal(file)
     if ARTEFACT_KEY not in metadata:
         raise ArtefactError(
             f"{file} holds no compress manifest: it is a plain checkpoint. Pass a result of "
             "`compress run`."
         )
-    return _parse(metadata[ARTEFACT_KEY], file)
+    manifest = _parse(metadata[ARTEFACT_KEY], file)
+    if SEAL_KEY not in metadata:
+        _check_seal(file)
+    return manifest
+
+
+def _check_seal(file: Path) -> None:
+    try:
+        check_tensors(file)
+    except BrokenSeal as error:
+        raise ArtefactError(
+            f"{file} {error}. Copy it again, or run `compress run` again."
+        ) from error
+    except OSError as error:
+        raise ArtefactError(f"{file} cannot be read: {error.strerror}.") from error
 
 
 def _parse(text: str, file: Path) -> Manifest:
@@ -133,12 +148,18 @@ def _parse(text: str, file: Path) -> Manifest:
                 f"{file} has format {raw['format']} and this version of compress reads up to "
                 f"{FORMAT}; update compress."
             )
+        if raw["format"] < FORMAT:
+            raise ArtefactError(
+                f"{file} has format {raw['format']}, which carries no digest of its content; this "
+                f"version of compress reads format {FORMAT}: run `compress run` again."
+            )
         raw["replacements"] = tuple(
             Replacement(str(r["name"]), tuple(r["aliases"]), str(r["scheme"]), tuple(r["ranks"]))
             for r in raw["replacements"]
         )
         raw["folded"] = tuple((str(a), str(b)) for a, b in raw["folded"])
         raw["unpacked"] = tuple(raw["unpacked"])
+        raw["not_finite"] = tuple(raw["not_finite"])
         manifest = Manifest(**raw)
         dtype = getattr(torch, manifest.dtype, None)
         numbers = [n for r in manifest.replacements for n in r.ranks]
@@ -184,8 +205,3 @@ def recorded_settings(manifest: Manifest) -> dict[str, Any]:
                 f"--{name} {side} yourself if the network really takes such images."
             )
     return recorded
-
-
-def memory_format(manifest: Manifest) -> str:
-    """The memory format that a result was saved with."""
-    return "channels_last" if manifest.channels_last else "contiguous"

@@ -1,12 +1,15 @@
 """The artefact: one safetensors file whose header says how to rebuild the model.
 
-The header's ``compress`` entry is a JSON manifest: how the original is built, what was folded and
+The header also holds a digest of everything in the file, which is checked whenever it is read. Its
+``compress`` entry is a JSON manifest: how the original is built, what was folded and
 replaced, settings, accuracies, versions. Nothing in it is run: building from torchvision is this
 package's own doing, and a user's own factory is imported only when the caller says so.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compress.artefact.manifest import Manifest, Replacement, read_manifest, result_file
+from compress.artefact.runtime import read_runtime
 from compress.errors import ArtefactError, ModelError
-from compress.files import write_atomically
+from compress.files import sealed_tensors, write_atomically
 from compress.inputs.checkpoint.loading import versioned
-from compress.inputs.checkpoint.reading import ARTEFACT_KEY
+from compress.inputs.checkpoint.reading import ARTEFACT_KEY, listed
 from compress.inputs.models import build_model
 from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
 from compress.network.chains import empty_chain
+from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
 from compress.running.modules import replace_module
 from compress.trust import require_trusted_model
@@ -40,12 +45,27 @@ def save(model: nn.Module, manifest: Manifest, path: str | Path) -> Manifest:
 
     Returns:
         The manifest as written.
+
+    Raises:
+        ArtefactError: The file cannot be written, or weights are not finite that were so in the
+            original; what stood at ``path`` before still stands.
     """
     tensors, tied = _untied(model.state_dict())
+    _check_finite(tensors, manifest, "The compressed model")
     manifest = Manifest(**{**_shallow(manifest), "tied": tied})
     metadata = {ARTEFACT_KEY: manifest.to_json()}
-    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata))
+    write_atomically(path, sealed_tensors(safetensors.torch.save(tensors), metadata))
     return manifest
+
+
+def _check_finite(tensors: Mapping[str, Tensor], manifest: Manifest, what: str) -> None:
+    broken = [name for name in not_finite(tensors) if name not in manifest.not_finite]
+    if broken:
+        raise ArtefactError(
+            f"{what} holds NaN or infinite values in {listed(broken)}, where the original had "
+            f"finite ones. Numbers beyond what {manifest.dtype} holds become infinite: compress "
+            "the network in a wider type, or keep these layers with --keep."
+        )
 
 
 def _shallow(manifest: Manifest) -> dict[str, Any]:
@@ -80,13 +100,26 @@ def load(
         trust_code: Whether to import and call that factory instead.
 
     Returns:
-        The model in eval mode, in the dtype it was saved in.
+        The model in eval mode, in the dtype it was saved in, and in the memory format that
+        ``runtime.json`` names where that lies beside it.
 
     Raises:
-        ArtefactError: The file is not a result, damaged, newer, or does not fit the model; or it
-            names code of the user's own and neither ``model`` nor ``trust_code`` was passed.
+        ArtefactError: The file is not a result, damaged, edited, of another format, or does not
+            fit the model; its weights are not finite where those of the original were; or it names
+            code of the user's own and neither ``model`` nor ``trust_code`` was passed.
         ModelError: The architecture cannot be built.
     """
+    loaded = rebuilt(path, model, trust_code=trust_code)
+    problem = read_runtime(result_file(path)).problem
+    if problem:
+        warnings.warn(problem, stacklevel=2)
+    return loaded
+
+
+def rebuilt(
+    path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False
+) -> nn.Module:
+    """As `load`, for callers that say themselves what is wrong with ``runtime.json``."""
     file = result_file(path)
     manifest = read_manifest(file)
     if model is None:
@@ -106,6 +139,7 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
         state = safetensors.torch.load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{file} is truncated or damaged ({error}).") from error
+    _check_finite(state, manifest, str(file))
     try:
         model = restructure(model.float().eval(), manifest)
     except (
@@ -134,8 +168,9 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
             "that was compressed, with the same arguments."
         )
     model.load_state_dict(versioned(state, own), strict=True)
-    if manifest.channels_last:
-        put_in_format(model, "channels_last")
+    faster = read_runtime(file).memory_format
+    if faster != "contiguous":
+        put_in_format(model, faster)
     return model.eval()
 
 
@@ -196,5 +231,5 @@ def load_result(path: str, model: str, *, trust_code: bool) -> tuple[nn.Module, 
         The model and the spec it was built from.
     """
     if model:
-        return load(path, model=build_model(model).module), model
-    return load(path, trust_code=trust_code), read_manifest(path).model
+        return rebuilt(path, build_model(model).module), model
+    return rebuilt(path, trust_code=trust_code), read_manifest(path).model

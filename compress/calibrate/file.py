@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.calibrate.statistics import Calibration, LayerStatistics, Source
+from compress.config import METRICS
 from compress.errors import CalibrationError
-from compress.files import write_atomically
+from compress.files import SEAL_KEY, BrokenSeal, check_tensors, sealed_tensors, write_atomically
 from compress.linalg.moments import Moments
 
 _KEY = "compress_calibration"
-FORMAT = 2
+# From 3 on, the file carries a digest of its content.
+FORMAT = 3
+
+_REMEDY = "delete it to calibrate anew"
+_ROLES = frozenset(field.name for field in fields(LayerStatistics))
+_PARTS = frozenset(("count", "mean", "scatter"))
+# What float32 may be wrong by, generously: this is to find what was never a covariance.
+_ROUNDING, _SLACK = 1e-5, 1e-3
+_STRIP = 1024
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,11 @@ class CalibrationKey:
 
 
 def write_calibration(path: str | Path, calibration: Calibration, key: CalibrationKey) -> None:
-    """Write a calibration and what it depends on, atomically."""
+    """Write a calibration, what it depends on and a digest of both, atomically.
+
+    Raises:
+        ArtefactError: The file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for name, statistics in calibration.statistics.items():
         for role, moments in statistics.moments().items():
@@ -52,27 +67,56 @@ def write_calibration(path: str | Path, calibration: Calibration, key: Calibrati
         "metric": calibration.metric,
     }
     metadata = {_KEY: json.dumps(header, sort_keys=True)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata))
+    write_atomically(path, sealed_tensors(safetensors.torch.save(tensors), metadata))
 
 
 def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
     """Read a calibration made for the same model, data and settings.
 
     Raises:
-        CalibrationError: No calibration, damaged, or made from something else; it says what.
+        CalibrationError: No calibration, damaged, edited since it was written, or made from
+            something else; it says what.
     """
+    header, tensors = _read(path)
+    _check_key(header, key, path)
+    images, metric = header.get("images"), header.get("metric")
+    if type(images) is not int or images < 1 or metric not in METRICS:
+        raise CalibrationError(_no_calibration(path))
+    source = Source(images, key.data, key.model)
+    return Calibration(_statistics(tensors, path), source, metric)
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a calibration that is what was written."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-        tensors = safetensors.torch.load_file(path)
+            metadata = file.metadata() or {}
+        if SEAL_KEY in metadata:
+            check_tensors(path)
+        header = json.loads(metadata.get(_KEY, "null"))
+        if not isinstance(header, dict):
+            raise CalibrationError(_no_calibration(path))
+        if header.get("format") != FORMAT:
+            raise CalibrationError(
+                f"The calibration {path} has format {header.get('format')} and this version of "
+                f"compress reads format {FORMAT}; {_REMEDY}."
+            )
+        if SEAL_KEY not in metadata:
+            check_tensors(path)  # says so
+        return header, safetensors.torch.load_file(path)
+    except BrokenSeal as error:
+        raise CalibrationError(f"The calibration {path} {error}; {_REMEDY}.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise CalibrationError(
-            f"The calibration {path} cannot be read ({error}); delete it to calibrate anew."
+            f"The calibration {path} cannot be read ({error}); {_REMEDY}."
         ) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CalibrationError(
-            f"{path} is not a calibration that this version of compress reads; pass another file."
-        )
+
+
+def _no_calibration(path: str | Path) -> str:
+    return f"{path} is not a calibration that compress wrote; pass another file."
+
+
+def _check_key(header: Mapping[str, Any], key: CalibrationKey, path: str | Path) -> None:
     wanted = {"model": key.model, "data": key.data, "settings": dict(key.settings)}
     found = header.get("settings")
     if isinstance(found, dict) and set(key.settings.get("statistics", ())) <= set(
@@ -87,15 +131,61 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
                 f"({_differences(header.get(what), value)}); pass another file name to "
                 "calibrate anew, or the inputs it was made with."
             )
+
+
+def _statistics(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, LayerStatistics]:
+    """Put the tensors together by layer and role; what cannot be statistics is refused."""
     statistics: dict[str, LayerStatistics] = {}
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        site, role, part = name.rsplit("|", 2)
+        site, role, part = ["", "", *name.rsplit("|", 2)][-3:]
         grouped.setdefault((site, role), {})[part] = tensor
     for (site, role), parts in grouped.items():
+        if role not in _ROLES or parts.keys() != _PARTS:
+            raise CalibrationError(_no_calibration(path))
+        problem = _problem(parts["count"], parts["mean"], parts["scatter"])
+        if problem:
+            raise CalibrationError(
+                f"The calibration {path} cannot be used: the {role} of layer {site!r} {problem}; "
+                f"{_REMEDY}."
+            )
         setattr(statistics.setdefault(site, LayerStatistics()), role, Moments.from_tensors(parts))
-    source = Source(int(header["images"]), key.data, key.model)
-    return Calibration(statistics, source, str(header["metric"]))
+    return statistics
+
+
+def _problem(count: Tensor, mean: Tensor, scatter: Tensor) -> str:
+    """Say what no moments of any rows can be; ``""`` where nothing is found."""
+    shapes = ((), tuple(mean.shape), (*mean.shape, *mean.shape[1:]))
+    types = (torch.int64, torch.float64, torch.float64)
+    given = (count, mean, scatter)
+    if tuple(tuple(t.shape) for t in given) != shapes or tuple(t.dtype for t in given) != types:
+        return "have shapes or types that do not belong together"
+    if mean.dim() != 2:
+        return "have shapes or types that do not belong together"
+    if not math.isfinite(float(mean.sum())) or not math.isfinite(float(scatter.sum())):
+        return "hold NaN or infinite values"
+    rows = int(count)
+    if rows < 0 or (rows == 0 and bool(mean.any() or scatter.any())):
+        return f"have a count of {rows} rows"
+    if not scatter.numel():
+        return ""
+    # Rows are centred in float32, of which constant rows leave their rounding.
+    rounding = rows * (_ROUNDING * float(mean.abs().max())) ** 2
+    least, most = (float(end) for end in scatter.aminmax())
+    allowed = _SLACK * max(-least, most) + rounding
+    if float(scatter.diagonal(dim1=1, dim2=2).min()) < -allowed:
+        return "have negative variances"
+    if _asymmetry(scatter) > allowed:
+        return "are not symmetric"
+    return ""
+
+
+def _asymmetry(scatter: Tensor) -> float:
+    """The largest difference to the transpose, by strips: a matrix may fill half a gigabyte."""
+    return max(
+        float((scatter[:, k : k + _STRIP] - scatter[:, :, k : k + _STRIP].mT).abs().max())
+        for k in range(0, scatter.shape[1], _STRIP)
+    )
 
 
 def _differences(found: Any, wanted: Any) -> str:

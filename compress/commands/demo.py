@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from compress.commands.options import Settings, configured, example
+from compress.commands.output import say
 from compress.commands.run import run_and_show
 from compress.commands.terminal import Terminal
 
@@ -39,4 +40,4 @@ def demo(settings: Settings, terminal: Terminal) -> None:
     )
     run_and_show(config, terminal)
     if not terminal.quiet and not terminal.as_json:
-        click.echo(f"Open {config.output}/report.html in a browser for the whole story.")
+        say(f"Open {config.output}/report.html in a browser for the whole story.")

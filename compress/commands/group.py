@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
@@ -15,15 +17,30 @@ from compress.commands.demo import demo
 from compress.commands.evaluate import evaluate
 from compress.commands.inspect import inspect
 from compress.commands.interruption import INTERRUPTED, say_interrupted
+from compress.commands.output import cannot_print, discard, say
 from compress.commands.plan import plan
 from compress.commands.report import report
 from compress.commands.run import run
 from compress.commands.sweep import sweep
 from compress.commands.verify import verify
-from compress.errors import CompressError, near_matches
+from compress.errors import ArtefactError, CompressError, near_matches, what_raised
 
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
+BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 DEBUG = "compress.debug"
+
+
+class _NobodyReads(Exception):  # noqa: N818 - an end, not an error
+    """The pipe that the output goes into has been closed."""
+
+
+@contextmanager
+def _read_by_somebody() -> Iterator[None]:
+    """Keep a closed pipe from click, which ends the program with the code of a broken limit."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _NobodyReads from error
 
 
 class Commands(click.Group):
@@ -37,7 +54,7 @@ class Commands(click.Group):
         standalone_mode: bool = True,  # noqa: FBT001 - click's own signature
         **extra: Any,
     ) -> NoReturn:
-        """Run a command line and exit: 0, 1, 2, 3, 70 or 130 (see ``docs/reference/cli.md``)."""
+        """Run a command line and exit: 0 to 3, 70, 130 or 141 (see ``docs/reference/cli.md``)."""
         del standalone_mode  # errors are always handled here
         arguments = list(sys.argv[1:] if args is None else args)
         try:
@@ -48,6 +65,9 @@ class Commands(click.Group):
             hint = f" See '{context.command_path} --help'." if context else ""
             _explain(arguments, f"Error: {text}.{hint}")
             sys.exit(error.exit_code)
+        except _NobodyReads:
+            discard(sys.stdout)
+            sys.exit(BROKEN_PIPE)
         except click.Abort:
             say_interrupted()
             sys.exit(INTERRUPTED)
@@ -55,15 +75,28 @@ class Commands(click.Group):
             _explain(arguments, f"Error: {error}")
             sys.exit(error.exit_code)
         except Exception as error:
-            text = " ".join(str(error).split())
-            _explain(
-                arguments,
-                f"Error: unexpected {type(error).__name__}{f': {text}' if text else ''}. This is a "
-                "defect of compress or something it did not foresee: run the same command with "
-                "--debug and report what it prints.",
-            )
-            sys.exit(UNEXPECTED)
+            sys.exit(_explain_unexpected(arguments, error))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            sys.exit(_explain_ended(arguments, error))
         sys.exit(code if isinstance(code, int) else 0)
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Read the command line."""
+        with _read_by_somebody():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        with _read_by_somebody():
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,11 +111,58 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _explain_unexpected(arguments: Sequence[str], error: Exception) -> int:
+    """Say what was not foreseen; return the exit code."""
+    if isinstance(error, OSError) and _room(error) == "click":  # its help, which it prints itself
+        discard(sys.stdout)
+        _explain(arguments, f"Error: {cannot_print(error)}")
+        return CompressError.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = f"{str(error.filename)[:40]}…"
+        _explain(arguments, f"Error: {name} is too long a name for a file; pass a shorter one.")
+        return CompressError.exit_code
+    text = " ".join(str(error).split())
+    _explain(
+        arguments,
+        f"Error: unexpected {type(error).__name__}{f': {text}' if text else ''}. This is a defect "
+        "of compress or something it did not foresee: run the same command with --debug and report "
+        "what it prints.",
+    )
+    return UNEXPECTED
+
+
+def _explain_ended(arguments: Sequence[str], error: BaseException) -> str | int | None:
+    """Say that the user's code ended the program, unless it did not; return the exit code.
+
+    Without a word it would end the program as if all was done.
+    """
+    if isinstance(error, SystemExit) and _room(error) in ("click", "compress"):
+        return error.code
+    _explain(
+        arguments,
+        "Error: The code of the model, the data or a function of yours ended the program: it "
+        f"raised {what_raised(error)}. Let it return, or raise an ordinary exception.",
+    )
+    return CompressError.exit_code
+
+
+def _room(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    traceback, module = error.__traceback__, ""
+    while traceback is not None:
+        module = str(traceback.tb_frame.f_globals.get("__name__"))
+        traceback = traceback.tb_next
+    return module.partition(".")[0]
+
+
 def _explain(arguments: Sequence[str], message: str) -> None:
     """Print an error, after its traceback where --debug asks for that."""
-    if "--debug" in arguments:
-        click.echo(traceback.format_exc(), err=True)
-    click.echo(message, err=True)
+    try:
+        if "--debug" in arguments:
+            say(traceback.format_exc(), err=True)
+        say(message, err=True)
+    except (BrokenPipeError, ArtefactError):  # nobody is left to be told; the exit code says it
+        discard(sys.stderr)
 
 
 @click.group(

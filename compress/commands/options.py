@@ -6,6 +6,7 @@ Precedence: default < base of the command (what a plan or an artefact records) <
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,21 @@ from compress.config import METRICS, Role, RunConfig, make_config, read_toml, se
 from compress.errors import ConfigError
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.rules import RULE_NAMES, RULES
+
+
+class _Finite(click.types.FloatParamType):
+    """A number that is one: neither NaN nor infinite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+FINITE = _Finite()
 
 Command = Callable[..., None]
 Decorator = Callable[[Any], Any]
@@ -98,7 +114,7 @@ _CALIBRATION = (
        "loss, for outputs that are not logits."),
 )  # fmt: skip
 _RULES = (
-    *(_o(rule.flag, type=float, metavar=rule.metavar, text=rule.help) for rule in RULES),
+    *(_o(rule.flag, type=FINITE, metavar=rule.metavar, text=rule.help) for rule in RULES),
     _o("--rank", metavar="NAME=R", multiple=True, callback=_pairs, text="Rank of a layer, by name "
        "or glob (R1,R2 for two_sided). Repeatable; without a rule all other layers are kept."),
     _o("--keep", metavar="GLOB", multiple=True, callback=_listed, text="Leave these layers as "
@@ -125,11 +141,11 @@ _EVALUATION = (
        "(default 8)."),
 )  # fmt: skip
 _GATES = (
-    _o("--max-drop", type=float, metavar="P", text="Fail where test accuracy falls by more than "
+    _o("--max-drop", type=FINITE, metavar="P", text="Fail where test accuracy falls by more than "
        "P points."),
-    _o("--max-layer-relative-mse", type=float, metavar="X", text="Fail where a layer's relative "
+    _o("--max-layer-relative-mse", type=FINITE, metavar="X", text="Fail where a layer's relative "
        "error, in place in the compressed network and on held-out images, is larger."),
-    _o("--min-agreement", type=float, metavar="A", text="Fail where fewer predictions than this "
+    _o("--min-agreement", type=FINITE, metavar="A", text="Fail where fewer predictions than this "
        "share stay the same."),
 )  # fmt: skip
 _OUTPUT = (
@@ -266,7 +282,7 @@ def _set_up(config: RunConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        torch.empty(0, device=config.device)
+        torch.ones(1, device=config.device).item()  # of a device that only pretends, no number
     # Unknown names, backends not built in and devices that are not there raise one each.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

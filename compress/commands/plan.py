@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -31,15 +31,16 @@ def plan(settings: Settings, terminal: Terminal) -> None:
 
     Edit "scheme" and "ranks" in the file as you like, then hand it to `compress apply`.
     """
-    from compress.files import check_apart, write_atomically
+    from compress.files import check_apart, check_file, write_atomically
     from compress.inputs.load import image_folders, input_paths
     from compress.pipeline.run import choose_plan
 
     config = settings.config()
-    if config.output and Path(config.output).exists() and not config.force:
+    if config.output and os.path.exists(config.output) and not config.force:
         raise ArtefactError(f"The plan {config.output} exists; pass --force to replace it.")
     if config.output:
         check_apart(config.output, input_paths(config), image_folders(config))
+        check_file(config.output, "plan")
     chosen, warnings = choose_plan(config, track=terminal.track)
     if config.output:
         write_atomically(config.output, chosen.to_json())

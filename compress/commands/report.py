@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.commands.options import Settings, configured, example
+from compress.commands.options import FINITE, Settings, configured, example
 from compress.commands.terminal import Terminal, table
-from compress.errors import ArtefactError, GateError, UsageError
+from compress.errors import ArtefactError, ConfigError, GateError, UsageError, printable
 
 if TYPE_CHECKING:
     from compress.report.build import Report
@@ -37,7 +39,7 @@ def limit_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a flag for every limit."""
     for name, text in reversed(LIMIT_HELP.items()):
         flag = "--" + name.replace("_", "-")
-        command = click.option(flag, type=float, metavar="X", help=f"Limit: {text}")(command)
+        command = click.option(flag, type=FINITE, metavar="X", help=f"Limit: {text}")(command)
     return command
 
 
@@ -70,6 +72,7 @@ def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     """
     limits = _limits(settings, {n: flags.pop(n) for n in LIMIT_HELP if n in flags})
     asked = Asked(**flags)
+    _check_places(settings, asked.junit)
     thumbnails: Mapping[int, bytes] = {}
     if asked.measures:
         reports, thumbnails = _measure(settings, terminal, asked)
@@ -145,7 +148,7 @@ def _read(results: Sequence[str]) -> tuple[list[Report], list[str]]:
     names = [str(Path(r).parent if Path(r).suffix else Path(r)) for r in results]
     if len(set(names)) < len(names):
         names = list(results)
-    return [read_report(result) for result in results], names
+    return [read_report(result) for result in results], [printable(name) for name in names]
 
 
 def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, float]:
@@ -153,7 +156,11 @@ def _limits(settings: Settings, flags: Mapping[str, float | None]) -> dict[str, 
     asked = {name: settings.given(name) for name in LIMIT_HELP} | {
         name: value for name, value in flags.items() if value is not None
     }
-    return {name: float(value) for name, value in asked.items() if value is not None}
+    found = {name: value for name, value in asked.items() if value is not None}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ConfigError(f"{name} = {value!r} is not a finite number.")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _arranged(
@@ -178,7 +185,7 @@ def _arranged(
         earlier = read_report(baseline)
         reports = [
             compare_with_baseline(
-                reports[0], earlier, allow_mismatch=asked.allow_mismatch, name=baseline
+                reports[0], earlier, allow_mismatch=asked.allow_mismatch, name=printable(baseline)
             )
         ]
     if limits:
@@ -211,14 +218,29 @@ def _write(
     if junit:
         if made["kind"] == "sweep":
             raise UsageError("--junit writes limits, and a sweep has none; pass its chosen result.")
-        _check_junit(Path(junit))
         write_atomically(junit, render_junit(made))
     output = settings.given("output")
     if not output:
         return
-    _check_report_folder(Path(output), force=bool(settings.given("force")))
     with atomic_update(output) as folder:  # perhaps the result's own: what else is in it stays
         write_report(made, folder, thumbnails)
+
+
+def _check_places(settings: Settings, junit: str | None) -> None:
+    """Refuse what cannot or must not be written, before anything is measured.
+
+    Raises:
+        ArtefactError: The output folder or the JUnit file is such a thing.
+    """
+    from compress.files import check_file, check_writable
+
+    if junit:
+        check_file(junit, "JUnit file")
+        _check_junit(Path(junit))
+    output = settings.given("output")
+    if output:
+        _check_report_folder(Path(output), force=bool(settings.given("force")))
+        check_writable(output)
 
 
 def _check_report_folder(folder: Path, *, force: bool) -> None:
@@ -229,7 +251,7 @@ def _check_report_folder(folder: Path, *, force: bool) -> None:
     """
     from compress.files import REPORT, RESULT, SWEEP, check_output, kind_of_folder
 
-    if (folder / "report.json").exists() and not force:
+    if os.path.exists(folder / "report.json") and not force:
         raise ArtefactError(
             f"{folder} already holds a report; pass --force to replace it, or another folder."
         )

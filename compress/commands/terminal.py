@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-import click
+from compress.commands.output import say
+from compress.errors import printable
 
 T = TypeVar("T")
 
@@ -28,7 +30,7 @@ class Terminal:
 
     def track(self, items: Iterable[T], description: str, total: int) -> Iterable[T]:
         """Show a progress bar with rate and time left on stderr; a `compress.progress.Track`."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet or sys.stderr is None or not sys.stderr.isatty():
             return items
         from tqdm import tqdm
 
@@ -44,10 +46,14 @@ class Terminal:
             lines: The same for a reader.
         """
         if self.as_json:
-            click.echo(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+            # Escaped where the stream could not hold it: a stand-in would be another value.
+            text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
+            if not _is_utf8(sys.stdout) or printable(text) != text:
+                text = json.dumps(plain, indent=1, allow_nan=False)
+            say(text)
         elif not self.quiet:
             for line in lines:
-                click.echo(line)
+                say(line)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
@@ -64,6 +70,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
         if number == 0:
             lines.append("  ".join("-" * width for width in widths))
     return lines
+
+
+def _is_utf8(stream: TextIO | None) -> bool:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name == "utf-8"
 
 
 def _width(text: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.data.images import UNLABELLED
 from compress.errors import DataError, near_matches
+from compress.files import check_archive
 
 _IDX_UINT8 = 0x08
 
@@ -131,6 +132,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if path.suffix != ".npz":
             raise DataError(f"The file {path} is neither .safetensors nor .npz.")
+        check_archive(path)
         # Opened here, because numpy leaves the file open where it is not an archive.
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}

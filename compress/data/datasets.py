@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from compress.data.images import UNLABELLED
-from compress.errors import DataError
+from compress.errors import DataError, what_raised
 from compress.vision.pictures import convert_image
+
+T = TypeVar("T")
 
 _SAMPLED_ITEMS = 1000  # how many items a fingerprint looks at
 
@@ -47,12 +49,12 @@ class DatasetSource:
                 f"{spec} gives a {type(dataset).__name__}, not a Dataset with __len__ and "
                 "__getitem__; streams cannot be split into fit and validation images."
             )
-        size = len(dataset)
+        size = _asked(spec, "its length", lambda: len(dataset))
         if size == 0:
             raise DataError(f"{spec} holds no images.")
-        names = getattr(dataset, "classes", None) or ()
+        names = _asked(spec, "its classes", lambda: getattr(dataset, "classes", None))
         classes = tuple(str(n) for n in names) if isinstance(names, list | tuple) else ()
-        targets = getattr(dataset, "targets", None)
+        targets = _asked(spec, "its targets", lambda: getattr(dataset, "targets", None))
         usable = isinstance(targets, list | tuple | Tensor | np.ndarray) and len(targets) == size
         source = cls(dataset, spec, classes, targets if usable else None, size, channels)
         source.image(0)
@@ -70,9 +72,11 @@ class DatasetSource:
     def _item(self, index: int) -> tuple[Any, Any]:
         try:
             item = self.dataset[index]
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, and whatever else the user's code raises
             raise DataError(
-                f"Item {index} of {self.spec} cannot be read: {type(error).__name__}: {error}."
+                f"Item {index} of {self.spec} cannot be read: {what_raised(error)}."
             ) from error
         if isinstance(item, dict):
             if "image" not in item:
@@ -128,3 +132,13 @@ class DatasetSource:
         pixels = image.contiguous().numpy() if isinstance(image, Tensor) else np.asarray(image)
         head = f"{self.label(index)} {pixels.dtype} {pixels.shape}:"
         return head.encode() + pixels.tobytes()
+
+
+def _asked(spec: str, what: str, question: Callable[[], T]) -> T:
+    """Ask a user's dataset something, whose code may raise anything."""
+    try:
+        return question()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise DataError(f"{spec} cannot be used: {what} raised {what_raised(error)}.") from error

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from compress.data.images import ImageSet
+from compress.data.workers import stacks_from_workers
 from compress.errors import DataError
 from compress.running.memory_format import in_format
 
@@ -75,14 +75,7 @@ class Batches:
         ]
         stacks: Iterator[Tensor | DataError]
         if self.workers:
-            stacks = iter(
-                DataLoader(
-                    _Stacks(self.images, chunks),
-                    batch_size=None,
-                    num_workers=self.workers,
-                    generator=torch.Generator(),  # else it draws from the global random state
-                )
-            )
+            stacks = stacks_from_workers(self.images, chunks, self.workers)
         else:
             stacks = (self.images.stack(chunk) for chunk in chunks)
         first: torch.Size | None = None
@@ -127,7 +120,8 @@ class Loader:
 def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
     """Return the inputs ``[B, C, H, W]`` and labels ``[B]`` (int64) of a set, in order.
 
-    Iterating raises `DataError` where an image cannot be read or differs in shape.
+    Iterating raises `DataError` where an image cannot be read or differs in shape, or a worker
+    dies or hangs.
 
     Args:
         images: The set.
@@ -135,22 +129,3 @@ def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
         workers: Processes that decode images; 0 decodes in this one.
     """
     return Loader(batch_size, workers).batches(images)
-
-
-class _Stacks(Dataset["Tensor | DataError"]):
-    """Whole batches by number, for worker processes.
-
-    An error travels as a value: torch would re-raise it with the worker's traceback as its text.
-    """
-
-    def __init__(self, images: ImageSet, chunks: list[range]) -> None:
-        self.images, self.chunks = images, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        try:
-            return self.images.stack(self.chunks[index])
-        except DataError as error:
-            return error

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from compress.data.arrays import array_source, open_idx, open_tensors
 from compress.data.datasets import DatasetSource
 from compress.data.images import UNLABELLED, ImageSet, Source
-from compress.errors import DataError, near_matches
+from compress.data.walking import Walk, entries
+from compress.errors import DataError, near_matches, printable
 from compress.specs import call_factory, split_spec
 from compress.vision import pictures
 from compress.vision.preprocessing import Preprocessing
@@ -99,7 +100,10 @@ def _slice(source: Source, bounds: dict[str, Any]) -> Sequence[int]:
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Picture files in one folder per class, or in one folder without classes."""
+    """Picture files in one folder per class, or in one folder without classes.
+
+    ``files`` are names as the file system has them, ``classes`` such as can be written anywhere.
+    """
 
     root: Path
     files: tuple[str, ...]
@@ -112,7 +116,7 @@ class FolderSource:
     @property
     def described(self) -> str:
         """The folder's path."""
-        return f"the folder {self.root}"
+        return f"the folder {printable(self.root)}"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -130,8 +134,8 @@ class FolderSource:
         return self.file_labels[index]
 
     def name(self, index: int) -> str:
-        """Return the file's path in the folder."""
-        return self.files[index]
+        """Return the file's path in the folder, as it can be written anywhere."""
+        return printable(self.files[index])
 
     def content(self, index: int) -> bytes:
         """Return the name, size and bytes, of a large folder's files both ends only."""
@@ -146,55 +150,44 @@ class FolderSource:
                     file.seek(-_END_BYTES, os.SEEK_END)
                     data += file.read()
         except OSError as error:
-            raise DataError(f"The image {path} cannot be read: {error.strerror}.") from error
-        return f"{self.files[index]}\0{size}\0".encode() + data
+            raise DataError(
+                f"The image {printable(path)} cannot be read: {error.strerror}."
+            ) from error
+        # The name's own bytes, whether they are UTF-8 or not.
+        return f"{self.files[index]}\0{size}\0".encode(errors="surrogateescape") + data
 
 
 def open_folder(root: Path, channels: int) -> FolderSource:
     """List the pictures of a folder, sorted by class and name, hidden files left out.
 
     Class folders are numbered in alphabetical order, as torchvision does; an empty one keeps its
-    number. A folder that holds pictures and no folders is a set without labels.
+    number. A folder that holds pictures and no folders is a set without labels. Links are
+    followed; see `compress.data.walking`.
 
     Raises:
-        DataError: The folder is missing, unreadable, or holds no pictures.
+        DataError: A folder is missing or unreadable, a link leads nowhere, or there are no
+            pictures.
     """
-    try:
-        entries = sorted(e for e in os.listdir(root) if not e.startswith("."))
-    except OSError as error:
-        near = near_matches(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
-        raise DataError(
-            f"The image folder {root} cannot be read: {error.strerror}.{near}"
-        ) from error
-    classes = tuple(e for e in entries if (root / e).is_dir())
+    top = entries(root)
+    walk = Walk(root)
+    classes = [found for found in top if walk.is_class(found)]
     files: list[str] = []
     labels: list[int] = []
     size = 0
-    for label, folder in enumerate(classes) if classes else ((UNLABELLED, "."),):
-        found = _pictures(root, folder)
+    for label, folder in enumerate(classes) if classes else ((UNLABELLED, None),):
+        found = walk.pictures(folder)
         files.extend(name for name, _ in found)
         labels.extend([label] * len(found))
         size += sum(bytes_ for _, bytes_ in found)
     if not files:
         raise DataError(
-            f"The image folder {root} holds no pictures, neither in folders by class nor at its "
-            f"top; pictures end in {', '.join(pictures.IMAGE_SUFFIXES)}."
+            f"The image folder {printable(root)} holds no pictures, neither in folders by class "
+            f"nor at its top; pictures end in {', '.join(pictures.IMAGE_SUFFIXES)}."
         )
+    names = tuple(printable(folder.name) for folder in classes)
     return FolderSource(
-        root, tuple(files), tuple(labels), classes, channels, whole=size <= WHOLE_BYTES
+        root, tuple(files), tuple(labels), names, channels, whole=size <= WHOLE_BYTES
     )
-
-
-def _pictures(root: Path, folder: str) -> list[tuple[str, int]]:
-    """Names relative to ``root`` and sizes of the pictures under a folder, sorted by name."""
-    found = []
-    for where, folders, names in os.walk(root / folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in names:
-            if name.lower().endswith(pictures.IMAGE_SUFFIXES) and not name.startswith("."):
-                path = Path(where, name)
-                found.append((path.relative_to(root).as_posix(), path.stat().st_size))
-    return sorted(found)
 
 
 # --- Class order -------------------------------------------------------------------------------

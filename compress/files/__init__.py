@@ -1,28 +1,50 @@
-"""Writing results so that a reader never meets half of one, and nobody loses a file."""
+"""Writing results so that a reader meets neither half of one nor a damaged one."""
 
+from compress.files.archives import check_archive
 from compress.files.atomic import atomic_folder, atomic_update, sha256_file, write_atomically
 from compress.files.outputs import (
     MODEL_FILE,
     REPORT,
     RESULT,
+    RUNTIME_FILE,
     SWEEP,
     OutputKind,
     check_apart,
     check_output,
     kind_of_folder,
 )
+from compress.files.places import check_file, check_room, check_writable
+from compress.files.sealed import (
+    SEAL_KEY,
+    BrokenSeal,
+    check_tensors,
+    sealed_record,
+    sealed_tensors,
+    unsealed_record,
+)
 
 __all__ = [
     "MODEL_FILE",
     "REPORT",
     "RESULT",
+    "RUNTIME_FILE",
+    "SEAL_KEY",
     "SWEEP",
+    "BrokenSeal",
     "OutputKind",
     "atomic_folder",
     "atomic_update",
     "check_apart",
+    "check_archive",
+    "check_file",
     "check_output",
+    "check_room",
+    "check_tensors",
+    "check_writable",
     "kind_of_folder",
+    "sealed_record",
+    "sealed_tensors",
     "sha256_file",
+    "unsealed_record",
     "write_atomically",
 ]

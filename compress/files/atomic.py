@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from compress.errors import ArtefactError
+from compress.errors import ArtefactError, printable
 from compress.files.exchange import exchange
 from compress.files.leftovers import OLD, claimed, clear_leftovers, hidden, remove, target_of
 from compress.files.outputs import RESULT, OutputKind, check_output
+from compress.files.places import FULL, cannot_write, new_file
 from compress.files.undisturbed import undisturbed
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -29,31 +27,30 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
+def write_atomically(path: str | Path, data: bytes | str | Sequence[bytes | memoryview]) -> None:
     """Write a file whole or not at all: a hidden file beside it, then one rename.
 
-    Text is written as UTF-8. The file keeps the permissions that a plain ``open`` would give it.
-    What an earlier process left behind of the same file is cleared.
+    Text is written as UTF-8, and what UTF-8 cannot hold as a backslash and digits; several pieces
+    are written one after the other. The file keeps the permissions that a plain ``open`` would give
+    it. What an earlier process left behind of the same file is cleared.
 
     Raises:
         ArtefactError: The folder is missing or unwritable, or the disk is full; what stood at
             ``path`` before still stands.
     """
     path = Path(path)
+    data = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    pieces = (data,) if isinstance(data, bytes) else data
     clear_leftovers(path)
     try:
-        with claimed(path, _new_file) as partial:
+        with claimed(path, new_file) as partial:
             with open(partial, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _new_file(path: Path) -> None:
-    open(path, "xb").close()
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -99,11 +96,22 @@ def atomic_update(folder: str | Path) -> Iterator[Path]:
     final = Path(folder).absolute().resolve()
     with _becoming(final) as partial:
         if final.is_dir():
-            shutil.copytree(
-                final, partial, symlinks=True, copy_function=_link, dirs_exist_ok=True,
-                ignore=lambda _, names: [n for n in names if target_of(n) is not None],
-            )  # fmt: skip
+            _copy(final, partial)
         yield partial
+
+
+def _copy(folder: Path, target: Path) -> None:
+    try:
+        shutil.copytree(
+            folder, target, symlinks=True, copy_function=_link, dirs_exist_ok=True,
+            ignore=lambda _, names: [n for n in names if target_of(n) is not None],
+        )  # fmt: skip
+    except shutil.Error as error:  # a list of all that could not be copied, and why
+        source, _, reason = error.args[0][0]
+        raise ArtefactError(
+            f"{printable(folder)} cannot be copied, which replacing it in one step takes: "
+            f"{printable(source)}: {reason}. Free some space, or pass another folder."
+        ) from error
 
 
 def _link(source: str, target: str) -> None:
@@ -133,7 +141,7 @@ def _becoming(final: Path) -> Iterator[Path]:
         inner = error.__cause__ if isinstance(error, ArtefactError) else None
         cause = inner if isinstance(inner, OSError) else error
         if (partial is None and isinstance(cause, OSError)) or _is_about(cause, partial):
-            raise _cannot_write(final, cause) from error
+            raise cannot_write(final, cause) from error
         raise
 
 
@@ -165,17 +173,6 @@ def _is_about(error: BaseException, folder: Path | None) -> bool:
     """Whether an error raised while filling ``folder`` says that it cannot be written."""
     if isinstance(error, OSError):
         named = str(error.filename or "")
-        return error.errno in _FULL or (folder is not None and named.startswith(str(folder)))
+        return error.errno in FULL or (folder is not None and named.startswith(str(folder)))
     # safetensors and torch wrap the operating system's error in their own types.
     return isinstance(error, Exception) and "No space left on device" in str(error)
-
-
-def _cannot_write(path: Path, error: BaseException) -> ArtefactError:
-    number = error.errno if isinstance(error, OSError) else errno.ENOSPC
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    remedy = (
-        "free some space or pass an output on another disk"
-        if number in _FULL
-        else "check that its parent exists and that you may write there"
-    )
-    return ArtefactError(f"{path} cannot be written: {reason}; {remedy}. Nothing was left behind.")

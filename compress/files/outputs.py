@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import ArtefactError
-from compress.files.leftovers import DECORATION, target_of
+from compress.files.leftovers import target_of
+from compress.files.places import check_name
 
 MODEL_FILE = "model.safetensors"
+# What was timed of a model, and so is no part of it: equal models are equal bytes.
+RUNTIME_FILE = "runtime.json"
 REPORT_FILES = ("report.json", "report.md", "report.html")
-# The longest name that common file systems take, in bytes.
-LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class OutputKind:
         return found
 
 
-_RESULT_FILES = frozenset((MODEL_FILE, *REPORT_FILES, "plan.json", "config.toml"))
+_RESULT_FILES = frozenset((MODEL_FILE, RUNTIME_FILE, *REPORT_FILES, "plan.json", "config.toml"))
 # A run whose gates failed leaves its report and no model, and may be repeated without asking.
-_FAILED_RUN = _RESULT_FILES - {MODEL_FILE}
+_FAILED_RUN = _RESULT_FILES - {MODEL_FILE, RUNTIME_FILE}
 
 _POINT = re.compile(r"[a-z_]+-[0-9.e+-]+-[0-9a-f]{16}\.json")
 _SWEEP_CALIBRATION = re.compile(r"sweep\.calibration-[0-9a-f]{16}\.safetensors")
@@ -98,8 +99,8 @@ def check_output(target: str | Path, *, force: bool, kind: OutputKind = RESULT) 
             folder, has too long a name, or holds something finished and ``force`` is not set.
     """
     target = Path(target).absolute()
-    _check_name(target)
-    if not target.exists():
+    check_name(target)
+    if not os.path.exists(target):
         if target.is_symlink():
             raise ArtefactError(f"The output {target} is a link to nothing; remove it first.")
         return
@@ -124,17 +125,6 @@ def check_output(target: str | Path, *, force: bool, kind: OutputKind = RESULT) 
         )
     if kind.finished(frozenset(held)) and not force:
         raise ArtefactError(f"The output folder {target} already holds {kind.name}; {kind.remedy}.")
-
-
-def _check_name(target: Path) -> None:
-    """Refuse names that could not be written under a hidden name first."""
-    longest = LONGEST_NAME - DECORATION
-    length = len(os.fsencode(target.name))
-    if length > longest:
-        raise ArtefactError(
-            f"The output's name {target.name[:40]}… has {length} bytes, and the file system takes "
-            f"names of at most {longest}; pass a shorter one."
-        )
 
 
 def check_apart(

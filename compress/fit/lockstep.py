@@ -211,8 +211,19 @@ def _changes_input(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 @contextmanager
 def spill_folder() -> Iterator[Path]:
-    """A temporary folder for what memory does not hold."""
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+    """A temporary folder for what memory does not hold.
+
+    Raises:
+        ArtefactError: It cannot be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="compress-")
+    except OSError as error:
+        raise ArtefactError(
+            f"The refit's temporary folder cannot be made: {error.strerror}; set TMPDIR to a "
+            "folder that you may write in, or pass --no-refit."
+        ) from error
+    with made as folder:
         yield Path(folder)
 
 

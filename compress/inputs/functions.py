@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.config import RunConfig
 from compress.data import Batches
-from compress.errors import ModelError
+from compress.errors import ModelError, what_raised
 from compress.specs import import_function
 
 
@@ -23,10 +23,12 @@ def loss_function(config: RunConfig) -> Any:
     def checked(outputs: Tensor, labels: Tensor) -> Tensor:
         try:
             value = own(outputs, labels)
-        except Exception as error:  # the user's function may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's function may raise anything, also SystemExit
             raise ModelError(
-                f"--loss-fn raised {type(error).__name__}: {' '.join(str(error).split())}; it is "
-                "called with the outputs and labels of a batch, and returns their summed loss."
+                f"--loss-fn {config.loss_fn} raised {what_raised(error)}; it is called with the "
+                "outputs and labels of a batch, and returns their summed loss."
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise ModelError(

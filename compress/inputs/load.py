@@ -96,7 +96,7 @@ def load_network(config: RunConfig) -> Inputs:
 
 def input_paths(config: RunConfig) -> list[str]:
     """The files and folders that a configuration reads, which no output may replace."""
-    paths = [config.checkpoint, config.class_map, config.calibration]
+    paths = [config.checkpoint, config.class_map, config.calibration, config.latency_table]
     for spec, error in (
         (config.model, ModelError),
         (config.data, DataError),

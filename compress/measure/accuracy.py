@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import Batches, ImageSet, Loader, check_labels
-from compress.errors import CompressError, DataError, ModelError
+from compress.errors import CompressError, DataError, ModelError, what_raised
 from compress.inputs.functions import Metric
 from compress.measure.paired import compare_logits
 from compress.progress import Track, silent
@@ -117,12 +117,12 @@ def custom_value(metric: Metric, model: nn.Module, loaded: Batches) -> float:
     try:
         with evaluation_mode(model):
             value = float(metric.function(model, loaded))
-    except CompressError:
-        raise  # images that cannot be read, which it says
-    except Exception as error:  # the user's function may raise anything
+    except (CompressError, KeyboardInterrupt):
+        raise  # images that cannot be read, which it says; or the user's wish
+    except BaseException as error:  # the user's function may raise anything, also SystemExit
         raise ModelError(
-            f"--metric-fn raised {type(error).__name__}: {' '.join(str(error).split())}; it is "
-            "called with the model and its batches, and returns a number (higher is better)."
+            f"--metric-fn {metric.name} raised {what_raised(error)}; it is called with the model "
+            "and its batches, and returns a number (higher is better)."
         ) from error
     if not math.isfinite(value):
         raise ModelError(f"--metric-fn gave {value}; it must return a finite number.")

@@ -35,7 +35,7 @@ class Rewritten:
     Attributes:
         plan: What was done.
         replaced: The rewritten model in float32 and its predictions.
-        final: The same in the dtype and memory format it is saved in.
+        final: The same in the dtype it is saved in.
         cost: What it costs.
     """
 

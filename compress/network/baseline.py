@@ -147,7 +147,9 @@ def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # what a module holds may refuse to be copied in any way
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a module holds may refuse to be copied in any way
         raise ModelError(
             f"The model cannot be copied ({type(error).__name__}: {' '.join(str(error).split())}); "
             "let it hold no open files, locks, or activations of an earlier forward."

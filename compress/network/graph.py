@@ -66,7 +66,9 @@ def trace(model: nn.Module) -> fx.Graph | None:
         if root is not model:
             _strip(graph, "model.")
         graph.lint()
-    except Exception:  # tracing runs the user's forward on proxies, which may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # tracing runs the user's forward on proxies, which may raise anything
         return None
     return graph
 

@@ -84,7 +84,9 @@ class _Trial:
         try:
             with swapped(self.model, stand_ins), forward_hooks(hooks):
                 output = self._forward()
-        except Exception as error:  # the user's forward may raise anything about a stand-in
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's forward may raise anything about a stand-in
             text = " ".join(str(error).split()) or type(error).__name__
             return f"the model does more with it than call it with one tensor ({text})"
         if any(calls[site.name] != len(site.calls) for site in sites):

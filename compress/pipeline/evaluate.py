@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from compress.artefact.manifest import (
-    is_artefact,
-    memory_format,
-    read_manifest,
-)
+from compress.artefact.manifest import is_artefact
 from compress.artefact.model import load_result
+from compress.artefact.runtime import Runtime, read_runtime
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader, Preprocessing, check_labels
 from compress.errors import ConfigError
@@ -79,13 +76,13 @@ class Finished:
         module: The model, on its device and in its dtype.
         spec: The spec it was built from.
         compressed: Whether it is a result of this package.
-        memory_format: What it is timed in.
+        runtime: How it is run when it is timed.
     """
 
     module: nn.Module
     spec: str
     compressed: bool = False
-    memory_format: str = "contiguous"
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 def evaluate_model(
@@ -109,8 +106,8 @@ def evaluate_model(
     if is_artefact(config.checkpoint):
         module, name = load_result(config.checkpoint, config.model, trust_code=trust_code)
         preprocessing = _preprocessing(config, name)
-        form = memory_format(read_manifest(config.checkpoint))
-        model = Finished(module.to(config.device), name, True, form)
+        runtime = read_runtime(config.checkpoint)
+        model = Finished(module.to(config.device), name, True, runtime)
     else:
         if not config.model:
             raise ConfigError("No model given (how the network is built); pass --model SPEC.")
@@ -155,12 +152,12 @@ def measured(
         custom=found.custom,
         cost=model_cost(module, example),
         latency=tuple(
-            _timed(module, example, n, model.memory_format)
+            _timed(module, example, n, model.runtime.memory_format)
             for n in sorted({1, config.latency_batch})
         ),
         device=str(reference.device),
         threads=torch.get_num_threads(),
-        warnings=found.warnings,
+        warnings=(*found.warnings, *([model.runtime.problem] if model.runtime.problem else [])),
     )
 
 

@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from compress.artefact.manifest import MODEL_FILE
 from compress.artefact.model import load, save
+from compress.artefact.runtime import Runtime, write_runtime
 from compress.config import RunConfig
 from compress.data import ImageSet
 from compress.errors import ArtefactError
-from compress.files import atomic_folder, write_atomically
+from compress.files import MODEL_FILE, atomic_folder, write_atomically
 from compress.pipeline.outcome import Compressed
 from compress.report import build_report, write_report
 from compress.result import Result
@@ -39,6 +40,7 @@ def save_into(
     """
     if not compressed.failed_gates:
         save(compressed.model, compressed.manifest, folder / MODEL_FILE)
+        write_runtime(folder, Runtime(compressed.result.cost.memory_format))
         check_reload(compressed, folder / MODEL_FILE)
     write_atomically(folder / "plan.json", compressed.plan.to_json())
     write_atomically(folder / "config.toml", config.to_toml())
@@ -63,12 +65,20 @@ def check_reload(compressed: Compressed, path: Path) -> None:
     with torch.no_grad(), evaluation_mode(reloaded):
         found = run_model(reloaded, images)
     own, loaded = compressed.model.state_dict(), reloaded.state_dict()
-    same = own.keys() == loaded.keys() and all(torch.equal(own[k], loaded[k]) for k in own)
-    if not same or not torch.equal(expected, found):
+    same = own.keys() == loaded.keys() and all(_same_bits(own[k], loaded[k]) for k in own)
+    if not same or not _same_bits(expected, found):
         raise ArtefactError(
             "The saved model, read back, does not equal the one in memory; nothing was kept. "
             "This is a defect of compress or of the disk: please report it."
         )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; NaN, which the original may hold, equals itself."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    first, second = (x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (one, other))
+    return torch.equal(first, second)
 
 
 def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> dict[int, bytes]:

@@ -23,6 +23,7 @@ from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network, prepare
 from compress.network.sites import LayerSite
+from compress.pipeline.places import check_files
 from compress.progress import Track, silent
 from compress.result import Cost
 from compress.rules.spectrum import rank_by_energy, rank_by_threshold
@@ -116,6 +117,7 @@ def inspect_checkpoint(
         CompressError: Something named cannot be used.
     """
     if config.data:
+        check_files(config)
         return _inspect_with_data(config, track)
     for name in ("checkpoint", "model"):
         if not getattr(config, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from compress.calibrate.statistics import Calibration, Source
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold, hold_split
-from compress.errors import ArtefactError
+from compress.files import check_file
 from compress.fit.layers import Fitter
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
@@ -100,17 +101,14 @@ class Job:
 
         Raises:
             CalibrationError: The file is damaged, or made from something else.
-            ArtefactError: There is no folder to write the file into.
+            ArtefactError: The file cannot be written.
         """
         path = Path(self.config.calibration) if self.config.calibration else None
         fit, key = self.inputs.split.fit, self._calibration_key(schemes)
-        if path is not None and path.exists():
+        if path is not None and os.path.exists(path):
             return read_calibration(path, key)
-        if path is not None and not path.parent.is_dir():
-            raise ArtefactError(
-                f"The calibration {path} cannot be written: there is no folder {path.parent}; make "
-                "it, or pass another file."
-            )
+        if path is not None:
+            check_file(path, "calibration")
         calibration = self._measured(fit, schemes)
         if path is not None:
             write_calibration(path, calibration, key)

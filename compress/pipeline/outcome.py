@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from compress.pipeline.job import Job
 from compress.plan import Plan
 from compress.report import gate_sentence, judged
 from compress.result import Result, Versions
+from compress.running.finite import not_finite
 
 
 @dataclass
@@ -65,6 +67,14 @@ class Compressed:
 
 # Settings that are places or decide only speed: equal models must come out as equal bytes.
 _UNRECORDED = settings_of(Role.PLACE, Role.SPEED, Role.PERMISSION)
+# Settings that name a function, perhaps in a file.
+_FUNCTIONS = ("metric_fn", "loss_fn")
+
+
+def _without_folder(spec: str) -> str:
+    """Return ``"file.py:function"`` of ``"path/to/file.py:function"``."""
+    file, colon, function = spec.partition(":")
+    return f"{PurePath(file).name}{colon}{function}"
 
 
 @dataclass(frozen=True)
@@ -103,16 +113,25 @@ class Record:
                 for c in self.rewritten.plan.choices
                 if c.rewritten
             ),
-            settings={k: v for k, v in settings.items() if k not in _UNRECORDED},
+            settings={
+                k: _without_folder(v) if k in _FUNCTIONS else v
+                for k, v in settings.items()
+                if k not in _UNRECORDED
+            },
             calibration={
                 "data": self.source.data,
                 "images": self.source.images,
                 "seed": job.config.seed,
             },
             verified=verified,
-            channels_last=result.cost.memory_format == "channels_last",
+            not_finite=self._not_finite(),
             versions=versions(),
         )
+
+    def _not_finite(self) -> tuple[str, ...]:
+        """Names of what is not finite in the result because it was not in the original."""
+        original = set(not_finite(self.job.network.original.state_dict()))
+        return tuple(n for n in not_finite(self.rewritten.final.state_dict()) if n in original)
 
     def result(self, clock: Clock) -> Result:
         """Put everything measured into one record, held to the configuration's limits."""

@@ -24,6 +24,7 @@ from compress.network.chains import as_saved
 from compress.pipeline.folder import save_result
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import Clock, Compressed, Record
+from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
 from compress.plan import Plan
 from compress.progress import Track, silent
@@ -74,6 +75,8 @@ def compress_network(
         assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
     record = Record(job, rewritten, assessed, source)
     result = record.result(clock)
+    # Only now: what is measured of the model must not depend on which format was faster.
+    put_in_format(rewritten.final, rewritten.cost.memory_format)
     return Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
 
 
@@ -93,7 +96,6 @@ def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritt
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("latency"), evaluation_mode(final):
         cost = costs(job.network, final, job.inputs.dtype, job.config.latency_batch)
-    put_in_format(final, cost.memory_format)
     return Rewritten(plan, replaced, final, cost)
 
 
@@ -116,6 +118,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
     Raises:
         CompressError: As `run`.
     """
+    check_files(config)
     job = Job.open(load_network(config), config, track).with_images()
     calibration = job.calibrate(config.schemes_in_play)
     job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
@@ -144,6 +147,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
         raise ConfigError("No output given; pass --output DIR for the result folder.")
     check_apart(config.output, input_paths(config), image_folders(config))
     check_output(config.output, force=config.force)
+    check_places(config)
     clock = Clock()
     with clock.stage("read"):
         inputs = load_network(config)
@@ -195,6 +199,7 @@ def compress_model(
     config = make_config({**settings, "model": spec})
     if config.output:
         check_output(config.output, force=config.force)
+    check_places(config)
     given = as_images(images)
     inputs = Inputs(
         model=model,

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from compress.artefact.manifest import Manifest, memory_format, read_manifest
-from compress.artefact.model import load
+from compress.artefact.manifest import Manifest, read_manifest
+from compress.artefact.model import rebuilt
+from compress.artefact.runtime import Runtime, read_runtime
 from compress.choose import scheme_cost
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
@@ -51,7 +52,7 @@ def verify_result(
     manifest = read_manifest(artefact)
     config = _with_model(config, manifest, trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
-    compressed = load(artefact, model=copy.deepcopy(original)).to(config.device)
+    compressed = rebuilt(artefact, copy.deepcopy(original)).to(config.device)
     test = open_images(config.test, config, original, preprocessing)
     metric = metric_function(config)
     if metric is None:
@@ -62,7 +63,7 @@ def verify_result(
     yardstick = Yardstick(loader, metric, track)
     test = hold(test, loader, track)
     found = yardstick.compare(network.original, compressed, test)
-    formats = (memory_format(manifest),)
+    runtime = read_runtime(artefact)
     result = Result(
         versions=current_versions(),
         model=config.model,
@@ -74,8 +75,8 @@ def verify_result(
         dtype=manifest.dtype,
         layers=_verified_layers(network, manifest, compressed, _tracked(yardstick, test)),
         test=found,
-        cost=costs(network, compressed, dtype, config.latency_batch, formats),
-        warnings=_test_warnings(manifest, test, found),
+        cost=costs(network, compressed, dtype, config.latency_batch, (runtime.memory_format,)),
+        warnings=(*_runtime_warnings(runtime), *_test_warnings(manifest, test, found)),
         folded=tuple(pair.norm for pair in network.folded),
     )
     return judged(result, limits_of(config))
@@ -153,6 +154,10 @@ def _verified_layers(
             )
         )
     return tuple(layers)
+
+
+def _runtime_warnings(runtime: Runtime) -> tuple[str, ...]:
+    return (runtime.problem,) if runtime.problem else ()
 
 
 def _test_warnings(manifest: Manifest, test: ImageSet, found: EndMetric) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read_report(path: str | Path) -> Report:
             version, or does not hold what a report holds.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "report.json"
     elif path.suffix != ".json":
         path = path.with_name("report.json")

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
+
+
+def not_finite(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of the tensors that hold NaN or infinite values, in their order."""
+    return tuple(
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(_widened(tensor)).all())
+    )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """The narrowest types do not know what is finite."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
 
 
 def check_finite(model: nn.Module, inputs: Tensor, outputs: Tensor, when: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, what_raised
 from compress.running.attributes import kept_attributes
 
 
@@ -80,11 +80,13 @@ def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
     """
     try:
         result = model(inputs.clone())  # a model may change its input in place
-    except CompressError:
-        raise  # of a hook of ours, which says what is wrong
-    except Exception as error:  # the user's forward may raise anything
+    except (CompressError, KeyboardInterrupt):
+        raise  # of a hook of ours, which says what is wrong; or the user's wish
+    except BaseException as error:  # the user's forward may raise anything, also SystemExit
         text = str(error).splitlines()[0] if str(error) else ""
-        if not text or isinstance(error, KeyError | ZeroDivisionError):
+        if not isinstance(error, Exception):
+            text = what_raised(error)
+        elif not text or isinstance(error, KeyError | ZeroDivisionError):
             text = f"{type(error).__name__}{f': {text}' if text else ''}"
         raise ModelError(
             f"The model's forward failed on an input of shape {tuple(inputs.shape)}: {text}. "

@@ -14,6 +14,7 @@ from compress.files.leftovers import remove
 from compress.inputs.load import Inputs, image_folders, input_paths, load_network
 from compress.pipeline.folder import save_into
 from compress.pipeline.outcome import Compressed
+from compress.pipeline.places import check_places
 from compress.pipeline.run import compress_network
 from compress.report import build_sweep_report, write_report
 from compress.result import SweepPoint, SweepResult
@@ -67,6 +68,7 @@ def sweep(
     config = config.replace(rules={})  # the grid stands for the rank rule
     check_output(config.output, force=resume or config.force, kind=SWEEP)
     check_apart(config.output, input_paths(config), image_folders(config))
+    check_places(config)
     inputs = load_network(config)
     key = content_key(inputs, config, test_points=options.test_points)
     store = PointStore(Path(config.output), key, resume)

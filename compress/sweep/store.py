@@ -2,7 +2,8 @@
 
 A point is one JSON file in ``sweep.points``, written whole or not at all and named after its
 setting and a digest of everything that decides its numbers: the weights, the code of the network,
-the images and the settings. A point of other inputs has another name, so it is never taken.
+the images and the settings. A point of other inputs has another name, so it is never taken. What
+is in the file carries a digest, and a file that is not what was written stops the sweep.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from torch import nn
 
 from compress import __version__
 from compress.config import Role, RunConfig, settings_of
-from compress.errors import ArtefactError
-from compress.files import write_atomically
+from compress.errors import ArtefactError, one_line
+from compress.files import BrokenSeal, sealed_record, unsealed_record, write_atomically
 from compress.inputs.load import Inputs
 from compress.result import SweepPoint, from_dict, to_dict
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 POINTS = "sweep.points"
 CHOSEN = "chosen"
 _CALIBRATION = "sweep.calibration-"
+_REMEDY = "delete it, and it is measured again"
 
 # Places, whose content is in the fingerprints; what decides only speed; what decides only whether
 # the chosen point is saved; and the rules, of which each point has its own.
@@ -104,22 +106,45 @@ class PointStore:
         return self.folder / POINTS / f"{rule}-{value!r}-{self.digest}.json"
 
     def read(self, rule: str, value: float) -> SweepPoint | None:
-        """Return a finished point, or None where there is none that can be read."""
-        if not self.resume:
+        """Return a finished point, or None where there is none.
+
+        Raises:
+            ArtefactError: The file is not what was written under this name.
+        """
+        path = self.path(rule, value)
+        if not self.resume or not path.exists():
             return None
         try:
-            raw = json.loads(self.path(rule, value).read_text(encoding="utf-8"))
-            point = from_dict(SweepPoint, raw["point"], "the point")
-        except (OSError, ValueError, KeyError, TypeError, ArtefactError):
-            return None  # not there, or damaged: it is measured again
-        return point if (point.rule, point.value) == (rule, value) else None
+            record = unsealed_record(json.loads(path.read_text(encoding="utf-8")))
+            point = from_dict(SweepPoint, record["point"], "the point")
+        except BrokenSeal as error:
+            raise ArtefactError(f"The finished point {path} {error}; {_REMEDY}.") from error
+        except (OSError, ValueError, KeyError, TypeError, ArtefactError) as error:
+            raise ArtefactError(
+                f"The finished point {path} is damaged ({one_line(error)}); {_REMEDY}."
+            ) from error
+        mine = (point.rule, point.value) == (rule, value)
+        if not mine or record.get("key") != json.loads(json.dumps(self.key, default=str)):
+            raise ArtefactError(
+                f"The finished point {path} is of other inputs than its name says; {_REMEDY}."
+            )
+        return point
 
     def write(self, point: SweepPoint) -> None:
-        """Keep a finished point."""
+        """Keep a finished point, with a digest of it and of what it depends on.
+
+        Raises:
+            ArtefactError: It cannot be written.
+        """
         path = self.path(point.rule, point.value)
-        path.parent.mkdir(exist_ok=True)
-        record = {"key": self.key, "point": to_dict(point)}
-        write_atomically(path, json.dumps(record, indent=1, default=str, allow_nan=False) + "\n")
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(
+                f"The sweep's points cannot be written: {path.parent}: {error.strerror}."
+            ) from error
+        record = sealed_record({"key": self.key, "point": to_dict(point)})
+        write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
     def open(self) -> None:
         """Make the folder, and clear what an interrupted sweep left that does not count.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError
+from compress.files import BrokenSeal, sealed_record, unsealed_record
 from compress.running.memory_format import Layout, evaluating, in_format
 from compress.timing.networks import synchroniser
 from compress.timing.turns import ROUNDS, Clock, Run, measure
 
-TABLE_FORMAT = 1
+# From 2 on, the file carries a digest of its content.
+TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,17 @@ class LatencyTable:
         return [self._seconds[key] for key in keys]
 
     def to_json(self) -> str:
-        """Write every entry; the inverse of `read`."""
+        """Write every entry and a digest of them; the inverse of `read`."""
         entries = [{**asdict(key), "seconds": s} for key, s in self._seconds.items()]
-        return json.dumps({"format": TABLE_FORMAT, "entries": entries}, indent=1) + "\n"
+        record = sealed_record({"format": TABLE_FORMAT, "entries": entries})
+        return json.dumps(record, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: str | Path) -> LatencyTable:
         """Read a table that was written by `to_json`.
 
         Raises:
-            InputError: The file cannot be read, is damaged or of a newer format.
+            InputError: The file cannot be read, is damaged, was edited or is of another format.
         """
         advice = "delete it to measure afresh"
         try:
@@ -180,7 +183,9 @@ class LatencyTable:
                 f"{path} is not a latency table of a format that this version reads; {advice}."
             )
         try:
-            return cls(dict(map(_entry, raw["entries"])))
+            return cls(dict(map(_entry, unsealed_record(raw)["entries"])))
+        except BrokenSeal as error:
+            raise InputError(f"The latency table {path} {error}; {advice}.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"The latency table {path} is damaged ({error!r}); {advice}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from damage import body_of, flipped, metadata_of, resealed, write_sealed
 from networks.tiny import tiny
-from safetensors import safe_open
 from stopwatch import stop_the_clock
 from torch import Tensor, nn
 from workbench import SPEC, made_images
@@ -20,7 +21,9 @@ from workbench import SPEC, made_images
 import compress
 from compress.artefact.manifest import Manifest, read_manifest
 from compress.artefact.model import load, save
+from compress.artefact.runtime import Runtime, write_runtime
 from compress.errors import ArtefactError, CheckpointError
+from compress.inputs.checkpoint.reading import read_checkpoint
 
 EXAMPLE = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -86,16 +89,39 @@ def test_the_faster_memory_format_is_kept(
     settings = {"spec": SPEC, "rank": {"*": "2"}, "force_rank": True, "metric": "mse"}
     made = compress.compress_model(tiny(), images(), **settings)
     cost = made.result.cost
-    assert made.manifest.channels_last == wins == (cost.memory_format == "channels_last")
+    assert (cost.memory_format == "channels_last") == wins
     assert {x.dense_memory_format for x in cost.latency} == {"channels_last"}
     assert [x.ratio for x in cost.latency] == [pytest.approx((last if wins else 0.006) / 0.008)] * 2
     save(made.model, made.manifest, tmp_path / "model.safetensors")
+    write_runtime(tmp_path, Runtime(cost.memory_format))
     loaded = load(tmp_path, model=tiny())
     equal(made.model, loaded)
     strides = {
         tuple(p.stride()) for p in loaded.parameters() if p.dim() == 4 and p[0, 0].numel() > 1
     }
     assert {s[1] == 1 for s in strides} == {wins}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[]", "no format 1"),
+        ('{"format": 2, "memory_format": "channels_last"}', "no format 1"),
+        ('{"format": 1}', "memory_format is none of contiguous, channels_last"),
+        ('{"format": 1, "memory_format": ["channels_last"]}', "memory_format is none of"),
+    ],
+)
+def test_without_what_was_timed_a_model_is_contiguous(
+    result: tuple[Path, nn.Module], content: str, reason: str
+) -> None:
+    file, model = result
+    equal(model, load(file, model=tiny()))
+    file.with_name("runtime.json").write_text(content)
+    with pytest.warns(UserWarning, match=rf"runtime\.json cannot be used \(.*{reason}"):
+        loaded = load(file, model=tiny())
+    equal(model, loaded)
+    assert all(p.is_contiguous() for p in loaded.parameters())
 
 
 def test_a_users_code_runs_only_when_trusted(result: tuple[Path, nn.Module]) -> None:
@@ -173,11 +199,14 @@ def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
         assert torch.equal(loaded(example), made.model(example))
 
 
-def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_bytes_whatever_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = tiny()
     files = []
-    for name in ("a", "b"):
+    for name, last in (("a", 0.02), ("b", 0.002)):
+        stop_the_clock(monkeypatch, compressed=0.01, compressed_channels_last=last)
         (tmp_path / name).mkdir()
         files.append(compressed(model, tmp_path / name, energy=0.9, rank={})[0].read_bytes())
     assert files[0] == files[1]
@@ -186,13 +215,96 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
 # --- Damage ------------------------------------------------------------------------------------
 
 
-def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest of a file, as someone with an editor would."""
+def test_no_flipped_bit_is_accepted(result: tuple[Path, nn.Module]) -> None:
+    """In the header as in the tensors, by any way to read a result."""
+    file, model = result
+    for start, stop in ((0, body_of(file)), (body_of(file), None)):
+        for byte in flipped(file, 300, start, stop):
+            with pytest.raises(ArtefactError, match=r"model\.safetensors.*damaged"):
+                load(file, model=tiny())
+            with pytest.raises(ArtefactError, match="damaged"):
+                read_manifest(file)
+            with pytest.raises(CheckpointError):
+                read_checkpoint(file)
+            assert byte >= start
+    equal(model, load(file, model=tiny()))
+
+
+def test_edited_weights_are_refused(result: tuple[Path, nn.Module]) -> None:
+    file, _ = result
     tensors = safetensors.torch.load_file(file)
-    with safe_open(file, "pt") as opened:
-        manifest = json.loads(opened.metadata()["compress"])
-    change(manifest)
-    safetensors.torch.save_file(tensors, file, {"compress": json.dumps(manifest)})
+    tensors["head.1.bias"] = -tensors["head.1.bias"]
+    safetensors.torch.save_file(tensors, file, metadata_of(file))
+    with pytest.raises(ArtefactError, match=r"model\.safetensors was damaged or edited since"):
+        load(file, model=tiny())
+
+
+def test_a_manifest_edited_by_hand_is_refused(result: tuple[Path, nn.Module]) -> None:
+    file, _ = result
+    tensors, metadata = safetensors.torch.load_file(file), metadata_of(file)
+    manifest = json.loads(metadata["compress"])
+    manifest["verified"] = {"top1_after": 1.0}
+    safetensors.torch.save_file(tensors, file, {**metadata, "compress": json.dumps(manifest)})
+    for read in (read_manifest, lambda path: load(path, model=tiny())):
+        with pytest.raises(ArtefactError, match="damaged or edited since it was written"):
+            read(file)
+
+
+def test_results_without_a_digest_are_refused(result: tuple[Path, nn.Module]) -> None:
+    file, _ = result
+    tensors, manifest = safetensors.torch.load_file(file), metadata_of(file)["compress"]
+    safetensors.torch.save_file(tensors, file, {"compress": manifest})
+    with pytest.raises(ArtefactError, match=r"carries no digest.*run `compress run` again"):
+        load(file, model=tiny())
+    old = json.dumps({**json.loads(manifest), "format": 1})
+    safetensors.torch.save_file(tensors, file, {"compress": old})
+    with pytest.raises(ArtefactError, match=r"format 1.*run `compress run` again"):
+        load(file, model=tiny())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    file, model = compressed(tiny().to(dtype), tmp_path)
+    manifest, tensors = read_manifest(file), safetensors.torch.load_file(file)
+    head = model.get_submodule("head.1")
+    with torch.no_grad():
+        head.bias[0] = value
+    before = file.read_bytes()
+    with pytest.raises(ArtefactError, match=r"NaN or infinite values in head\.1\.bias"):
+        save(model, manifest, file)
+    assert file.read_bytes() == before
+    # As if a program had written it none the less.
+    tensors["head.1.bias"][0] = value
+    write_sealed(file, tensors, {"compress": manifest.to_json()})
+    with pytest.raises(ArtefactError, match=r"NaN or infinite values in head\.1\.bias"):
+        load(file, model=tiny())
+
+
+class Masked(nn.Module):
+    """A network with infinite and undefined numbers among its buffers, on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny()
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf, 0.0]))
+        self.register_buffer("unset", torch.full((2,), math.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.mask.clamp(min=-1.0)
+
+
+def test_what_was_not_finite_in_the_original_may_be_so(tmp_path: Path) -> None:
+    settings = {"rank": {"*": "2"}, "force_rank": True, "metric": "mse"}
+    made = compress.compress_model(
+        Masked(), images(), spec="", output=str(tmp_path / "out"), **settings
+    )
+    assert made.manifest.not_finite == ("mask", "unset")
+    loaded = load(tmp_path / "out", model=Masked())
+    assert torch.equal(loaded.mask, torch.tensor([0.0, -math.inf, 0.0]))
+    assert loaded.unset.isnan().all()
 
 
 def test_the_manifest_is_read_back(result: tuple[Path, nn.Module]) -> None:
@@ -231,8 +343,9 @@ def test_the_manifest_is_read_back(result: tuple[Path, nn.Module]) -> None:
 def test_edited_manifests_are_refused(
     result: tuple[Path, nn.Module], change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
+    """Sealed again: what they say is checked as well."""
     file, model = result
-    rewritten(file, change)
+    resealed(file, "compress", change)
     if not message:  # harmless: the tensor is there under its own name
         equal(model, load(file, model=tiny()))
         return
@@ -244,7 +357,7 @@ def test_manifests_that_are_no_json(result: tuple[Path, nn.Module]) -> None:
     file, _ = result
     tensors = safetensors.torch.load_file(file)
     for text in ("{", "[]", "null", "{}"):
-        safetensors.torch.save_file(tensors, file, {"compress": text})
+        write_sealed(file, tensors, {"compress": text})
         with pytest.raises(ArtefactError, match="damaged"):
             read_manifest(file)
     safetensors.torch.save_file(tensors, file)
@@ -276,8 +389,6 @@ def test_missing_results_are_named(tmp_path: Path) -> None:
 
 
 def test_a_result_is_no_checkpoint(result: tuple[Path, nn.Module]) -> None:
-    from compress.inputs.checkpoint.reading import read_checkpoint
-
     with pytest.raises(CheckpointError, match="already compressed"):
         read_checkpoint(result[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import body_of, flipped
 from places import NETWORKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stopwatch import stop_the_clock
 from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
 import compress
@@ -28,7 +31,7 @@ def test_a_run_leaves_a_whole_result(bench: Workbench) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     files = {"model.safetensors", "report.json", "report.md", "report.html", "plan.json"}
-    assert {p.name for p in bench.output().iterdir()} == {*files, "config.toml"}
+    assert {p.name for p in bench.output().iterdir()} == {*files, "config.toml", "runtime.json"}
     assert bench.leftovers() == ["out"]
     layers = {x["name"]: x for x in bench.report()["result"]["layers"]}
     assert [layers[n]["ranks"] for n in ("conv1", "conv2", "head")] == [[3], [4], []]
@@ -219,6 +222,66 @@ def test_plan_and_apply_share_a_calibration(
     first, second = (load_file(f) for f in files)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[k], v) for k, v in first.items())
+
+
+def test_the_clock_has_no_say_in_what_is_saved(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever memory format was faster, and wherever the user's own code lies."""
+    plan, models = str(bench.folder / "plan.json"), []
+    given = ("--model", SPEC, "--data", bench.train, "--test", bench.test)
+    rule = ("--macs", "0.6")
+    chosen = command("plan", bench.checkpoint, *given[:4], *rule, "--output", plan)
+    assert chosen.exit_code == 0, chosen.stderr
+    for name, last in (("first", 0.02), ("second", 0.002)):
+        stop_the_clock(monkeypatch, compressed=0.01, compressed_channels_last=last)
+        folder = bench.output(name)
+        folder.mkdir()
+        shutil.copy(NETWORKS / "tiny.py", folder / "own.py")
+        metric = ("--loss-fn", f"{folder / 'own.py'}:squared")
+        given_apply = (*given, "--checkpoint", bench.checkpoint)
+        for words in (
+            ("run", bench.checkpoint, *given, *rule, *metric, "--output", str(folder / "run")),
+            ("apply", plan, *given_apply, *metric, "--output", str(folder / "apply")),
+            (
+                "sweep", bench.checkpoint, *given, "--macs", "0.6,0.8", "--pick", "drop<=100",
+                *metric, "--output", str(folder / "sweep"),
+            ),
+        ):  # fmt: skip
+            done = command(*words)
+            assert done.exit_code == 0, done.stderr
+        results = [folder / "run", folder / "apply", folder / "sweep" / "chosen"]
+        models.append([(result / "model.safetensors").read_bytes() for result in results])
+        wanted = "channels_last" if last < 0.01 else "contiguous"
+        for result in results:
+            report = json.loads((result / "report.json").read_text())
+            assert report["result"]["cost"]["memory_format"] == wanted
+            runtime = json.loads((result / "runtime.json").read_text())
+            assert runtime == {"format": 1, "memory_format": wanted}
+    assert models[0] == models[1]
+
+
+def test_a_damaged_runtime_file_is_told_and_costs_only_speed(bench: Workbench) -> None:
+    assert bench.run(*RANKS).exit_code == 0
+    (bench.output() / "runtime.json").write_text("{")
+    test = ("--test", bench.test, "--trust-code")
+    for words in (("verify", "--checkpoint", bench.checkpoint), ("evaluate",)):
+        done = command(words[0], str(bench.output()), *words[1:], *test)
+        assert done.exit_code == 0, done.stderr
+        assert "runtime.json cannot be used" in done.stdout
+
+
+def test_a_damaged_result_is_refused_by_every_command(bench: Workbench) -> None:
+    assert bench.run(*RANKS).exit_code == 0
+    file, test = bench.output() / "model.safetensors", ("--test", bench.test, "--trust-code")
+    for _ in flipped(file, 2, body_of(file)):
+        for words in (
+            ("verify", str(bench.output()), "--checkpoint", bench.checkpoint, *test),
+            ("evaluate", str(bench.output()), *test),
+            ("report", "--before", bench.checkpoint, "--after", str(bench.output()), *test),
+        ):
+            text = paragraph(command(*words), 3)
+            assert f"{file} was damaged or edited since it was written" in text
 
 
 def test_a_plan_without_a_file_is_only_shown(bench: Workbench) -> None:

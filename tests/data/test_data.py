@@ -3,12 +3,14 @@ from __future__ import annotations
 import gzip
 import json
 import urllib.error
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from damage import flipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -224,6 +226,42 @@ def test_images_smaller_than_the_crop(tmp_path: Path) -> None:
 
 
 # --- Arrays ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_no_flipped_bit_of_an_archive_is_accepted(tmp_path: Path, write: Any) -> None:
+    """Of what its arrays hold, or of what says how they are to be read."""
+    path = tmp_path / "a.npz"
+    write(path, images=pixels(40, 9, 9), labels=np.arange(40) % 4)
+    known = [open_dataset(f"tensors:{path}", PLAIN).source.content(k) for k in range(40)]
+    for _ in flipped(path, 600):
+        with suppress(DataError):  # a date or an attribute, which no array depends on
+            found = open_dataset(f"tensors:{path}", PLAIN).source
+            assert [found.content(k) for k in range(len(found))] == known
+
+
+def test_an_archive_that_lost_a_member_is_refused(tmp_path: Path) -> None:
+    """By one bit: the comment of the first member, of no length, becomes the second member."""
+    path = tmp_path / "a.npz"
+    np.savez(path, images=pixels(20, 8, 8), labels=np.arange(20) % 4)
+    whole = bytearray(path.read_bytes())
+    directory = whole.index(b"PK\x01\x02")
+    whole[directory + 32] ^= 64
+    path.write_bytes(whole)
+    assert np.load(path).files == ["images"]
+    with pytest.raises(DataError, match="lists 1 members and announces 2"):
+        open_dataset(f"tensors:{path}", PLAIN)
+
+
+def test_an_array_that_was_shortened_is_refused(tmp_path: Path) -> None:
+    """numpy stops before the end of the member, where its checksum would be compared."""
+    path = tmp_path / "a.npz"
+    np.savez(path, images=pixels(4000, 9, 9))
+    whole = path.read_bytes()
+    assert whole.count(b"(4000, 9, 9)") == 1
+    path.write_bytes(whole.replace(b"(4000, 9, 9)", b"(1000, 9, 9)"))
+    with pytest.raises(DataError, match=r"a\.npz cannot be read as arrays: Bad CRC-32"):
+        open_dataset(f"tensors:{path}", PLAIN)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])

@@ -3,12 +3,14 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import flipped
 from safetensors.torch import save, save_file
 from shared_data import shared_path
 from torch import nn
@@ -154,6 +156,68 @@ def test_truncated_anywhere(tmp_path: Path, zipped: Any) -> None:
         with pytest.raises(CheckpointError) as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_bit_of_a_torch_archive_is_accepted(tmp_path: Path) -> None:
+    """Of what its members hold; padding and dates between them are nobody's."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.linspace(1, 2, 5000), **STATE}, path)
+    with zipfile.ZipFile(path) as archive:
+        places = [(i.header_offset, i.file_size, i.filename) for i in archive.infolist()]
+    whole = path.read_bytes()
+    for offset, size, name in places:
+        names, extra = (
+            int.from_bytes(whole[offset + k : offset + k + 2], "little") for k in (26, 28)
+        )
+        start = offset + 30 + names + extra
+        for _ in flipped(path, 40, start, start + size):
+            with pytest.raises(CheckpointError, match=r"a\.pt .* truncated or damaged") as caught:
+                read_checkpoint(path)
+            assert name.rpartition("/")[2] in str(caught.value)
+    assert read_checkpoint(path).state.keys() == {"w", *STATE}
+
+
+def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "a.pt").state.keys() == STATE.keys()
+
+
+def _packed(source: Path, target: Path) -> None:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+
+
+def test_members_that_expand_absurdly_are_refused(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"w": torch.zeros(100_000)}, plain)
+    _packed(plain, packed)
+    with pytest.raises(CheckpointError, match=r"b\.pt .*announces 400000 bytes in \d+, which no"):
+        read_checkpoint(packed)
+    torch.save(STATE, plain)
+    _packed(plain, packed)
+    assert read_checkpoint(packed).state.keys() == STATE.keys()
+
+
+def test_members_are_checked_a_piece_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = []
+    read = zipfile.ZipExtFile.read
+
+    def noted(self: Any, n: Any = -1) -> bytes:
+        pieces.append(n)
+        return read(self, n)
+
+    torch.save(STATE, tmp_path / "a.pt")
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", noted)
+    read_checkpoint(tmp_path / "a.pt")
+    assert pieces
+    assert all(0 < n <= 1 << 20 for n in pieces)
 
 
 def test_wrong_things_to_pass(tmp_path: Path) -> None:

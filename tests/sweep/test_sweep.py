@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from damage import body_of, flipped
 from places import DOCS
 from safetensors.torch import load_file, save_file
 from small_network import write_network
@@ -20,7 +22,15 @@ import compress
 from compress.config import make_config
 from compress.data import Loader, batches
 from compress.data.held import hold
-from compress.errors import ArtefactError, BudgetError, ConfigError, DataError, GateError
+from compress.errors import (
+    ArtefactError,
+    BudgetError,
+    CalibrationError,
+    ConfigError,
+    DataError,
+    GateError,
+)
+from compress.files import sealed_record
 from compress.inputs.load import load_network
 from compress.pipeline.run import compress_network
 from compress.pipeline.run import run as run_once
@@ -28,6 +38,7 @@ from compress.report import read_report
 from compress.result import EndMetric, Interval, SweepPoint
 from compress.sweep import Grid, Options, parse_grid, parse_pick, sweep, sweep_network
 from compress.sweep.pick import QUANTITIES
+from compress.sweep.store import PointStore
 from compress.sweep.work import pareto
 
 THRESHOLDS = "0.01,0.03,0.1,0.3"
@@ -315,7 +326,7 @@ def test_a_sweep_that_was_stopped_goes_on_without_redoing_a_point(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["weights", "labels", "images", "code", "setting", "damage"])
+@pytest.mark.parametrize("change", ["weights", "labels", "images", "code", "setting"])
 def test_points_of_other_content_are_never_taken(change: Any, tmp_path: Path) -> None:
     network = write_network(tmp_path / "network")
     config = make_config({**network, "output": str(tmp_path / "sweep")})
@@ -334,14 +345,83 @@ def test_points_of_other_content_are_never_taken(change: Any, tmp_path: Path) ->
     elif change == "code":
         code = folder / "net.py"
         code.write_text(code.read_text().replace("nn.ReLU()", "nn.LeakyReLU(0.2)"))
-    elif change == "setting":
-        config = config.replace(seed=1)
     else:
-        for file in (tmp_path / "sweep" / "sweep.points").iterdir():
-            file.write_text(file.read_text()[:200])
+        config = config.replace(seed=1)
     journal = Journal()
     swept(config, "0.03,0.1", journal=journal, resume=True)
     assert journal.points == [(0.03, False), (0.1, False)]
+
+
+def _edited(file: Path) -> None:
+    record = json.loads(file.read_text())
+    record["point"]["validation"]["top1_after"] = 1.0
+    file.write_text(json.dumps(record))
+
+
+def _without_digest(file: Path) -> None:
+    record = json.loads(file.read_text())
+    del record["sha256"]
+    file.write_text(json.dumps(record))
+
+
+def _under_another_name(file: Path) -> None:
+    digest = "0" * 16
+    other = file.with_name(f"{file.stem[: -len(digest)]}{digest}.json")
+    record = json.loads(file.read_text())
+    record["key"]["weights"] = "others"
+    other.write_text(json.dumps(sealed_record({k: record[k] for k in ("key", "point")})))
+    other.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_edited, "was damaged or edited since it was written"),
+        (_without_digest, "carries no digest"),
+        (_under_another_name, "is of other inputs"),
+        (lambda file: file.write_text(file.read_text()[:200]), "is damaged"),
+        (lambda file: file.write_text("[]"), "was damaged or edited"),
+        (lambda file: file.write_bytes(b"\xff\xfe"), "is damaged"),
+    ],
+)
+def test_points_that_are_not_what_was_written_are_refused(
+    network: Any, tmp_path: Path, change: Any, message: str
+) -> None:
+    config = make_config({**network, "output": str(tmp_path / "sweep"), "refit": False})
+    swept(config, "0.1")
+    (file,) = (tmp_path / "sweep" / "sweep.points").iterdir()
+    change(file)
+    with pytest.raises(ArtefactError, match=rf"{file.name} {message}.*delete it"):
+        swept(config, "0.1", resume=True)
+    assert read_report(config.output)["kind"] == "sweep"  # as it was
+    file.unlink()
+    journal = Journal()
+    swept(config, "0.1", journal=journal, resume=True)
+    assert journal.points == [(0.1, False)]
+
+
+def test_no_flipped_bit_of_a_point_is_accepted(network: Any, tmp_path: Path) -> None:
+    config = make_config({**network, "output": str(tmp_path / "sweep"), "refit": False})
+    swept(config, "0.1")
+    (file,) = (tmp_path / "sweep" / "sweep.points").iterdir()
+    key = json.loads(file.read_text())["key"]
+    store = PointStore(tmp_path / "sweep", key)
+    assert store.path("threshold", 0.1) == file
+    whole = store.read("threshold", 0.1)
+    assert whole is not None
+    for _ in flipped(file, 1000):
+        with suppress(ArtefactError):  # a space that became another one is no damage
+            assert store.read("threshold", 0.1) == whole
+    assert store.read("threshold", 0.1) == whole
+
+
+def test_damaged_statistics_of_a_sweep_are_refused(config: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        swept(config, journal=Journal(stop_after=1))
+    (file,) = Path(config.output).glob("sweep.calibration-*")
+    for _ in flipped(file, 3, body_of(file)):
+        with pytest.raises(CalibrationError, match=f"{file.name} was damaged or edited"):
+            swept(config, resume=True)
 
 
 def test_names_and_speed_do_not_make_other_content(tmp_path: Path) -> None:

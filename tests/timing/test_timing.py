@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import flipped
 from torch import nn
 
 from compress.errors import InputError
+from compress.files import sealed_record
 from compress.running.memory_format import in_memory_format
 from compress.timing.layers import LatencyTable, Setting, describe_layer
 from compress.timing.networks import Timing, time_network, time_network_formats
@@ -284,7 +287,27 @@ def damaged(change: Any) -> str:
     table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
     raw = json.loads(table.to_json())
     change(raw)
-    return json.dumps(raw)
+    raw.pop("sha256", None)
+    return json.dumps(sealed_record(raw))  # what it says is checked as well
+
+
+def test_no_flipped_bit_and_no_edited_table_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    table = LatencyTable()
+    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
+    path.write_text(table.to_json())
+    for _ in flipped(path, 1000):
+        with suppress(InputError):  # a space that became another one is no damage
+            assert LatencyTable.read(path).to_json() == table.to_json()
+    raw = json.loads(table.to_json())
+    raw["entries"][0]["seconds"] = 1e-9
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"was damaged or edited since .*delete it to measure"):
+        LatencyTable.read(path)
+    del raw["sha256"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="carries no digest"):
+        LatencyTable.read(path)
 
 
 @pytest.mark.parametrize(

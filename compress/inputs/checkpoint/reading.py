@@ -6,7 +6,8 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.files import MODEL_FILE, sha256_file
+from compress.files import (
+    MODEL_FILE,
+    SEAL_KEY,
+    BrokenSeal,
+    check_archive,
+    check_tensors,
+    sha256_file,
+)
+from compress.running.finite import not_finite
 from compress.running.modules import dtype_of
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "ema")
@@ -110,6 +119,8 @@ def _read(path: Path) -> Mapping[Any, Any]:
         )
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path, size)
+    if start.startswith(b"PK"):
+        _check_members(path)
     if start.startswith(b"PK") or start[:1] == b"\x80":
         return _read_torch(path)
     kind = "text" if _is_text(start) else "data of an unknown format"
@@ -128,6 +139,8 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if SEAL_KEY in metadata:
+                check_tensors(path)
             if ARTEFACT_KEY in metadata:
                 raise CheckpointError(
                     f"{path} is an already compressed result, not a checkpoint to compress; look "
@@ -136,11 +149,25 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
                 )
             # The opened file is not a mapping: it has keys() and cannot be iterated.
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except BrokenSeal as error:
+        raise CheckpointError(f"The checkpoint {path} {error}; fetch it again.") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"The checkpoint {path} ({size} bytes) is truncated, damaged or no safetensors file: "
             f"{error}; fetch it again."
         ) from error
+
+
+def _check_members(path: Path) -> None:
+    """Check what torch does not: the checksum of every member of a zip archive.
+
+    Raises:
+        CheckpointError: A member is damaged, or far larger than what is stored of it.
+    """
+    try:
+        check_archive(path, expands=False)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise _damaged(path, error) from error
 
 
 # What torch's reader raises, depending on the byte that a file ends at.
@@ -261,11 +288,7 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"The checkpoint {path} holds names and shapes without values (saved on the meta "
             f"device): {listed(empty)}; save the weights after they are loaded."
         )
-    broken = [
-        n
-        for n, t in tensors.items()
-        if t.is_floating_point() and not bool(torch.isfinite(_widened(t)).all())
-    ]
+    broken = not_finite(tensors)
     if broken:
         raise CheckpointError(
             f"The checkpoint {path} holds NaN or infinite values in {listed(broken)}; training "
@@ -277,7 +300,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first 20 names and how many there are."""
     shown = ", ".join(names[:_SHOWN])
     if len(names) == 1:

@@ -1,0 +1,39 @@
+"""What can be known of a job's outputs before it begins."""
+
+from __future__ import annotations
+
+import os
+
+from compress.config import RunConfig
+from compress.files import check_file, check_room, check_writable
+
+# No rule makes a network so much smaller that its tensors take less than this part.
+_SMALLEST_PART = 0.05
+_REPORT_BYTES = 100_000
+
+
+def check_places(config: RunConfig) -> None:
+    """Find out whether a job's result folder and files can be written, before hours of work.
+
+    Raises:
+        ArtefactError: One cannot, or the disk is certainly too full.
+    """
+    check_files(config)
+    if config.output:
+        check_writable(config.output)
+        weights = os.path.getsize(config.checkpoint) if os.path.isfile(config.checkpoint) else 0
+        check_room(config.output, int(weights * _SMALLEST_PART) + _REPORT_BYTES)
+
+
+def check_files(config: RunConfig) -> None:
+    """Find out whether the calibration and the latency table can be written.
+
+    A calibration that is there already is only read.
+
+    Raises:
+        ArtefactError: One cannot.
+    """
+    if config.calibration and not os.path.exists(config.calibration):
+        check_file(config.calibration, "calibration")
+    if config.latency_table:
+        check_file(config.latency_table, "latency table")
