@@ -1,0 +1,281 @@
+"""The graph of a network's forward, recorded while it runs on an example.
+
+`torch.fx` passes proxies through the forward and notes what is done to them. Here every proxy also
+carries the value that it has for an example, so that the forward may look at what it computes: check
+sizes, loop over the parts of a split, take numbers out of shapes. Numbers are put into the graph as
+they are, except those that count images: the graph holds for any number of them, and for images of
+the example's size. Where a forward decides by its images' content, the graph is one of several, which
+comparing it with the forward on other images shows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from compress.running.forward import evaluation_mode, main_output, same_outputs
+
+# Images in the example: a prime that sizes and channels are hardly ever multiples of, since
+# multiples of it are taken to count images. For large images memory matters more.
+IMAGES, IMAGES_IF_LARGE = 11, 3
+_LARGE = 3 * 320 * 320
+# Where torch.fx puts tensors that a forward makes without looking at its input.
+_CONSTANT = "_tensor_constant"
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+
+
+def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
+    """Return the graph of the model in eval mode, or None where it has no single graph.
+
+    Args:
+        model: The network.
+        example: One input ``[1, ...]``.
+
+    Returns:
+        A graph whose calls name the model's modules and whose output is the main output, checked
+        against the forward on other images and other numbers of them.
+    """
+    images = _images(example, IMAGES if example.numel() <= _LARGE else IMAGES_IF_LARGE)
+    root = _MainOutput(model)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            graph = _Tracer(images).trace(root)
+        constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)}
+        vars(model).update(constants)
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                node.target = str(node.target).removeprefix("model.")
+        for node in reversed(graph.nodes):
+            # Shapes that the forward only looked at.
+            if node.target in (getattr, operator.getitem) and not node.users:
+                graph.erase_node(node)
+        graph.lint()
+        return graph if _holds(model, graph, example) else None
+    except Exception:  # the user's forward runs on proxies, which may raise anything
+        return None
+
+
+def _images(example: Tensor, count: int) -> Tensor:
+    """The example and variations of it, which a forward that looks at its images may tell apart."""
+    if not example.is_floating_point():
+        return example.expand(count, *example.shape[1:]).clone()
+    generator = torch.Generator().manual_seed(0)
+    scale = 0.5 + torch.rand(count, *[1] * (example.dim() - 1), generator=generator)
+    noise = torch.randn(count, *example.shape[1:], generator=generator) * 0.1
+    return example * scale.to(example) + noise.to(example) * example.std()
+
+
+def _holds(model: nn.Module, graph: fx.Graph, example: Tensor) -> bool:
+    """Whether the graph computes what the forward does, for two numbers of other images."""
+    traced = fx.GraphModule(model, graph)
+    for images in (_images(example, 2), _images(example, 5).flip(0)[:1]):
+        with evaluation_mode(model), torch.no_grad():
+            expected = main_output(model(images.clone()))
+        with evaluation_mode(model), torch.no_grad():
+            found = traced(images.clone())
+        if found.shape != expected.shape or not same_outputs(expected, found):
+            return False
+    return True
+
+
+class _MainOutput(nn.Module):
+    """A model called with only its input, giving its main output.
+
+    What else a forward could take has its default: a proxy in its place would lead a forward that
+    asks whether an argument ``is None`` the wrong way.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return main_output(self.model(x))
+
+
+class _Valued(fx.Proxy):
+    """A proxy that knows its value for the example, and answers python's questions by it."""
+
+    value: Any
+
+    @property
+    def __class__(self) -> type:  # so that isinstance(x, Tensor) is true in the forward
+        return type(self.value)
+
+    @__class__.setter
+    def __class__(self, _: type) -> None:
+        raise TypeError("a traced value keeps its type")
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.value, name)
+        if callable(found):
+            return lambda *args, **kwargs: self.tracer.create_proxy(
+                "call_method", name, (self, *args), kwargs
+            )
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __index__(self) -> int:
+        return operator.index(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self.value))])
+
+
+class _Tracer(fx.Tracer):
+    """Traces through the user's modules, with values, and stops at torch's and this package's own.
+
+    Args:
+        images: The example's images ``[N, ...]``.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+        self.running = False
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a module."""
+        with _Factories(self):
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        if module_qualified_name == "model":
+            return False
+        # Unpacked attention stays open: its projections are layers like any other.
+        home = type(m).__module__
+        own = home.startswith("compress.modules") and "attention" not in home
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a module: as a node, or through its forward."""
+        if self.running:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return a module's attribute: parameters as nodes, unless a value is being computed."""
+        if self.running:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn an argument into what a node holds."""
+        # First of all, because values claim the class of what they stand for.
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        """Add a node; return its proxy, or what it gives where that is the same for all images."""
+        value = self._value(kind, target, args, kwargs)
+        if isinstance(value, _PLAIN) and not self._counts_images(value):
+            return value
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        proxy = _Valued(node, self)
+        proxy.value = value
+        if isinstance(value, torch.Size):
+            return _Size(proxy[i] for i in range(len(value)))
+        return proxy
+
+    def _counts_images(self, value: Any) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and value != 0 and value % len(self.images) == 0
+
+    def _value(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a node gives for the example."""
+        if kind == "placeholder":
+            return self.images
+        args, kwargs = _values(args), _values(kwargs)
+        self.running = True
+        try:
+            if kind == "get_attr":
+                return operator.attrgetter(target)(self.root)
+            if kind == "call_module":
+                return self.root.get_submodule(target)(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
+        finally:
+            self.running = False
+
+
+class _Size(tuple[Any, ...]):
+    """A shape: whole numbers, and proxies where they count images."""
+
+    __slots__ = ()
+
+    def numel(self) -> Any:
+        """Return the product, as that of `torch.Size`."""
+        product: Any = 1
+        for size in self:
+            product = product * size
+        return product
+
+
+class _Factories(TorchFunctionMode):
+    """Makes nodes of calls that take no tensor but a number that counts images (torch.zeros)."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.tracer.running or not _holds_proxy((args, kwargs)):
+            return func(*args, **kwargs)
+        return fx.Proxy.__torch_function__(func, (_Valued,), args, kwargs)
+
+
+def _holds_proxy(values: Any) -> bool:
+    found: list[Any] = []
+    _mapped(values, found.append)
+    return bool(found)
+
+
+def _values(values: Any) -> Any:
+    """Replace proxies by their values."""
+    return _mapped(values, lambda proxy: proxy.value)
+
+
+def _mapped(values: Any, change: Callable[[Any], Any]) -> Any:
+    if issubclass(type(values), fx.Proxy):
+        return change(values)
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*[_mapped(v, change) for v in values])
+    if isinstance(values, tuple | list):
+        return (tuple if isinstance(values, tuple) else list)(_mapped(v, change) for v in values)
+    if isinstance(values, dict):
+        return {k: _mapped(v, change) for k, v in values.items()}
+    if isinstance(values, slice):
+        parts = (values.start, values.stop, values.step)
+        return slice(*[_mapped(v, change) for v in parts])
+    return values
