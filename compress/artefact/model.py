@@ -29,6 +29,7 @@ from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
 from compress.network.chains import empty_chain
+from compress.network.norms import after_norm
 from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
 from compress.running.modules import replace_module
@@ -191,9 +192,14 @@ def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
             # Modules type their attributes as tensors or modules; this one is a whole number.
             module.bias = nn.Parameter(torch.zeros(int(channels)).to(weight))  # type: ignore[arg-type]
         found = model.get_submodule(norm)
+        rest = after_norm(found)
+        if rest is None:
+            raise ValueError(
+                f"module {norm!r} is a {type(found).__name__}, not a BatchNorm to fold"
+            )
         for name, other in list(model.named_modules(remove_duplicate=False)):
             if other is found:
-                replace_module(model, name, nn.Identity())
+                replace_module(model, name, rest)
     for replacement in manifest.replacements:
         model = _replaced(model, replacement)
     return model

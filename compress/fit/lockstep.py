@@ -116,6 +116,7 @@ class Lockstep:
         chains: What stands in their place in the compressed network, by the same names; may change
             between segments.
         nodes: The graph's nodes, in order.
+        result: Index of the one that gives the main output.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -123,6 +124,8 @@ class Lockstep:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.chains: dict[str, nn.Module] = {}
         self.nodes = list(graph.nodes)
+        (output,) = (node for node in self.nodes if node.op == "output")
+        self.result = self.nodes.index(output.args[0])
         self.last_use: dict[fx.Node, list[str]] = {}
         seen: set[fx.Node] = set()
         for node in reversed(self.nodes):

@@ -88,7 +88,7 @@ class StretchWalk(Walk):
         for segment in segments:
             value = self.lockstep.across(value, at, segment.end, compressed=False)
             ends[segment.end], at = value, segment.end
-        output = self.lockstep.across(value, at, len(nodes) - 2, compressed=False)
+        output = self.lockstep.across(value, at, self.lockstep.result, compressed=False)
         total = objective(output, self.labels[batch])
         gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
         for end, gradient in zip(ends, gradients, strict=True):

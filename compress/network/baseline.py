@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
-from compress.network.graph import FoldedPair, fold_batch_norms, trace
+from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
+from compress.network.tracing import trace
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
 from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
@@ -72,7 +73,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     baseline = copy.deepcopy(original)
     warnings = []
     unpacked = unpack_attention(baseline)
-    graph = trace(baseline)
+    graph = trace(baseline, example)
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
@@ -91,7 +92,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         unpacked, pairs, graph = (), (), None
         warnings.append("Folding the norms changed the outputs, so they were left in place.")
     if pairs:
-        graph = trace(baseline)
+        graph = trace(baseline, example)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
     sites = without_read_layers(baseline, sites, example)
     long = [s.name for s in sites if s.skip is None and too_long(s.geometry) is not None]

@@ -1,11 +1,10 @@
 """The graph of a network's forward, recorded while it runs on an example.
 
 `torch.fx` passes proxies through the forward and notes what is done to them. Here every proxy also
-carries the value that it has for an example, so that the forward may look at what it computes: check
-sizes, loop over the parts of a split, take numbers out of shapes. Numbers are put into the graph as
-they are, except those that count images: the graph holds for any number of them, and for images of
-the example's size. Where a forward decides by its images' content, the graph is one of several, which
-comparing it with the forward on other images shows.
+carries the value that it has for an example, so that the forward may look at what it computes:
+check sizes, loop over the parts of a split, take numbers out of shapes. Numbers are put into the
+graph as they are, except those that count images: the graph holds for any number of them, and for
+images of the example's size. A forward that decides by what its images hold has no such graph.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from compress.network.norms import NORMS, after_norm
 from compress.running.forward import evaluation_mode, main_output, same_outputs
 
 # Images in the example: a prime that sizes and channels are hardly ever multiples of, since
@@ -26,6 +26,8 @@ IMAGES, IMAGES_IF_LARGE = 11, 3
 _LARGE = 3 * 320 * 320
 # Where torch.fx puts tensors that a forward makes without looking at its input.
 _CONSTANT = "_tensor_constant"
+# Nodes whose targets are names in the model.
+_NAMED = ("call_module", "get_attr")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 
 
@@ -44,11 +46,11 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
     root = _MainOutput(model)
     try:
         with evaluation_mode(model), torch.no_grad():
-            graph = _Tracer(images).trace(root)
+            graph = _Tracer(images, _special_norms(model)).trace(root)
         constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)}
         vars(model).update(constants)
         for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
+            if node.op in _NAMED:
                 node.target = str(node.target).removeprefix("model.")
         for node in reversed(graph.nodes):
             # Shapes that the forward only looked at.
@@ -58,6 +60,11 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
         return graph if _holds(model, graph, example) else None
     except Exception:  # the user's forward runs on proxies, which may raise anything
         return None
+
+
+def _special_norms(model: nn.Module) -> frozenset[nn.Module]:
+    found = [m for m in model.modules() if isinstance(m, NORMS) and type(m) not in NORMS]
+    return frozenset(norm for norm in found if after_norm(norm) is not None)
 
 
 def _images(example: Tensor, count: int) -> Tensor:
@@ -98,6 +105,17 @@ class _MainOutput(nn.Module):
         return main_output(self.model(x))
 
 
+class _DependsOnData(Exception):  # noqa: N818 - says what the forward does, and goes no further
+    """The forward decides by the content of its images, so that no one graph stands for it."""
+
+
+# What takes numbers out of tensors.
+_READING = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"))
+
+
+_part: Callable[[Any, int], Any] = operator.getitem
+
+
 class _Valued(fx.Proxy):
     """A proxy that knows its value for the example, and answers python's questions by it."""
 
@@ -120,22 +138,27 @@ class _Valued(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __bool__(self) -> bool:
-        return bool(self.value)
+        return bool(self._looked_at())
 
     def __len__(self) -> int:
         return len(self.value)
 
     def __int__(self) -> int:
-        return int(self.value)
+        return int(self._looked_at())
 
     def __index__(self) -> int:
-        return operator.index(self.value)
+        return operator.index(self._looked_at())
 
     def __float__(self) -> float:
-        return float(self.value)
+        return float(self._looked_at())
+
+    def _looked_at(self) -> Any:
+        if isinstance(self.value, Tensor):
+            raise _DependsOnData
+        return self.value
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self.value))])
+        return iter([_part(self, i) for i in range(len(self.value))])
 
 
 class _Tracer(fx.Tracer):
@@ -143,11 +166,12 @@ class _Tracer(fx.Tracer):
 
     Args:
         images: The example's images ``[N, ...]``.
+        norms: Subclasses of BatchNorm that can be folded, which stay whole for that.
     """
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, norms: frozenset[nn.Module]) -> None:
         super().__init__()
-        self.images = images
+        self.images, self.norms = images, norms
         self.running = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -162,7 +186,7 @@ class _Tracer(fx.Tracer):
         # Unpacked attention stays open: its projections are layers like any other.
         home = type(m).__module__
         own = home.startswith("compress.modules") and "attention" not in home
-        return own or super().is_leaf_module(m, module_qualified_name)
+        return own or m in self.norms or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -188,27 +212,33 @@ class _Tracer(fx.Tracer):
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any,
-        **others: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *_: Any,
+        **__: Any,
+    ) -> Any:
         """Add a node; return its proxy, or what it gives where that is the same for all images."""
+        if getattr(target, "__name__", target) in _READING:
+            raise _DependsOnData
         value = self._value(kind, target, args, kwargs)
         if isinstance(value, _PLAIN) and not self._counts_images(value):
             return value
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
+        name = str(target).removeprefix("model.").replace(".", "_") if kind in _NAMED else None
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name)
         proxy = _Valued(node, self)
         proxy.value = value
         if isinstance(value, torch.Size):
-            return _Size(proxy[i] for i in range(len(value)))
+            return _Size(_part(proxy, i) for i in range(len(value)))
         return proxy
 
     def _counts_images(self, value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and value != 0 and value % len(self.images) == 0
 
-    def _value(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a node gives for the example."""
         if kind == "placeholder":
             return self.images

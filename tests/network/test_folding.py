@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.network.graph import FoldedPair, fold_batch_norms, trace
+from compress.network.folding import FoldedPair, fold_batch_norms
+from compress.network.tracing import trace
 from compress.running.forward import same_outputs
 from compress.running.modules import replace_module
 
@@ -42,8 +43,8 @@ class Pair(nn.Module):
         return self.body(x)
 
 
-def fold(model: nn.Module) -> tuple[FoldedPair, ...]:
-    return fold_batch_norms(model, trace(model))
+def fold(model: nn.Module, x: Tensor) -> tuple[FoldedPair, ...]:
+    return fold_batch_norms(model, trace(model, x[:1]))
 
 
 def ready(model: nn.Module) -> nn.Module:
@@ -79,20 +80,20 @@ FOLDING: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple
 def test_folding_is_exact(name: str, traceable: bool) -> None:
     layer, norm, shape = FOLDING[name]
     model = ready(Pair(layer(), norm(), traceable))
-    assert (trace(model) is not None) == traceable
     x = torch.randn(2, *shape, dtype=torch.float64)
+    assert (trace(model, x[:1]) is not None) == traceable
     before = model(x)
-    assert fold(model) == (FoldedPair("body.0", "body.1"),)
+    assert fold(model, x) == (FoldedPair("body.0", "body.1"),)
     assert type(model.body[1]) is nn.Identity
     assert model.body[0].bias is not None
     torch.testing.assert_close(model(x), before, **EXACT)
-    assert fold(model) == ()
+    assert fold(model, x) == ()
 
 
 def test_frozen_layers_stay_frozen_and_dtypes_stay() -> None:
     model = ready(Pair(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6))).to(torch.bfloat16)
     model.body[0].weight.requires_grad_(False)
-    assert fold(model)
+    assert fold(model, torch.zeros(1, 3, 7, 7, dtype=torch.bfloat16))
     assert not model.body[0].weight.requires_grad
     assert not model.body[0].bias.requires_grad
     assert model.body[0].weight.dtype == model.body[0].bias.dtype == torch.bfloat16
@@ -126,7 +127,7 @@ def test_only_the_pair_that_stands_alone_is_folded() -> None:
     model = ready(Branching())
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     before = model(x)
-    assert fold(model) == (FoldedPair("good", "norm7"),)
+    assert fold(model, x) == (FoldedPair("good", "norm7"),)
     torch.testing.assert_close(model(x), before, **EXACT)
 
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_folded_exactly_is_left(name: str, traceable: bool) -> No
     x = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     if name != "weight-elsewhere":
         before = model(x)
-    assert fold(model) == ()
+    assert fold(model, x) == ()
     if name != "weight-elsewhere":
         assert torch.equal(model(x), before)
 
@@ -196,7 +197,7 @@ def test_linear_and_batch_norm_disagree_on_the_axis() -> None:
     model = ready(Pair(nn.Linear(5, 5), nn.BatchNorm1d(5)))
     x = torch.randn(2, 5, 5, dtype=torch.float64)
     before = model(x)
-    assert fold(model) == ()
+    assert fold(model, x) == ()
     assert torch.equal(model(x), before)
 
 
@@ -219,10 +220,10 @@ def test_an_untraceable_model_folds_neighbours_that_nothing_else_uses() -> None:
             return self.alias(self.shared(self.body(x)))
 
     model = ready(Untraceable())
-    assert trace(model) is None
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert trace(model, x[:1]) is None
     before = model(x)
-    assert fold(model) == (FoldedPair("body.0", "body.1"),)
+    assert fold(model, x) == (FoldedPair("body.0", "body.1"),)
     torch.testing.assert_close(model(x), before, **EXACT)
 
 
