@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compress.choose.choices import break_even, kept, make_choice, rounded_up, scheme_cost
 from compress.choose.knapsack import UnreachableBudgetError, allocate
@@ -35,6 +35,7 @@ class Budgets:
         currency: What budgets are counted in.
         total: Cost of the whole dense network.
         fixed: What the layers without candidates cost, and all else.
+        elsewhere: What is none of the layers, by module; for messages.
         why: The reason that choices record; by default the budget.
     """
 
@@ -45,6 +46,7 @@ class Budgets:
     total: float
     fixed: float
     why: str | None = None
+    elsewhere: Mapping[str, float] = field(default_factory=dict)
 
     def spend(self, fraction: float) -> list[Choice]:
         """Make one choice per layer: the least summed loss within a fraction of the dense cost.
@@ -85,7 +87,19 @@ class Budgets:
             f"--{self.currency.name} {fraction:g} cannot be reached: the smallest reachable "
             f"fraction is {math.ceil(smallest * 1e4) / 1e4:g}. Raise the budget to that, allow "
             "more schemes (--schemes) or free layers that --keep or --rank fixes."
+            f"{self._in_the_way()}"
         )
+
+    def _in_the_way(self) -> str:
+        """Name the largest parts of the network that no candidate makes smaller."""
+        kept = [site for site in self.sites if site.name not in self.found]
+        cost = {**self.elsewhere, **{s.name: float(self.currency.size(s)) for s in kept}}
+        fixed = {name: c for name, c in cost.items() if c >= 0.01 * self.total}
+        largest = sorted(fixed, key=lambda name: -fixed[name])[:3]
+        if not largest:
+            return ""
+        parts = (f"{n or 'the model itself'} ({100 * fixed[n] / self.total:.0f}%)" for n in largest)
+        return f" What cannot be rewritten: {', '.join(parts)}."
 
 
 def options(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -13,10 +14,11 @@ from compress.choose.choices import problems
 from compress.choose.overrides import Overrides
 from compress.config import RunConfig
 from compress.errors import ConfigError
+from compress.network.baseline import Network
 from compress.network.sites import LayerSite
 from compress.plan import Choice, Plan
 from compress.progress import Track, silent
-from compress.rules import Currency, RankOf
+from compress.rules import Currency, RankOf, Sized
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Chooser:
         calibration: Their statistics.
         config: Rule, overrides, schemes.
         track: Progress.
+        whole: What the whole network costs; by default the layers together.
+        elsewhere: MACs of what is none of the layers, by module.
     """
 
     model: nn.Module
@@ -36,6 +40,17 @@ class Chooser:
     calibration: Calibration
     config: RunConfig
     track: Track = silent
+    whole: Sized | None = None
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, network: Network, calibration: Calibration, config: RunConfig, track: Track = silent
+    ) -> Chooser:
+        """Return the chooser of a network, whose budgets are shares of all that it computes."""
+        return cls(
+            network.model, network.sites, calibration, config, track, network, network.elsewhere
+        )
 
     def plan(self) -> Plan:
         """Choose by the configuration's rule.
@@ -69,7 +84,12 @@ class Chooser:
         found = options(self.sites, overrides, problem, currency.size, self.track)
         dense = {site.name: float(currency.size(site)) for site in self.sites}
         fixed = sum(cost for name, cost in dense.items() if name not in found)
-        return Budgets(self.sites, overrides, found, currency, sum(dense.values()), fixed)
+        layers = sum(dense.values())
+        total = max(float(currency.size(self.whole)), layers) if self.whole else layers
+        return Budgets(
+            self.sites, overrides, found, currency, total, fixed + total - layers,
+            elsewhere=self.elsewhere if currency.name == "macs" else {},
+        )  # fmt: skip
 
     def within(self, currency: Currency, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's cost; see `compress.rules.Planning`."""

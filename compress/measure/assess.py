@@ -232,7 +232,9 @@ def _warnings(rewritten: Rewritten, layers: tuple[LayerResult, ...]) -> Iterator
                 f"with its norms folded ({timed.ratio:.2f} of its time on this device)."
             )
     rule = rule_named(rewritten.plan.rule)
-    macs = sum(x.macs for x in layers) / max(sum(x.dense_macs for x in layers), 1)
+    costs = rewritten.cost
+    dense = costs.folded.macs if costs.folded else 0
+    macs = costs.compressed.macs / dense if costs.compressed and dense else 1.0
     last = (latency[-1].batch_size, latency[-1].ratio) if latency else (0, 0.0)
     remark = rule and rule.remark(Outcome(rewritten.plan.value or 0.0, macs, *last))
     if remark:

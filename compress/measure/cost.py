@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from compress.network.sites import find_sites
+from compress.network.counting import count_macs
 from compress.result import Cost
 
 
 def model_cost(model: nn.Module, example: Tensor, element_size: int | None = None) -> Cost:
     """Count a model's cost for one image.
 
-    MACs are those of its convolution and linear layers, shared ones once per call; parameters and
-    the bytes of parameters and buffers count shared tensors once.
+    MACs are those of everything that runs (`compress.network.counting`); parameters and the bytes
+    of parameters and buffers count shared tensors once.
 
     Args:
         model: The network.
@@ -20,7 +20,7 @@ def model_cost(model: nn.Module, example: Tensor, element_size: int | None = Non
         element_size: Bytes a floating-point number takes where the model will be saved in another
             dtype than its own.
     """
-    macs = sum(site.macs for site in find_sites(model, example))
+    macs = count_macs(model, example)
     params = sum(p.numel() for p in model.parameters())
     tensors = [*model.parameters(), *model.buffers()]
     size = sum(

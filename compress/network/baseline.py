@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
@@ -35,6 +37,8 @@ class Network:
         memory_formats: Those that its forward takes: ``"contiguous"`` always, and
             ``"channels_last"`` unless a ``view`` or the like stands in the way.
         warnings: What the user should know.
+        macs: Of the whole baseline, per image.
+        elsewhere: MACs of what is none of the layers, by module.
     """
 
     original: nn.Module
@@ -46,6 +50,13 @@ class Network:
     example: Tensor
     memory_formats: tuple[str, ...]
     warnings: tuple[str, ...]
+    macs: int = 0
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole baseline."""
+        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def memory_format(self) -> str:
@@ -102,9 +113,13 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
             f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
         )
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
+    by_module = macs_by_module(baseline, example)
+    layers = {alias for site in sites for alias in site.aliases}
     return Network(
-        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings)
-    )
+        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings),
+        macs=sum(by_module.values()),
+        elsewhere={name: macs for name, macs in by_module.items() if name not in layers},
+    )  # fmt: skip
 
 
 def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:

@@ -9,13 +9,14 @@ images of the example's size. A forward that decides by what its images hold has
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from compress.network.norms import NORMS, after_norm
 from compress.running.forward import evaluation_mode, main_output, same_outputs
@@ -169,6 +170,8 @@ class _Tracer(fx.Tracer):
         norms: Subclasses of BatchNorm that can be folded, which stay whole for that.
     """
 
+    proxy_buffer_attributes = True  # as parameters are, or they could not meet a number of images
+
     def __init__(self, images: Tensor, norms: frozenset[nn.Module]) -> None:
         super().__init__()
         self.images, self.norms = images, norms
@@ -176,7 +179,7 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module."""
-        with _Factories(self):
+        with _factories(self):
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -269,20 +272,34 @@ class _Size(tuple[Any, ...]):
         return product
 
 
-class _Factories(TorchFunctionMode):
-    """Makes nodes of calls that take no tensor but a number that counts images (torch.zeros)."""
+# They take no tensor, so that torch does not ask a proxy among their arguments to stand in.
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+    "tensor", "zeros",
+)  # fmt: skip
 
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.tracer.running or not _holds_proxy((args, kwargs)):
-            return func(*args, **kwargs)
-        return fx.Proxy.__torch_function__(func, (_Valued,), args, kwargs)
+@contextmanager
+def _factories(tracer: _Tracer) -> Iterator[None]:
+    """Make nodes of calls like ``torch.zeros(len(x), 3)`` whose numbers count images."""
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if tracer.running or not _holds_proxy((args, kwargs)):
+                return function(*args, **kwargs)
+            return tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, wrapped(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
 
 
 def _holds_proxy(values: Any) -> bool:

@@ -52,7 +52,7 @@ def choose(job: Job, calibration: Calibration) -> Plan:
         DataError: The rule measures accuracy, and there are no labelled validation images.
     """
     config, network = job.config, job.network
-    chooser = Chooser(network.model, network.sites, calibration, config, job.track)
+    chooser = Chooser.of(network, calibration, config, job.track)
     choices = config.chosen_rule.choose(Planner(job, chooser), config.rule_value or 0.0)
     plan = Plan(config.rule, config.rule_value, config.metric, tuple(choices))
     return dataclasses.replace(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -97,25 +98,32 @@ def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def main_output(result: object) -> Tensor:
-    """Return the main tensor of what a forward returned."""
+    """Return the main tensor of what a forward returned: its logits, else the first there is.
+
+    Raises:
+        ModelError: It holds none.
+    """
+    found = _main(result)
+    if found is None:
+        raise ModelError(
+            f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it "
+            "in a module that returns its logits."
+        )
+    return found
+
+
+def _main(result: object) -> Tensor | None:
     if isinstance(result, Tensor):
         return result
-    if isinstance(result, dict):
-        for key in ("logits", "out"):
-            if isinstance(result.get(key), Tensor):
-                return main_output(result[key])
-        candidates = list(result.values())
+    if isinstance(result, Mapping):
+        parts = [result[key] for key in ("logits", "out") if key in result] or [*result.values()]
     elif isinstance(getattr(result, "logits", None), Tensor):
-        return main_output(result.logits)  # type: ignore[attr-defined]  # just looked
+        parts = [getattr(result, "logits", None)]
+    elif is_dataclass(result) and not isinstance(result, type):
+        parts = [getattr(result, part.name) for part in fields(result)]
     else:
-        candidates = list(result) if isinstance(result, tuple | list) else []
-    for value in candidates:
-        if isinstance(value, Tensor):
-            return value
-    raise ModelError(
-        f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it in "
-        "a module that returns its logits."
-    )
+        parts = list(result) if isinstance(result, tuple | list) else []
+    return next((found for found in map(_main, parts) if found is not None), None)
 
 
 def require_parameters(model: nn.Module) -> None:

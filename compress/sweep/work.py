@@ -129,7 +129,7 @@ class SweepWork:
         rule, currency = self.grid.rule, self.grid.currency
 
         def chooser(config: RunConfig) -> Chooser:
-            return Chooser(network.model, network.sites, calibration, config)
+            return Chooser.of(network, calibration, config)
 
         if currency is None:
             return lambda value: chooser(self.grid.at(self.config, value)).plan()

@@ -1,0 +1,198 @@
+"""Graphs recorded while the forward runs: they compute the same, for any number of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from compress.modules.attention import unpack_attention
+from compress.network.tracing import trace
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+
+
+class ChecksSize(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 4 or width % 4:
+            raise ValueError("sides must be multiples of four")
+        assert x.dim() == 4, x.shape
+        assert isinstance(x, Tensor)
+        if not x.is_floating_point() or x.dtype != torch.float32:
+            x = x.float()
+        return self.b(self.a(x))
+
+
+class Chunks(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.a(x).chunk(2, 1))
+        parts.append(parts[-1].relu())
+        return self.b(torch.cat(parts[1:], 1))
+
+
+class Unpacks(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(x).split((6, 6), dim=1)
+        return self.b(torch.cat([*reversed((left, right))], 1))
+
+
+class Resizes(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.a(F.avg_pool2d(x, 2)), size=x.shape[2:], mode="nearest")
+        sides = [math.ceil(n / 2) for n in y.shape[2:]]
+        return F.adaptive_avg_pool2d(self.b(y), sides)
+
+
+class Tokens(Base):
+    """Reads the number of images, and makes tensors of that size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        tokens = self.a(x).reshape(n, -1, height * width).transpose(1, 2)
+        extra = torch.zeros(n, 1, tokens.size(2), device=x.device) + 0.5
+        tokens = torch.cat([extra, tokens], dim=1)
+        assert len(tokens) == n
+        return tokens.reshape(n * tokens.shape[1], 12).view(n, -1, 12).mean(1)
+
+
+class Loops(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleDict({"x": nn.Conv2d(12, 12, 1), "y": nn.Conv2d(12, 12, 1)})
+
+    def forward(self, x: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+        x = self.a(x)
+        for layer in self.more.values():
+            x = layer(x) + x
+        if mask is not None:
+            x = x * mask
+        return self.b(x) if scale is None else self.b(x) * scale
+
+
+class Nested(Base):
+    """Several outputs; the first tensor is the main one."""
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        y = self.a(x)
+        z = self.b(y.relu_())
+        return {"logits": y.mean((2, 3)), "maps": z}, [z]
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    features: list[Tensor]
+
+
+class Structured(Base):
+    def forward(self, x: Tensor) -> Output:
+        y = self.a(x)
+        return Output(self.b(y), [y])
+
+
+class Parameter(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(12, 1, 1))
+        self.register_buffer("shift", torch.rand(12, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.b.weight - self.b.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(self.a(x) * self.scale + self.shift, weight, padding=1)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x[:, :1].flatten(2).transpose(1, 2).expand(-1, -1, 12))
+
+
+TRACED: list[Callable[[], nn.Module]] = [
+    ChecksSize, Chunks, Unpacks, Resizes, Tokens, Loops, Nested, Structured, Parameter, Attention,
+]  # fmt: skip
+
+
+def main(result: object) -> Tensor:
+    """The main output, by hand for each of the networks here."""
+    if isinstance(result, tuple):
+        result = result[0]["logits"]
+    found = getattr(result, "logits", result)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("make", TRACED, ids=lambda m: m.__name__)
+def test_the_graph_computes_the_same_for_any_number_of_images(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    unpack_attention(model)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    graph = trace(model, torch.rand(1, 3, 8, 12))
+    assert graph is not None
+    traced = fx.GraphModule(model, graph)
+    for count in (1, 2, 7, 22):
+        x = torch.rand(count, 3, 8, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x.clone()), main(model(x.clone())))
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    assert called <= set(dict(model.named_modules()))
+    assert called
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_numbers_of_the_forward_leave_no_nodes() -> None:
+    """Checks of the size change nothing about the graph."""
+    plain = trace(nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3)), torch.rand(1, 3, 8, 8))
+    checked = trace(ChecksSize().eval(), torch.rand(1, 3, 8, 8))
+    assert plain is not None
+    assert checked is not None
+    assert len(checked.nodes) == len(plain.nodes)
+
+
+class ByContent(Base):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        decide = {
+            "branch": lambda: bool(y.mean() > 1e9),
+            "item": lambda: y.mean().item() > 1e9,
+            "list": lambda: y.mean((1, 2, 3)).tolist()[0] > 1e9,
+            "float": lambda: float(y.mean()) > 1e9,
+            "equal": lambda: torch.equal(y, y + 1),
+            "int": lambda: int(y.mean() * 1e-9) > 3,
+        }[self.how]
+        return y if decide() else self.b(y)
+
+
+@pytest.mark.parametrize("how", ["branch", "item", "list", "float", "equal", "int"])
+def test_a_forward_that_decides_by_content_has_no_graph(how: str) -> None:
+    assert trace(ByContent(how).eval(), torch.rand(1, 3, 8, 8)) is None
+
+
+class ByCount(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y) if len(x) > 1 else y
+
+
+def test_a_forward_that_decides_by_the_number_of_images_has_no_graph() -> None:
+    assert trace(ByCount().eval(), torch.rand(1, 3, 8, 8)) is None

@@ -1,0 +1,146 @@
+"""Networks that people have, through the whole job: splits, checks of sizes, very long patches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stopwatch import stop_the_clock
+from torch import Tensor, nn
+
+from compress import compress_model
+from compress.errors import BudgetError
+from compress.pipeline.outcome import Compressed
+
+
+@pytest.fixture(autouse=True)
+def _stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_the_clock(monkeypatch)
+
+
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    def __init__(self, *shape: int, classes: int = 4) -> None:
+        self.shape, self.classes = shape, classes
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index >= len(self):
+            raise IndexError
+        label = index % self.classes
+        image = torch.rand(self.shape, generator=torch.Generator().manual_seed(index))
+        return image + label, label
+
+
+def conv(a: int, b: int) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, padding=1)
+
+
+class Split(nn.Module):
+    """Half of the channels go one way, half another: a tuple carries everything on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.left, self.right, self.down = (
+            conv(16, 16), conv(8, 8), conv(8, 8), conv(16, 16)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.up(x).chunk(2, dim=1)
+        return self.down(torch.cat([self.left(left), self.right(right)], 1))
+
+
+def classifier(*body: nn.Module, width: int = 16, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    for layer in (layer for part in body for layer in part.modules()):
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    return nn.Sequential(*body, *head).eval()
+
+
+def run(model: nn.Module, *shape: int, **settings: object) -> Compressed:
+    images = Images(*shape)
+    return compress_model(model, images, test=images, calibration_images=40, **settings)
+
+
+def test_a_tuple_that_carries_everything_on() -> None:
+    model = classifier(conv(3, 16), nn.ReLU(), Split(), nn.ReLU(), Split(), nn.ReLU())
+    found = run(model, 3, 8, 8, macs=0.7)
+    layers = found.result.layers
+    assert any(layer.refitted for layer in layers)
+    assert found.result.cost.compressed.macs <= 0.7 * found.result.cost.folded.macs
+
+
+class Careful(nn.Module):
+    """The same as its parts in sequence, for whoever has checked its input."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 2 or width % 2:
+            raise ValueError("odd sides")
+        for part in self.parts:
+            x = part(x)
+        return torch.cat(list(x.chunk(2, 1)), 1)
+
+
+def test_checks_and_loops_cost_nothing() -> None:
+    def body() -> list[nn.Module]:
+        return [conv(3, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 16), nn.ReLU()]
+
+    plain = run(classifier(*body()), 3, 8, 8, macs=0.6)
+    careful = run(classifier(Careful(*body())), 3, 8, 8, macs=0.6)
+    for found in (plain, careful):
+        assert any(layer.refitted for layer in found.result.layers)
+        assert not any("traced" in warning for warning in found.result.warnings)
+    values = [list(found.model.state_dict().values()) for found in (plain, careful)]
+    assert [v.shape for v in values[0]] == [v.shape for v in values[1]]
+    for one, other in zip(*values, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"macs": 0.6}, {"params": 0.6}, {"threshold": 0.05},
+     {"rank": {"2": "4"}, "scheme": {"2": "input"}}],
+    ids=lambda s: next(iter(s)),
+)  # fmt: skip
+def test_very_long_patches_take_the_output_scheme(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    """As 1,024 channels into a 3x3, with a shorter length for the test."""
+    monkeypatch.setattr("compress.linalg.schemes.record.LONGEST_PATCH", 100)
+    model = classifier(conv(3, 16), nn.ReLU(), conv(16, 16), nn.ReLU())
+    found = run(model, 3, 8, 8, **settings)
+    layer = next(layer for layer in found.result.layers if layer.name == "2")
+    assert layer.scheme in ("output", "dense")
+    assert layer.scheme == "output" or "rank" not in settings
+    assert any("take only the output scheme (2)" in w for w in found.result.warnings)
+
+
+def test_a_budget_is_a_share_of_the_whole_network() -> None:
+    """A convolution that is no layer of any known kind counts, and is named where it must be."""
+
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv3d(3, 16, 3, padding=1)
+            self.rest = classifier(conv(16, 16), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.stem(x).mean(2))
+
+    torch.manual_seed(0)
+    images = Images(3, 4, 8, 8)
+    stem, conv2d, linear = 27 * 3 * 16 * 256, 9 * 16 * 16 * 64, 16 * 4
+    whole = stem + conv2d + linear
+    found = compress_model(Video().eval(), images, calibration_images=40, macs=0.97)
+    assert found.result.cost.folded.macs == whole
+    assert found.result.cost.compressed.macs <= 0.97 * whole
+    share = f"{100 * stem / whole:.0f}%"
+    with pytest.raises(BudgetError, match=rf"cannot be rewritten: stem \({share}\)"):
+        compress_model(Video().eval(), images, calibration_images=40, macs=0.5)
