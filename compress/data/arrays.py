@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.data.images import UNLABELLED
+from compress.data.targets import UNLABELLED, as_target, class_number, content
 from compress.errors import DataError, near_matches
 from compress.files import check_archive
 
@@ -24,7 +25,7 @@ _IDX_UINT8 = 0x08
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images ``[N, C, H, W]`` in memory, uint8 or floating, with labels ``[N]`` or none."""
+    """Images ``[N, C, H, W]`` in memory, uint8 or floating, with targets ``[N, ...]`` or none."""
 
     described: str
     images: Tensor
@@ -44,8 +45,12 @@ class ArraySource:
         return self.images[torch.as_tensor(list(indices))]
 
     def label(self, index: int) -> int:
-        """Return the label or -1."""
-        return UNLABELLED if self.labels is None else int(self.labels[index])
+        """Return the class number or -1."""
+        return class_number(self.target(index))
+
+    def target(self, index: int) -> Any:
+        """Return the label or -1: a number, or what an array ``[N, ...]`` holds of the image."""
+        return UNLABELLED if self.labels is None else as_target(self.labels[index])
 
     def name(self, index: int) -> str:
         """Return the index in the file, as words."""
@@ -54,8 +59,8 @@ class ArraySource:
     def content(self, index: int) -> bytes:
         """Return the label and pixels."""
         image = self.images[index]
-        head = f"{self.label(index)} {image.dtype} {tuple(image.shape)}:"
-        return head.encode() + image.contiguous().numpy().tobytes()
+        head = f" {image.dtype} {tuple(image.shape)}:"
+        return content(self.target(index)) + head.encode() + image.contiguous().numpy().tobytes()
 
 
 def open_tensors(path: Path) -> ArraySource:
@@ -112,18 +117,30 @@ def array_source(described: str, images: Tensor, labels: Tensor | None) -> Array
         raise DataError(f"{described} holds no images.")
     classes: tuple[str, ...] = ()
     if labels is not None:
-        if labels.shape != (len(images),):
+        if labels.shape[:1] != (len(images),):
             raise DataError(
                 f"{described} holds {len(images)} images, but labels of shape "
                 f"{list(labels.shape)}; there must be one label an image."
             )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise DataError(f"The labels of {described} are {labels.dtype}, no whole numbers.")
-        labels = labels.long()
-        if int(labels.min()) < UNLABELLED:
-            raise DataError(f"The labels of {described} reach down to {int(labels.min())}.")
-        classes = tuple(str(k) for k in range(int(labels.max()) + 1))
+        if labels.is_complex():
+            raise DataError(f"The labels of {described} are {labels.dtype}; save real numbers.")
+        if labels.dim() == 1 and not labels.is_floating_point():
+            labels, classes = _class_numbers(labels, described)
     return ArraySource(described, images.contiguous(), labels, classes)
+
+
+def _class_numbers(labels: Tensor, described: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Check whole numbers ``[N]``; return them with the names of their classes.
+
+    Raises:
+        DataError: They are no class numbers.
+    """
+    if labels.dtype == torch.bool:
+        raise DataError(f"The labels of {described} are {labels.dtype}, no whole numbers.")
+    labels = labels.long()
+    if int(labels.min()) < UNLABELLED:
+        raise DataError(f"The labels of {described} reach down to {int(labels.min())}.")
+    return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:

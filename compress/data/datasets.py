@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress.data.images import UNLABELLED
+from compress.data.targets import UNLABELLED, as_target, class_number, content
 from compress.errors import DataError, what_raised
 from compress.vision.pictures import convert_image
 
@@ -58,7 +58,7 @@ class DatasetSource:
         usable = isinstance(targets, list | tuple | Tensor | np.ndarray) and len(targets) == size
         source = cls(dataset, spec, classes, targets if usable else None, size, channels)
         source.image(0)
-        source.label(0)
+        source.target(0)
         return source
 
     @property
@@ -110,15 +110,12 @@ class DatasetSource:
         del indices
 
     def label(self, index: int) -> int:
-        """Return the item's label, from ``targets`` where the dataset has them."""
-        label = self._item(index)[1] if self.targets is None else self.targets[index]
-        try:
-            return int(label)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"The label of item {index} of {self.spec} is {label!r}, no class number; "
-                "classification sets give one whole number an image."
-            ) from error
+        """Return the class number, from ``targets`` where the dataset has them; -1 for none."""
+        return class_number(self.target(index))
+
+    def target(self, index: int) -> Any:
+        """Return what the item has beside its image; see `compress.data.targets`."""
+        return as_target(self._item(index)[1] if self.targets is None else self.targets[index])
 
     def name(self, index: int) -> str:
         """Return the index, as words."""
@@ -130,8 +127,8 @@ class DatasetSource:
             return b""
         image = self.image(index)
         pixels = image.contiguous().numpy() if isinstance(image, Tensor) else np.asarray(image)
-        head = f"{self.label(index)} {pixels.dtype} {pixels.shape}:"
-        return head.encode() + pixels.tobytes()
+        head = f" {pixels.dtype} {pixels.shape}:"
+        return content(self.target(index)) + head.encode() + pixels.tobytes()
 
 
 def _asked(spec: str, what: str, question: Callable[[], T]) -> T:

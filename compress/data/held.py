@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.data.images import ImageSet
 from compress.data.loading import Loader, Split
+from compress.data.targets import size
 from compress.progress import Track, silent
 
 # Sets whose decoded images take more than this are decoded again whenever they are read.
@@ -18,9 +20,15 @@ HELD_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class HeldImages(ImageSet):
-    """A set whose inputs are in memory, ``[N, ...]``; otherwise the set it was made from."""
+    """A set whose inputs are in memory, ``[N, ...]``; otherwise the set it was made from.
+
+    Attributes:
+        inputs: The inputs.
+        targets: What each image has beside it; None where they would take too much.
+    """
 
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: tuple[Any, ...] | None = None
 
     @property
     def held(self) -> bool:
@@ -31,6 +39,10 @@ class HeldImages(ImageSet):
         """Return one input and its label."""
         return self.inputs[index], self.label(index)
 
+    def target(self, index: int) -> Any:
+        """Return what one image has beside it."""
+        return super().target(index) if self.targets is None else self.targets[index]
+
     def stack(self, positions: Sequence[int]) -> Tensor:
         """Return the inputs at some positions as one tensor."""
         if isinstance(positions, range) and positions.step == 1:
@@ -40,7 +52,9 @@ class HeldImages(ImageSet):
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at some positions of this set, in the order given."""
         chosen = self.inputs[torch.as_tensor(list(positions), dtype=torch.long)]
-        return replace(self, indices=[self.indices[p] for p in positions], inputs=chosen)
+        targets = None if self.targets is None else tuple(self.targets[p] for p in positions)
+        indices = [self.indices[p] for p in positions]
+        return replace(self, indices=indices, inputs=chosen, targets=targets)
 
 
 def hold(
@@ -75,7 +89,14 @@ def hold(
         images.class_names,
         images.label_order,
         torch.cat(parts),
+        _held_targets(images, cap),
     )
+
+
+def _held_targets(images: ImageSet, cap: int) -> tuple[Any, ...] | None:
+    if size(images.target(0)) * len(images) > cap:
+        return None
+    return tuple(images.target(i) for i in range(len(images)))
 
 
 def hold_split(split: Split, loader: Loader, track: Track = silent) -> Split:

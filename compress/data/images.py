@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from compress.data.targets import UNLABELLED
 from compress.errors import DataError
 from compress.vision.pictures import image_to_array
 from compress.vision.preprocessing import Preprocessing, image_to_tensor, pixels_to_tensor
-
-UNLABELLED = -1
 
 
 class Source(Protocol):
@@ -51,7 +50,11 @@ class Source(Protocol):
         ...
 
     def label(self, index: int) -> int:
-        """Return the label, -1 where there is none."""
+        """Return the class number, -1 where there is none."""
+        ...
+
+    def target(self, index: int) -> Any:
+        """Return what a loss or a metric gets: the class number, or whatever is in its place."""
         ...
 
     def name(self, index: int) -> str:
@@ -138,8 +141,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
                 "pass --resize and --crop to bring them to one size."
             )
 
+    def target(self, index: int) -> Any:
+        """Return what a loss or a metric gets for one image: its label, or what is in its place."""
+        if self.label_order is not None:
+            return self.label(index)
+        return self.source.target(self.indices[index])
+
     def label(self, index: int) -> int:
-        """Return the label of one image, in the class map's order where there is one."""
+        """Return the class number of one image, in the class map's order; -1 where it has none."""
         label = self.source.label(self.indices[index])
         if self.label_order is None or label == UNLABELLED:
             return label
@@ -147,7 +156,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
-        """All labels in order; images are not decoded for them where the source knows them."""
+        """All class numbers in order; where the source knows them, no image is decoded."""
         return tuple(self.label(i) for i in range(len(self)))
 
     def name(self, index: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.data.images import ImageSet
+from compress.data.targets import collated
 from compress.data.workers import stacks_from_workers
 from compress.errors import DataError
 from compress.running.memory_format import in_format
@@ -67,7 +68,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         positions = range(len(self.images))
         chunks = [
             positions[start : start + self.batch_size]
@@ -85,9 +86,23 @@ class Batches:
                     raise stacked
                 first = stacked.shape[1:] if first is None else first
                 self.images.check_shape(stacked[0], chunk[0], first, 0)
-                yield stacked, torch.tensor([self.images.label(p) for p in chunk])
+                yield stacked, self._targets(chunk)
         finally:
             del stacks  # ends the workers now, not when a traceback that holds them is let go
+
+    def _targets(self, chunk: range) -> Any:
+        """What a batch has beside its images.
+
+        Raises:
+            DataError: The images' targets differ in shape or kind.
+        """
+        try:
+            return collated([self.images.target(p) for p in chunk])
+        except ValueError as error:
+            raise DataError(
+                f"The targets of {self.images.source.described} cannot be put into one batch "
+                f"({error}); give targets of one shape, or pass --batch-size 1."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -111,14 +126,16 @@ class Loader:
         """Return the batches of a set, as they come from the disk."""
         return Batches(images, self.batch_size, 0 if images.held else self.workers)
 
-    def placed(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    def placed(self, images: ImageSet) -> Iterator[tuple[Tensor, Any]]:
         """Yield the batches with their inputs on the device and in the memory format."""
         for inputs, labels in self.batches(images):
             yield in_format(inputs.to(self.device), self.memory_format), labels
 
 
 def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:
-    """Return the inputs ``[B, C, H, W]`` and labels ``[B]`` (int64) of a set, in order.
+    """Return the inputs ``[B, C, H, W]`` and targets of a set, in order.
+
+    Class numbers are int64 ``[B]``; for other targets see `compress.data.targets.collated`.
 
     Iterating raises `DataError` where an image cannot be read or differs in shape, or a worker
     dies or hangs.

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from compress.data.arrays import array_source, open_idx, open_tensors
 from compress.data.datasets import DatasetSource
-from compress.data.images import UNLABELLED, ImageSet, Source
+from compress.data.images import ImageSet, Source
+from compress.data.targets import UNLABELLED
 from compress.data.walking import Walk, entries
 from compress.errors import DataError, near_matches, printable
 from compress.specs import call_factory, split_spec
@@ -131,6 +132,10 @@ class FolderSource:
 
     def label(self, index: int) -> int:
         """Return the number of the file's class folder."""
+        return self.file_labels[index]
+
+    def target(self, index: int) -> int:
+        """Return the label."""
         return self.file_labels[index]
 
     def name(self, index: int) -> str:

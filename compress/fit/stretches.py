@@ -6,11 +6,13 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.calibrate.fisher import Objective
+from compress.data.targets import joined, part
 from compress.fit.cuts import Segment
 from compress.fit.lockstep import Frontier, Pair
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
@@ -66,7 +68,7 @@ class StretchWalk(Walk):
         """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
         moments: dict[int, Moments] = {}
         fitted = self.batches(held_out=False)
-        images = sum(len(self.labels[batch]) for batch in fitted)
+        images = sum(self.sizes[batch] for batch in fitted)
         objective = Objective(images, settings.seed, settings.loss)
         for batch in fitted:
             for end, gradient in self._gradients(batch, segments, objective):
@@ -164,11 +166,11 @@ class Stretch:
             parameter.requires_grad_(False)
 
     def _train(self, parameters: list[nn.Parameter], scale: float, seed: int) -> None:
-        labels, batches = self.walk.labels, self.walk.batches(held_out=False)
-        each = max(STEP_IMAGES // len(labels[0]), 1)
+        sizes, batches = self.walk.sizes, self.walk.batches(held_out=False)
+        each = max(STEP_IMAGES // sizes[0], 1)
         steps = [batches[i : i + each] for i in range(0, len(batches), each)]
-        sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
-        groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, sizes, strict=True)]
+        scales = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
+        groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, scales, strict=True)]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
         total = EPOCHS * len(steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -178,7 +180,7 @@ class Stretch:
         for _ in range(EPOCHS):
             for index in torch.randperm(len(steps), generator=generator).tolist():
                 adam.zero_grad()
-                images = sum(len(labels[batch]) for batch in steps[index])
+                images = sum(sizes[batch] for batch in steps[index])
                 for batch in steps[index]:
                     error, count = self._loss(batch)
                     torch.autograd.backward(error * (count / images / scale))
@@ -194,20 +196,20 @@ class Stretch:
         return (channel_rows(output - pair.dense) @ self.root).square().sum() / images, images
 
 
-def pieces(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def pieces(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
     """Cut batches anew, into the largest equal parts of a step that are no larger than the first.
 
     Only the last piece may be smaller.
     """
-    size, images, labels = 0, torch.empty(0), torch.empty(0)
+    size, images, labels = 0, torch.empty(0), None
     for more, more_labels in batches:
         if not size:
             size = 1 << (min(len(more), STEP_IMAGES).bit_length() - 1)
             images, labels = more, more_labels
         else:
-            images, labels = torch.cat([images, more]), torch.cat([labels, more_labels])
+            images, labels = torch.cat([images, more]), joined(labels, more_labels)
         while len(images) >= size:
-            yield images[:size], labels[:size]
-            images, labels = images[size:], labels[size:]
+            yield images[:size], part(labels, 0, size)
+            images, labels = images[size:], part(labels, size, None)
     if len(images):
         yield images, labels

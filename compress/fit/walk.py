@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -14,7 +15,7 @@ from compress.network.chains import build_chain
 from compress.network.sites import LayerSite
 
 # Batches of images and labels; only a loss of the user's own looks at the labels.
-Labelled = Iterable[tuple[Tensor, Tensor]]
+Labelled = Iterable[tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Walk:
     Attributes:
         lockstep: The interpreter of both networks.
         held_out: Of each batch, whether it only decides.
-        labels: Of each batch.
+        labels: Of each batch: what a loss of the user's own gets.
+        sizes: How many images each batch holds.
         position: Index of the node that the batches stand at.
     """
 
@@ -78,7 +80,8 @@ class Walk:
         self.lockstep = Lockstep(traced.model, traced.graph)
         self.device = next(traced.model.parameters()).device
         self.held_out: list[bool] = []
-        self.labels: list[Tensor] = []
+        self.labels: list[Any] = []
+        self.sizes: list[int] = []
         self.position = 0
 
     def install(self, site: LayerSite, found: Factors) -> nn.Module:
@@ -101,6 +104,7 @@ class Walk:
                 self.frontier.put(len(self.held_out), {first: Pair(inputs, inputs)})
                 self.held_out.append(held_out)
                 self.labels.append(labels)
+                self.sizes.append(len(inputs))
 
     def batches(self, *, held_out: bool) -> list[int]:
         """Numbers of the batches that only decide, or of those that are fitted to."""

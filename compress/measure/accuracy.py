@@ -133,6 +133,7 @@ def require_labels(images: ImageSet) -> None:
     """Raise `DataError` where a test set has no labels to be right about."""
     if min(images.labels, default=-1) < 0:
         raise DataError(
-            f"{images.source.described} has no labels, so nothing can be verified on it; pass a "
-            "folder with one folder per class, or arrays with 'labels'."
+            f"{images.source.described} has no labels that are class numbers, so accuracy cannot "
+            "be measured on it; pass a folder with one folder per class, or arrays with 'labels', "
+            "or a measure of your own (--metric-fn)."
         )

@@ -295,7 +295,6 @@ def test_floating_arrays_are_kept_and_labels_optional(tmp_path: Path) -> None:
         (pixels(3, 4), None, r"shape \[3, 4\]; they must be"),
         (pixels(0, 1, 4, 4), None, "holds no images"),
         (pixels(3, 4, 4), [0, 1], r"3 images, but labels of shape \[2\]"),
-        (pixels(3, 4, 4), [0.0, 1.0, 2.0], "no whole numbers"),
         (pixels(3, 4, 4), [0, 1, -3], "down to -3"),
         (np.zeros((3, 4, 4), np.int64), None, "int64; save them as uint8"),
         (np.full((3, 4, 4), np.nan), None, "NaN or infinite"),
@@ -400,10 +399,6 @@ class Stream(IterableDataset):
     def __iter__(self):
         yield torch.zeros(1)
 
-class Boxes(Floats):
-    def __getitem__(self, index):
-        return torch.zeros(3, 4, 4), {"boxes": []}
-
 class Words(Floats):
     def __getitem__(self, index):
         return "picture.png", 0
@@ -449,7 +444,6 @@ def test_finished_tensors_are_spared_a_preset_but_not_what_was_asked_for(users: 
     ("name", "message"),
     [
         ("Stream", "not a Dataset with __len__"),
-        ("Boxes", "no class number"),
         ("Words", "is a str; it must be a tensor"),
         ("Broken", "Item 0 of .* cannot be read: OSError: disk gone"),
         ("Empty", "holds no images"),
