@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compress.artefact.manifest import Manifest, Replacement, read_manifest, result_file
@@ -28,6 +27,8 @@ from compress.network.chains import empty_chain
 from compress.running.memory_format import put_in_format
 from compress.running.modules import replace_module
 from compress.specs import needs_trust
+from compress.untrusted import Unreadable
+from compress.untrusted.tensors import read_tensors
 
 
 def save(model: nn.Module, manifest: Manifest, path: str | Path) -> Manifest:
@@ -107,8 +108,8 @@ def load(
 
 def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
     try:
-        state = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
+        state = read_tensors(file).tensors
+    except (OSError, Unreadable) as error:
         raise ArtefactError(f"{file} is truncated or damaged ({error}).") from error
     try:
         model = restructure(model.float().eval(), manifest)

@@ -24,6 +24,7 @@ from compress.errors import ArtefactError
 from compress.files import write_atomically
 from compress.inputs.load import Inputs
 from compress.result import SweepPoint, from_dict, to_dict
+from compress.untrusted import read_json
 
 STORE_FORMAT = 1
 POINTS = "sweep.points"
@@ -108,7 +109,7 @@ class PointStore:
         if not self.resume:
             return None
         try:
-            raw = json.loads(self.path(rule, value).read_text(encoding="utf-8"))
+            raw = read_json(self.path(rule, value))
             point = from_dict(SweepPoint, raw["point"], "the point")
         except (OSError, ValueError, KeyError, TypeError, ArtefactError):
             return None  # not there, or damaged: it is measured again
