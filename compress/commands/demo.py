@@ -8,7 +8,7 @@ import click
 
 from compress.commands.options import Settings, configured, example
 from compress.commands.run import run_and_show
-from compress.commands.terminal import Terminal
+from compress.commands.terminal import Terminal, say
 
 OUTPUT = "demo-result"
 
@@ -39,4 +39,4 @@ def demo(settings: Settings, terminal: Terminal) -> None:
     )
     run_and_show(config, terminal)
     if not terminal.quiet and not terminal.as_json:
-        click.echo(f"Open {config.output}/report.html in a browser for the whole story.")
+        say(f"Open {config.output}/report.html in a browser for the whole story.")

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from compress import __version__
+from compress.commands.terminal import say
 from compress.errors import CompressError, near_matches
 
 INTERRUPTED = 130
@@ -40,7 +41,7 @@ class Commands(click.Group):
             _explain(arguments, f"Error: {text}.{hint}")
             sys.exit(error.exit_code)
         except click.Abort:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            say("Interrupted; nothing was left behind.", err=True)
             sys.exit(INTERRUPTED)
         except CompressError as error:
             _explain(arguments, f"Error: {error}")
@@ -72,8 +73,9 @@ class Commands(click.Group):
 def _explain(arguments: Sequence[str], message: str) -> None:
     """Print an error, after its traceback where --debug asks for that."""
     if "--debug" in arguments:
-        click.echo(traceback.format_exc(), err=True)
-    click.echo(message, err=True)
+        for line in traceback.format_exc().splitlines():
+            say(line, err=True)
+    say(message, err=True)
 
 
 @click.group(

@@ -11,7 +11,7 @@ import click
 
 from compress.commands.group import INTERRUPTED
 from compress.commands.options import Settings, configured, example
-from compress.commands.terminal import Terminal, table
+from compress.commands.terminal import Terminal, say, table
 from compress.errors import ConfigError, GateError
 from compress.rules import GRID_RULES, RULE_NAMES
 
@@ -109,8 +109,8 @@ def sweep_and_show(config: RunConfig, terminal: Terminal, asked: Asked) -> None:
     def show(point: SweepPoint, took: str | None = None) -> None:
         if not (terminal.quiet or terminal.as_json):
             for head in lines:  # with the first point, so that an error before it stands alone
-                click.echo(head)
-            click.echo(_point(point, took))
+                say(head)
+            say(_point(point, took))
 
     options = sweeping.Options(
         asked.test_points, terminal.track, show, lambda point: show(point, "kept")
@@ -122,7 +122,7 @@ def sweep_and_show(config: RunConfig, terminal: Terminal, asked: Asked) -> None:
         terminal.show(report, _summary(report, config.output))
         raise
     except KeyboardInterrupt:
-        click.echo(
+        say(
             f"Interrupted; finished points are kept in {config.output}. The same command with "
             "--resume goes on from there.",
             err=True,

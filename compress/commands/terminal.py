@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from compress.untrusted import printable, visible_json
+
 T = TypeVar("T")
 
 
@@ -33,7 +35,12 @@ class Terminal:
         from tqdm import tqdm
 
         return tqdm(
-            items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=True
+            items,
+            desc=printable(description),
+            total=total,
+            leave=False,
+            file=sys.stderr,
+            dynamic_ncols=True,
         )
 
     def show(self, plain: Any, lines: Iterable[str]) -> None:
@@ -44,15 +51,33 @@ class Terminal:
             lines: The same for a reader.
         """
         if self.as_json:
-            click.echo(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(_finite(plain), indent=1, ensure_ascii=False, allow_nan=False)
+            click.echo(visible_json(text))
         elif not self.quiet:
             for line in lines:
-                click.echo(line)
+                say(line)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Print one line. Control characters in it are written out: names in it come from files.
+
+    Args:
+        line: The line.
+        err: Whether it goes to stderr.
+    """
+    click.echo(printable(line, keep="\t"), err=err)
+
+
+def _finite(plain: Any) -> Any:
+    from compress.result import plain_numbers  # here, because --help must be quick
+
+    return plain_numbers(plain)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     """Line up columns: the first ``left`` to the left, the others to the right."""
-    cells = [list(head), *([str(c) for c in row] for row in rows)]
+    # Made printable here already, so that the columns line up.
+    cells = [[printable(str(c)) for c in row] for row in (head, *rows)]
     widths = [max(_width(row[i]) for row in cells) for i in range(len(head))]
     lines = []
     for number, row in enumerate(cells):
