@@ -17,10 +17,9 @@ from compress.data.images import UNLABELLED
 from compress.data.npz import check_npz
 from compress.errors import DataError, near_matches
 from compress.untrusted import Unreadable, check_expansion, open_gzip
-from compress.untrusted.tensors import read_tensors
+from compress.untrusted.tensors import MOST_AXES, read_tensors
 
 _IDX_UINT8 = 0x08
-_IDX_AXES = 64  # what torch computes with
 # Labels beyond this are no classes: each would get a name.
 MOST_CLASSES = 1_000_000
 
@@ -200,7 +199,7 @@ def _read_idx_body(path: Path) -> Tensor:
         # whether it holds more.
         check_expansion(path.stat().st_size, expected)
         body = file.read(expected + 1)
-    if axes > _IDX_AXES or len(head) < 4 * axes or len(body) != expected:
+    if axes > MOST_AXES or len(head) < 4 * axes or len(body) != expected:
         held = "more" if len(body) > expected else f"{len(body)}"
         raise DataError(
             f"The IDX file {path} is damaged: it announces {sizes[:8]} values, {expected} bytes, "

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from compress.untrusted.text import Unreadable
 
+MOST_AXES = 64  # what torch computes with
+
 # What safetensors and torch raise of headers that are valid JSON and no sense.
 _DAMAGE = (
     SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
@@ -31,7 +33,8 @@ def read_tensors(path: str | Path) -> TensorFile:
 
     Raises:
         OSError: It cannot be opened or read.
-        Unreadable: It is truncated, damaged or no safetensors file.
+        Unreadable: It is truncated, damaged or no safetensors file, or a tensor has more than
+            `MOST_AXES` axes.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -42,6 +45,9 @@ def read_tensors(path: str | Path) -> TensorFile:
         raise
     except _DAMAGE as error:
         raise Unreadable(_reason(error)) from error
+    many = next((name for name, tensor in tensors.items() if tensor.ndim > MOST_AXES), None)
+    if many is not None:
+        raise Unreadable(f"its tensor {many[:60]!r} has more than {MOST_AXES} axes")
     return TensorFile(tensors, metadata)
 
 

@@ -18,8 +18,7 @@ from types import FrameType
 
 from fuzz.kinds import KINDS, Kind
 
-from compress.commands import cli
-from compress.commands.group import UNEXPECTED
+from compress.commands.group import UNEXPECTED, cli
 from compress.errors import CompressError
 
 SECONDS = 20

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import random
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -208,7 +210,7 @@ def _latency(path: Path) -> None:
 
 
 def _sweep_state(path: Path) -> None:
-    store = PointStore(path.parent, {"a": 1})
+    store = PointStore(path.parent, makers.SWEEP_KEY)
     point = json.loads(makers.sweep_points()[0])["point"]
     place = store.path(point["rule"], point["value"])
     place.parent.mkdir(exist_ok=True)
@@ -304,16 +306,29 @@ def _pixels(data: bytes) -> range:
     return range(len(data) * 5 // 8, len(data) * 7 // 8)
 
 
+def _member(data: bytes) -> range:
+    """The content of the largest member of a zip archive, without its last byte.
+
+    What pads members, and the last bits of a deflated one, have no checksum and no meaning.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.compress_size)
+    at = largest.header_offset
+    names = sum(int.from_bytes(data[at + k : at + k + 2], "little") for k in (26, 28))
+    start = at + 30 + names
+    return range(start, start + largest.compress_size - 1)
+
+
 _ALL = (
     Kind("safetensors", ".safetensors", makers.safetensors_files, _checkpoint,
          (makers.crafted_safetensors, makers.renamed_safetensors, makers.extreme_tensors),
          arguments=_inspect),
     Kind("torch-zip", ".pt", partial(makers.torch_files, legacy=False), _checkpoint,
-         (partial(makers.crafted_torch, legacy=False),), arguments=_inspect, payload=_pixels),
+         (partial(makers.crafted_torch, legacy=False),), arguments=_inspect, payload=_member),
     Kind("torch-legacy", ".pth", partial(makers.torch_files, legacy=True), _checkpoint,
          (partial(makers.crafted_torch, legacy=True), makers.hostile_pickle), arguments=_inspect),
     Kind("npz", ".npz", makers.npz_files, _arrays, (makers.crafted_npz,),
-         arguments=partial(_evaluate, _tensors_of), payload=_pixels),
+         arguments=partial(_evaluate, _tensors_of), payload=_member),
     Kind("arrays", ".safetensors", makers.array_safetensors_files, _arrays,
          (makers.crafted_safetensors, makers.extreme_tensors),
          arguments=partial(_evaluate, _tensors_of)),
@@ -328,7 +343,7 @@ _ALL = (
          (makers.crafted_safetensors, makers.extreme_tensors),
          arguments=partial(_job, "--calibration"), payload=_pixels),
     Kind("latency", ".json", makers.latency_tables, _latency, (makers.crafted_json,) * 2,
-         TEXT_MUTATORS, partial(_job, "--latency-table")),
+         TEXT_MUTATORS, partial(_job, "--latency-table"), payload=_pixels),
     Kind("sweep", ".json", makers.sweep_points, _sweep_state, (makers.crafted_json,) * 2,
          TEXT_MUTATORS, payload=_pixels),
     Kind("class-map", ".txt", makers.class_maps, _class_map, (makers.crafted_class_map,),
@@ -342,4 +357,4 @@ _ALL = (
 KINDS = {kind.name: kind for kind in _ALL}
 
 # Kinds that carry a digest or a checksum: a flipped bit in what they hold must be refused.
-DIGESTED: frozenset[str] = frozenset()
+DIGESTED = frozenset(("torch-zip", "npz", "calibration", "latency", "sweep", "result"))

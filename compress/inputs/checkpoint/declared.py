@@ -63,7 +63,8 @@ def _check_archive(path: Path) -> None:
             return  # no file of torch.save, as torch will say
         if len(names) > 1:
             raise Unreadable(f"it holds {len(names)} pickles, {names[0]!r} and {names[1]!r}")
-        content = archive.read(names[0])
+        with archive.open(names[0]) as opened:
+            content = opened.read(sizes[names[0]])
     folder = names[0].removesuffix("data.pkl")
     declared = Declared()
     _Dry(io.BytesIO(content), declared, len(content)).run()

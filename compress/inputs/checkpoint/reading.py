@@ -20,7 +20,7 @@ from compress.inputs.checkpoint.declared import check_declared
 from compress.running.finite import not_finite
 from compress.running.modules import dtype_of
 from compress.untrusted import Unreadable, check_expansion
-from compress.untrusted.tensors import read_tensors
+from compress.untrusted.tensors import MOST_AXES, read_tensors
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "ema")
 PREFIXES = ("module.", "model.", "_orig_mod.")
@@ -30,7 +30,6 @@ _SHOWN = 20
 # No network nests or names deeper; what does is made to cost time.
 _MOST_NESTED = 8
 _LONGEST_NAME = 1000
-_MOST_AXES = 64
 _RESAVE = (
     "re-save only the weights, where you trust the file, with "
     'torch.save(model.state_dict(), "weights.pt") or safetensors'
@@ -306,10 +305,10 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"The checkpoint {path} holds names and shapes without values (saved on the meta "
             f"device): {listed(empty)}; save the weights after they are loaded."
         )
-    many = [n for n, t in tensors.items() if t.ndim > _MOST_AXES]
+    many = [n for n, t in tensors.items() if t.ndim > MOST_AXES]
     if many:
         raise CheckpointError(
-            f"The checkpoint {path} holds tensors of more than {_MOST_AXES} axes: {listed(many)}; "
+            f"The checkpoint {path} holds tensors of more than {MOST_AXES} axes: {listed(many)}; "
             f"{_RESAVE}."
         )
     try:
