@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -20,6 +20,7 @@ from compress.errors import ConfigError, near_matches, printable
 from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
 from compress.plan import DENSE
 from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, RULES, Rule, rule_named
+from compress.untrusted import Unreadable, parse_toml, read_text
 
 METRICS = ("loss", "mse")
 LARGEST_SEED = (1 << 32) - 1
@@ -27,6 +28,7 @@ LARGEST_SEED = (1 << 32) - 1
 # them, and not all libraries survive that.
 MOST_THREADS = 1024
 MOST_WORKERS = 1024
+_RANK = re.compile("0*[1-9][0-9]{0,8}")
 
 
 class Role(Enum):
@@ -261,7 +263,7 @@ def _wrong_names(config: RunConfig) -> Iterable[str]:
     counts = {scheme.rank_count for scheme in SCHEMES}
     for pattern, ranks in config.rank.items():
         parts = ranks.split(",")
-        if len(parts) not in counts or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        if len(parts) not in counts or not all(_RANK.fullmatch(p.strip()) for p in parts):
             yield f"rank {pattern}={ranks} is not a positive whole number, or two as 8,16"
 
 
@@ -308,13 +310,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not TOML or holds an unknown key.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
+        values = parse_toml(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read: {error.strerror}."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except Unreadable as error:
         raise ConfigError(f"The configuration file {path} is not valid TOML: {error}.") from error
     check_keys(values, f"the configuration file {path}")
     return values

@@ -23,6 +23,7 @@ A message is one paragraph: what is wrong, where (file, key, layer), what to do.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from collections.abc import Iterable
 _OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 # Bytes of a file's name that are no UTF-8 stand as lone surrogates, which no encoding takes.
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_COMPARED, _MOST_COMPARED = 100, 20_000
 
 
 class CompressError(Exception):
@@ -93,7 +95,11 @@ class UnsupportedLayer(ValueError):  # noqa: N818 - names the thing, as torch's 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'a' or 'b'?"`` for the known names nearest to ``name``, or ``""``."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    # Comparing takes time that grows with the square of a name's length.
+    if len(name) > _LONGEST_COMPARED:
+        return ""
+    some = [k for k in itertools.islice(known, _MOST_COMPARED) if len(k) <= _LONGEST_COMPARED]
+    close = difflib.get_close_matches(name, some, n=3, cutoff=0.5)
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(c) for c in close)}?"

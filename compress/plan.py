@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import PlanError
+from compress.untrusted import Unreadable, read_json, read_record
 
 PLAN_FORMAT = 1
 DENSE = "dense"
@@ -113,10 +114,10 @@ def read_plan(path: str | Path) -> Plan:
         PlanError: Not JSON, of a newer format, or with fields missing or of the wrong type.
     """
     try:
-        raw: dict[str, Any] = json.loads(Path(path).read_text())
+        raw: Any = read_json(path)
     except OSError as error:
         raise PlanError(f"The plan {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except Unreadable as error:
         raise PlanError(f"The plan {path} is not valid JSON: {error}.") from error
     if not isinstance(raw, dict) or "format" not in raw:
         raise PlanError(f"{path} is not a plan: it has no 'format' entry.")
@@ -125,9 +126,6 @@ def read_plan(path: str | Path) -> Plan:
             f"The plan {path} has a format this version does not read; update compress."
         )
     try:
-        choices = tuple(
-            Choice(**{**c, "ranks": tuple(int(r) for r in c["ranks"])}) for c in raw.pop("choices")
-        )
-        return Plan(choices=choices, **raw)
-    except (TypeError, KeyError, ValueError) as error:
+        return read_record(Plan, raw, "the plan")
+    except Unreadable as error:
         raise PlanError(f"The plan {path} is damaged: {error}.") from error

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from compress.errors import InputError, near_matches, what_raised
+from compress.untrusted import Unreadable, parse_toml
 from compress.vision.torchvision import load_torchvision
 
 T = TypeVar("T")
@@ -55,8 +55,8 @@ def split_spec(spec: str, error: type[InputError]) -> tuple[str, dict[str, Any]]
 
 def _toml_value(text: str) -> Any:
     try:
-        values = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        values = parse_toml(f"value = {text}")
+    except Unreadable:
         return text
     return values["value"] if len(values) == 1 else text
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compress import __version__
 from compress.config import Role, settings_of
 from compress.errors import ArtefactError
 from compress.files import MODEL_FILE, SEAL_KEY, BrokenSeal, check_tensors
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
+from compress.untrusted import Unreadable, parse_json, read_record
+from compress.untrusted.tensors import read_metadata
 
 # From 2 on, the file carries a digest of its content.
 FORMAT = 2
+# What a model can be saved and run in.
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 # A side of 2,048 pixels is 50 MB a picture; far larger ones would fill any memory.
 LARGEST_RECORDED_SIDE = 2048
 
@@ -106,9 +108,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     file = result_file(path)
     try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError, struct.error) as error:
+        metadata = read_metadata(file)
+    except (OSError, Unreadable) as error:
         raise ArtefactError(
             f"{file} is not a readable safetensors file ({error}); it is truncated or damaged. "
             "Copy it again, or run `compress run` again."
@@ -140,8 +141,8 @@ def _check_seal(file: Path) -> None:
 def _parse(text: str, file: Path) -> Manifest:
     damaged = f"The manifest of {file} is damaged; run `compress run` again."
     try:
-        raw = json.loads(text)
-        if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+        raw = parse_json(text)
+        if not isinstance(raw, dict) or type(raw.get("format")) is not int:
             raise ArtefactError(damaged)
         if raw["format"] > FORMAT:
             raise ArtefactError(
@@ -153,37 +154,25 @@ def _parse(text: str, file: Path) -> Manifest:
                 f"{file} has format {raw['format']}, which carries no digest of its content; this "
                 f"version of compress reads format {FORMAT}: run `compress run` again."
             )
-        raw["replacements"] = tuple(
-            Replacement(str(r["name"]), tuple(r["aliases"]), str(r["scheme"]), tuple(r["ranks"]))
-            for r in raw["replacements"]
-        )
-        raw["folded"] = tuple((str(a), str(b)) for a, b in raw["folded"])
-        raw["unpacked"] = tuple(raw["unpacked"])
-        raw["not_finite"] = tuple(raw["not_finite"])
-        manifest = Manifest(**raw)
-        dtype = getattr(torch, manifest.dtype, None)
-        numbers = [n for r in manifest.replacements for n in r.ranks]
-        plain = (manifest.tied, manifest.settings, manifest.calibration, manifest.verified)
-        if any(type(n) is not int for n in numbers) or any(type(d) is not dict for d in plain):
+        # What is done to the architecture is never left to a default.
+        if not {"unpacked", "folded", "replacements", "not_finite"} <= raw.keys():
             raise ArtefactError(damaged)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest = read_record(Manifest, raw, "the manifest")
+    except Unreadable as error:
         raise ArtefactError(damaged) from error
-    if not isinstance(dtype, torch.dtype):
+    if manifest.dtype not in DTYPES:
         raise ArtefactError(damaged)
     return manifest
 
 
 def is_artefact(path: str | Path) -> bool:
     """Whether a path is a result folder or a safetensors file with this package's manifest."""
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if path.is_dir():
         return (path / MODEL_FILE).is_file()
     try:
-        with safe_open(path, "pt") as opened:
-            return ARTEFACT_KEY in (opened.metadata() or {})
-    except (SafetensorError, OSError):
+        return ARTEFACT_KEY in read_metadata(path)
+    except (OSError, Unreadable):
         return False
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compress.artefact.manifest import Manifest, Replacement, read_manifest, result_file
@@ -34,6 +33,8 @@ from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
 from compress.running.modules import replace_module
 from compress.trust import require_trusted_model
+from compress.untrusted import Unreadable
+from compress.untrusted.tensors import read_tensors
 
 
 def save(model: nn.Module, manifest: Manifest, path: str | Path) -> Manifest:
@@ -137,8 +138,8 @@ def rebuilt(
 
 def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
     try:
-        state = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
+        state = read_tensors(file).tensors
+    except (OSError, Unreadable) as error:
         raise ArtefactError(f"{file} is truncated or damaged ({error}).") from error
     _check_finite(state, manifest, str(file))
     try:

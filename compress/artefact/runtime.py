@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compress.files import RUNTIME_FILE, write_atomically
 from compress.running.memory_format import MEMORY_FORMATS
+from compress.untrusted import Unreadable, read_json
 
 FORMAT = 1
 
@@ -52,10 +53,10 @@ def read_runtime(path: str | Path) -> Runtime:
     path = Path(path)
     file = path / RUNTIME_FILE if path.is_dir() else path.with_name(RUNTIME_FILE)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file)
     except FileNotFoundError:
         return Runtime()
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         return Runtime(problem=_problem(file, str(error)))
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         return Runtime(problem=_problem(file, f"it has no format {FORMAT}"))

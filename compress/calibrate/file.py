@@ -11,7 +11,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.calibrate.statistics import Calibration, LayerStatistics, Source
@@ -19,6 +18,8 @@ from compress.config import METRICS
 from compress.errors import CalibrationError
 from compress.files import SEAL_KEY, BrokenSeal, check_tensors, sealed_tensors, write_atomically
 from compress.linalg.moments import Moments
+from compress.untrusted import Unreadable, parse_json
+from compress.untrusted.tensors import read_tensors
 
 _KEY = "compress_calibration"
 # From 3 on, the file carries a digest of its content.
@@ -89,11 +90,10 @@ def read_calibration(path: str | Path, key: CalibrationKey) -> Calibration:
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and the tensors of a calibration that is what was written."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if SEAL_KEY in metadata:
+        found = read_tensors(path)
+        if SEAL_KEY in found.metadata:
             check_tensors(path)
-        header = json.loads(metadata.get(_KEY, "null"))
+        header = parse_json(found.metadata.get(_KEY, "null"))
         if not isinstance(header, dict):
             raise CalibrationError(_no_calibration(path))
         if header.get("format") != FORMAT:
@@ -101,12 +101,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"The calibration {path} has format {header.get('format')} and this version of "
                 f"compress reads format {FORMAT}; {_REMEDY}."
             )
-        if SEAL_KEY not in metadata:
+        if SEAL_KEY not in found.metadata:
             check_tensors(path)  # says so
-        return header, safetensors.torch.load_file(path)
+        return header, found.tensors
     except BrokenSeal as error:
         raise CalibrationError(f"The calibration {path} {error}; {_REMEDY}.") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise CalibrationError(
             f"The calibration {path} cannot be read ({error}); {_REMEDY}."
         ) from error
@@ -118,12 +118,11 @@ def _no_calibration(path: str | Path) -> str:
 
 def _check_key(header: Mapping[str, Any], key: CalibrationKey, path: str | Path) -> None:
     wanted = {"model": key.model, "data": key.data, "settings": dict(key.settings)}
-    found = header.get("settings")
-    if isinstance(found, dict) and set(key.settings.get("statistics", ())) <= set(
-        found.get("statistics", ())
-    ):
+    settings = header.get("settings")
+    there = settings.get("statistics") if isinstance(settings, dict) else None
+    if isinstance(there, list) and all(s in there for s in key.settings.get("statistics", ())):
         # Statistics for more schemes than are wanted hold all that is needed.
-        wanted["settings"] = {**key.settings, "statistics": found["statistics"]}
+        wanted["settings"] = {**key.settings, "statistics": there}
     for what, value in wanted.items():
         if header.get(what) != value:
             raise CalibrationError(
@@ -135,11 +134,11 @@ def _check_key(header: Mapping[str, Any], key: CalibrationKey, path: str | Path)
 
 def _statistics(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, LayerStatistics]:
     """Put the tensors together by layer and role; what cannot be statistics is refused."""
-    statistics: dict[str, LayerStatistics] = {}
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         site, role, part = ["", "", *name.rsplit("|", 2)][-3:]
         grouped.setdefault((site, role), {})[part] = tensor
+    statistics: dict[str, LayerStatistics] = {}
     for (site, role), parts in grouped.items():
         if role not in _ROLES or parts.keys() != _PARTS:
             raise CalibrationError(_no_calibration(path))
@@ -150,7 +149,23 @@ def _statistics(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, La
                 f"{_REMEDY}."
             )
         setattr(statistics.setdefault(site, LayerStatistics()), role, Moments.from_tensors(parts))
+    for site, one in statistics.items():
+        problem = _conflict(one)
+        if problem:
+            raise CalibrationError(
+                f"The calibration {path} cannot be used: the statistics of layer {site!r} "
+                f"{problem}; {_REMEDY}."
+            )
     return statistics
+
+
+def _conflict(statistics: LayerStatistics) -> str:
+    """Say how a layer's statistics cannot belong together; ``""`` where nothing is found."""
+    if statistics.inputs is None and statistics.outputs is None:
+        return "are of neither its inputs nor its outputs"
+    if len({moments.mean.shape[0] for moments in statistics.moments().values()}) > 1:
+        return "have different numbers of groups"
+    return ""
 
 
 def _problem(count: Tensor, mean: Tensor, scatter: Tensor) -> str:
@@ -160,15 +175,13 @@ def _problem(count: Tensor, mean: Tensor, scatter: Tensor) -> str:
     given = (count, mean, scatter)
     if tuple(tuple(t.shape) for t in given) != shapes or tuple(t.dtype for t in given) != types:
         return "have shapes or types that do not belong together"
-    if mean.dim() != 2:
+    if mean.dim() != 2 or not mean.numel():
         return "have shapes or types that do not belong together"
     if not math.isfinite(float(mean.sum())) or not math.isfinite(float(scatter.sum())):
         return "hold NaN or infinite values"
     rows = int(count)
     if rows < 0 or (rows == 0 and bool(mean.any() or scatter.any())):
         return f"have a count of {rows} rows"
-    if not scatter.numel():
-        return ""
     # Rows are centred in float32, of which constant rows leave their rounding.
     rounding = rows * (_ROUNDING * float(mean.abs().max())) ** 2
     least, most = (float(end) for end in scatter.aminmax())

@@ -159,7 +159,7 @@ def _explain(arguments: Sequence[str], message: str) -> None:
     """Print an error, after its traceback where --debug asks for that."""
     try:
         if "--debug" in arguments:
-            say(traceback.format_exc(), err=True)
+            say(*traceback.format_exc().splitlines(), err=True)
         say(message, err=True)
     except (BrokenPipeError, ArtefactError):  # nobody is left to be told; the exit code says it
         discard(sys.stderr)

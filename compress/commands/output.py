@@ -10,7 +10,8 @@ from typing import TextIO
 
 import click
 
-from compress.errors import ArtefactError, printable
+from compress.errors import ArtefactError
+from compress.untrusted import visible
 
 # What stands in for characters that an encoding lacks. Without its sign a number would mislead.
 _PLAIN = {
@@ -24,11 +25,13 @@ _PLAIN = {
 _HANDLER = "compress.plain"
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print a line, with a stand-in for each character that the stream's encoding lacks.
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines, with a stand-in for each character that the stream's encoding lacks.
+
+    Control characters in them are written out: names in them come from files.
 
     Args:
-        text: The line.
+        *lines: The lines.
         err: Print on stderr.
 
     Raises:
@@ -36,8 +39,9 @@ def say(text: str, *, err: bool = False) -> None:
         ArtefactError: The stream takes no more, such as a file on a full disk.
     """
     stream = sys.stderr if err else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        click.echo(fitting(text, getattr(stream, "encoding", None) or "utf-8"), err=err)
+        click.echo("\n".join(fitting(line, encoding) for line in lines), err=err)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -46,8 +50,8 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def fitting(text: str, encoding: str) -> str:
-    """Return text as an encoding can hold it."""
-    return printable(text).encode(encoding, _HANDLER).decode(encoding)
+    """Return a line as an encoding can hold it, and as no terminal obeys it."""
+    return visible(text, keep="\t").encode(encoding, _HANDLER).decode(encoding)
 
 
 def cannot_print(error: OSError) -> ArtefactError:

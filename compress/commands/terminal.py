@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from compress.commands.output import say
-from compress.errors import printable
+from compress.untrusted import visible, visible_json
 
 T = TypeVar("T")
 
@@ -35,7 +35,12 @@ class Terminal:
         from tqdm import tqdm
 
         return tqdm(
-            items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=True
+            items,
+            desc=visible(description),
+            total=total,
+            leave=False,
+            file=sys.stderr,
+            dynamic_ncols=True,
         )
 
     def show(self, plain: Any, lines: Iterable[str]) -> None:
@@ -47,18 +52,24 @@ class Terminal:
         """
         if self.as_json:
             # Escaped where the stream could not hold it: a stand-in would be another value.
-            text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
-            if not _is_utf8(sys.stdout) or printable(text) != text:
-                text = json.dumps(plain, indent=1, allow_nan=False)
-            say(text)
+            ascii_only = not _is_utf8(sys.stdout)
+            text = json.dumps(_finite(plain), indent=1, ensure_ascii=ascii_only, allow_nan=False)
+            say(*visible_json(text).split("\n"))
         elif not self.quiet:
             for line in lines:
                 say(line)
 
 
+def _finite(plain: Any) -> Any:
+    from compress.result import plain_numbers  # here, because --help must be quick
+
+    return plain_numbers(plain)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     """Line up columns: the first ``left`` to the left, the others to the right."""
-    cells = [list(head), *([str(c) for c in row] for row in rows)]
+    # Made visible here already, so that the columns line up.
+    cells = [[visible(str(c)) for c in row] for row in (head, *rows)]
     widths = [max(_width(row[i]) for row in cells) for i in range(len(head))]
     lines = []
     for number, row in enumerate(cells):

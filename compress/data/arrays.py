@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.data.npz import check_npz
 from compress.data.targets import UNLABELLED, as_target, class_number, content
 from compress.errors import DataError, near_matches
-from compress.files import check_archive
+from compress.untrusted import Unreadable, check_expansion, open_gzip
+from compress.untrusted.tensors import MOST_AXES, read_tensors
 
 _IDX_UINT8 = 0x08
+# Labels beyond this are no classes: each would get a name.
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +115,12 @@ def array_source(described: str, images: Tensor, labels: Tensor | None) -> Array
     Raises:
         DataError: No images, or labels that are no N whole numbers from 0 (or -1 for none).
     """
-    if len(images) == 0:
+    if images.ndim == 0 or len(images) == 0:
         raise DataError(f"{described} holds no images.")
+    if images.numel() == 0:
+        raise DataError(
+            f"The images of {described} have shape {list(images.shape)}: they hold no pixels."
+        )
     classes: tuple[str, ...] = ()
     if labels is not None:
         if labels.shape[:1] != (len(images),):
@@ -140,21 +146,26 @@ def _class_numbers(labels: Tensor, described: str) -> tuple[Tensor, tuple[str, .
     labels = labels.long()
     if int(labels.min()) < UNLABELLED:
         raise DataError(f"The labels of {described} reach down to {int(labels.min())}.")
+    if int(labels.max()) >= MOST_CLASSES:
+        raise DataError(
+            f"The labels of {described} reach up to {int(labels.max())}, which is no class: labels "
+            f"count classes from 0, and {MOST_CLASSES:,} are the most."
+        )
     return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path).tensors
         if path.suffix != ".npz":
             raise DataError(f"The file {path} is neither .safetensors nor .npz.")
-        check_archive(path)
+        check_npz(path)
         # Opened here, because numpy leaves the file open where it is not an archive.
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (
-        OSError, SafetensorError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
+        OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"The file {path} cannot be read as arrays: {reason}.") from error
@@ -177,24 +188,36 @@ def _as_channels_first(images: Tensor, path: Path) -> Tensor:
 def _read_idx(path: Path) -> Tensor:
     """Read an IDX file of unsigned bytes: two zero bytes, the type, the number of axes, sizes."""
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        return _read_idx_body(path)
+    except (OSError, Unreadable) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"The IDX file {path} cannot be read: {reason}.") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _IDX_UINT8:
+
+
+def _read_idx_body(path: Path) -> Tensor:
+    with open_gzip(path) as file:
+        start = file.read(4)
+        if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _IDX_UINT8:
+            raise DataError(
+                f"The file {path} is not an IDX file of bytes; those begin with 00 00 08, this "
+                f"with {start[:3].hex(' ') or 'nothing'}."
+            )
+        axes = start[3]
+        head = file.read(4 * axes)
+        sizes = [int.from_bytes(head[4 * k : 4 * k + 4], "big") for k in range(axes)]
+        expected = math.prod(sizes)
+        # What is announced is believed only as far as the file may grow; one byte more shows
+        # whether it holds more.
+        check_expansion(path.stat().st_size, expected)
+        body = file.read(expected + 1)
+    if axes > MOST_AXES or len(head) < 4 * axes or len(body) != expected:
+        held = "more" if len(body) > expected else f"{len(body)}"
         raise DataError(
-            f"The file {path} is not an IDX file of bytes; those begin with 00 00 08, this with "
-            f"{data[:3].hex(' ') or 'nothing'}."
+            f"The IDX file {path} is damaged: it announces {sizes[:8]} values, {expected} bytes, "
+            f"and holds {held}."
         )
-    axes = data[3]
-    sizes = [int.from_bytes(data[4 + 4 * k : 8 + 4 * k], "big") for k in range(axes)]
-    body = data[4 + 4 * axes :]
-    expected = int(np.prod(sizes, dtype=np.int64))
-    if len(body) != expected:
-        raise DataError(
-            f"The IDX file {path} is damaged: it announces {sizes} values, {expected} bytes, and "
-            f"holds {len(body)}."
-        )
-    return torch.from_numpy(np.frombuffer(body, np.uint8).reshape(sizes).copy())
+    return (
+        torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(sizes)
+        if body
+        else (torch.zeros(sizes, dtype=torch.uint8))
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from compress.data.targets import UNLABELLED
 from compress.data.walking import Walk, entries
 from compress.errors import DataError, near_matches, printable
 from compress.specs import call_factory, split_spec
+from compress.untrusted import Unreadable, parse_json, read_text
 from compress.vision import pictures
 from compress.vision.preprocessing import Preprocessing
 from compress.vision.torchvision import torchvision_dataset
@@ -201,23 +202,23 @@ def open_folder(root: Path, channels: int) -> FolderSource:
 def _mapped(source: Source, path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return the model's class names and the model's label by the source's label."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text = read_text(path)
+    except (OSError, Unreadable) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"The class map {path} cannot be read: {reason}.") from error
     names: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if text.lstrip().startswith(("[", "{")):
         try:
-            names = json.loads(text)
-        except ValueError as error:
+            names = parse_json(text)
+        except Unreadable as error:
             raise DataError(f"The class map {path} is not valid JSON: {error}.") from error
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise DataError(
             f"The class map {path} must be a JSON list of class names in the model's order, or "
             "text with one name a line."
         )
-    twice = next((n for k, n in enumerate(names) if n in names[:k]), None)
-    if twice is not None:
+    twice, times = Counter(names).most_common(1)[0]
+    if times > 1:
         raise DataError(f"The class map {path} names {twice!r} twice.")
     if not source.classes:
         raise DataError(f"{source.described} has no class names that {path} could put in order.")

@@ -1,6 +1,5 @@
 """Writing results so that a reader meets neither half of one nor a damaged one."""
 
-from compress.files.archives import check_archive
 from compress.files.atomic import atomic_folder, atomic_update, sha256_file, write_atomically
 from compress.files.outputs import (
     MODEL_FILE,
@@ -35,7 +34,6 @@ __all__ = [
     "atomic_folder",
     "atomic_update",
     "check_apart",
-    "check_archive",
     "check_file",
     "check_output",
     "check_room",

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.untrusted import decode, parse_json
+
 SEAL_KEY = "compress_sha256"  # in the safetensors header
 _FIELD = "sha256"  # in JSON
 _METADATA = "__metadata__"  # where safetensors has its metadata in the header
@@ -66,7 +68,7 @@ def check_tensors(path: str | Path) -> None:
         if size > Path(path).stat().st_size:
             raise BrokenSeal(_BROKEN)
         try:
-            header = json.loads(file.read(size))
+            header = parse_json(decode(file.read(size)))
             metadata = dict(header[_METADATA])
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenSeal(_BROKEN) from error

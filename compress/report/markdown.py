@@ -20,6 +20,7 @@ from compress.report.build import (
 from compress.report.gates import gate_sentence
 from compress.report.rows import baseline_rows, metric_rows, worst_first
 from compress.result import GateResult
+from compress.untrusted import visible
 
 _MARKS = {"passed": "✅", "failed": "❌", "unverified": "⚠️"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
@@ -38,7 +39,8 @@ def render_markdown(report: Report) -> str:
 
 def escape(value: Any) -> str:
     """Return text from outside so that Markdown shows it as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+    line = visible(" ".join(str(value).split()))
+    return _SPECIAL.sub(r"\\\1", html.escape(line, quote=False))
 
 
 def _run(report: Report) -> list[str]:
@@ -83,7 +85,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def _folded(summary: str, lines: list[str]) -> list[str]:
-    return [f"<details><summary>{html.escape(summary)}</summary>", "", *lines, "</details>", ""]
+    return [f"<details><summary>{escape(summary)}</summary>", "", *lines, "</details>", ""]
 
 
 def _baseline(baseline: dict[str, Any]) -> list[str]:
@@ -160,7 +162,7 @@ def _layers(result: dict[str, Any]) -> list[str]:
 
 def _provenance(result: dict[str, Any]) -> list[str]:
     versions = result["versions"]
-    source = f", source {result['source_sha256'][:12]}" if result["source_sha256"] else ""
+    source = f", source {escape(result['source_sha256'][:12])}" if result["source_sha256"] else ""
     return [
         f"<sub>compress {escape(versions['compress'])}, torch {escape(versions['torch'])}, "
         f"{text.plural(result['calibration_images'], 'calibration image')}{source}</sub>"

@@ -20,7 +20,8 @@ from markupsafe import Markup
 from compress.report import build, gates, points, rows, text
 from compress.report.build import Report
 from compress.report.plots import CLASSES_DRAWN, plot_data
-from compress.result import GateResult
+from compress.result import GateResult, plain_numbers
+from compress.untrusted import visible
 
 # In this order: the plotting library, what it stands on first, then the page's own script.
 SCRIPTS = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "assets/report.js")
@@ -63,7 +64,7 @@ def embed(data: Any) -> str:
 
     ``<``, ``>`` and ``&`` are written as escapes, so that no string can end the element.
     """
-    encoded = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    encoded = json.dumps(plain_numbers(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
     return encoded
@@ -86,6 +87,13 @@ def _asset(name: str) -> str:
     return resources.files("compress.report").joinpath(name).read_text(encoding="utf-8")
 
 
+def _shown(value: Any) -> Any:
+    """Write out control characters of text from outside; what is markup already is this page's."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return visible(value, keep="\n\t")
+    return value
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -94,6 +102,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     environment.filters |= {
         name: getattr(text, name)

@@ -10,8 +10,12 @@ from compress.plan import DENSE
 from compress.report import text
 from compress.report.build import REPORT_FORMAT, Report, end_metric
 from compress.result import SweepResult, to_dict
+from compress.untrusted import visible
 
 Point = dict[str, Any]
+
+# What a spreadsheet takes for the beginning of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _MEASURED = (
     "metric", "images", "before", "after", "change", "change_low", "change_high", "mcnemar_p",
@@ -97,7 +101,7 @@ def render_csv(report: Report) -> str:
     layers = layer_names(rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"rank {name}" for name in layers)])
+    writer.writerow([*COLUMNS, *(_harmless(f"rank {name}") for name in layers)])
     for row in rows:
         ranks = [
             "x".join(str(r) for r in row["ranks"].get(name, ()))
@@ -111,7 +115,15 @@ def render_csv(report: Report) -> str:
 def _cell(value: Any) -> Any:
     if value is None:
         return ""
+    if isinstance(value, str):
+        return _harmless(value)
     return str(value).lower() if isinstance(value, bool) else value
+
+
+def _harmless(text: str) -> str:
+    """Return text that a spreadsheet shows and does not run as a formula."""
+    text = visible(text)
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def _of_sweep(point: dict[str, Any]) -> Point:

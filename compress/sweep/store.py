@@ -25,6 +25,7 @@ from compress.errors import ArtefactError, one_line
 from compress.files import BrokenSeal, sealed_record, unsealed_record, write_atomically
 from compress.inputs.load import Inputs
 from compress.result import SweepPoint, from_dict, to_dict
+from compress.untrusted import read_json
 
 STORE_FORMAT = 2
 POINTS = "sweep.points"
@@ -115,7 +116,7 @@ class PointStore:
         if not self.resume or not path.exists():
             return None
         try:
-            record = unsealed_record(json.loads(path.read_text(encoding="utf-8")))
+            record = unsealed_record(read_json(path))
             point = from_dict(SweepPoint, record["point"], "the point")
         except BrokenSeal as error:
             raise ArtefactError(f"The finished point {path} {error}; {_REMEDY}.") from error

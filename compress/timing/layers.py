@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from compress.files import BrokenSeal, sealed_record, unsealed_record
 from compress.running.memory_format import Layout, evaluating, in_format
 from compress.timing.networks import synchroniser
 from compress.timing.turns import ROUNDS, Clock, Run, measure
+from compress.untrusted import Unreadable, read_json, read_record
 
 # From 2 on, the file carries a digest of its content.
 TABLE_FORMAT = 2
@@ -171,10 +172,10 @@ class LatencyTable:
         """
         advice = "delete it to measure afresh"
         try:
-            raw = json.loads(Path(path).read_text())
+            raw = read_json(path)
         except OSError as error:
             raise InputError(f"The latency table {path} cannot be read: {error}.") from error
-        except ValueError as error:
+        except Unreadable as error:
             raise InputError(
                 f"The latency table {path} is not JSON ({error}); {advice}."
             ) from error
@@ -187,9 +188,7 @@ class LatencyTable:
         except BrokenSeal as error:
             raise InputError(f"The latency table {path} {error}; {advice}.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"The latency table {path} is damaged ({error!r}); {advice}."
-            ) from error
+            raise InputError(f"The latency table {path} is damaged ({error}); {advice}.") from error
 
 
 @dataclass(frozen=True)
@@ -208,12 +207,11 @@ class LayerTimer:
 
 
 def _entry(raw: dict[str, Any]) -> tuple[LatencyKey, float]:
-    seconds = float(raw["seconds"])
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{seconds} seconds")
-    values = {field.name: raw[field.name] for field in fields(LatencyKey)}
-    values["input_shape"] = tuple(int(size) for size in values["input_shape"])
-    return LatencyKey(**values), seconds
+    seconds = raw["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds!r} seconds")
+    values = {name: value for name, value in raw.items() if name != "seconds"}
+    return read_record(LatencyKey, values, "an entry"), float(seconds)
 
 
 def _random_input(shape: tuple[int, ...], setting: Setting) -> Tensor:

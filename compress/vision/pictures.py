@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ import numpy as np
 from PIL import Image
 
 from compress.errors import DataError, one_line
+
+# Pillow's own limit, beyond which it warns of a bomb: 256 MiB as RGB.
+MOST_PIXELS = (1 << 28) // 3
+
+# What Pillow raises of damage, depending on the format and on the byte that is wrong.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+    EOFError, ArithmeticError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Whatever a file is called, Pillow would try every format it knows, and read PostScript by
@@ -36,19 +47,33 @@ def read_image(path: Path, channels: int) -> Image.Image:
     """Read a picture file as grey (``channels`` 1) or RGB (3).
 
     Raises:
-        DataError: The file is not a picture, is truncated, or has a pixel type beyond 8 or 16 bits.
+        DataError: The file is not a picture, is truncated, has no pixels or more than
+            `MOST_PIXELS`, or a pixel type beyond 8 or 16 bits.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return convert_image(image, channels)
-    except DataError:
-        raise
-    # PIL reports damage as OSError, SyntaxError (PNG), ValueError or a "bomb" of its own.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            # Of odd metadata, which is not used, and of bombs, which are refused below.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image, path)
+                image.load()
+                _check_size(image, path)
+                return convert_image(image, channels)
+    except _DAMAGE as error:
         raise DataError(
             f"The image {path} cannot be read: {one_line(error)}; replace it or take it away."
         ) from error
+
+
+def _check_size(image: Image.Image, path: Path) -> None:
+    """Refuse pictures without pixels, and such as would take the memory of hundreds."""
+    pixels = image.width * image.height
+    if pixels < 1 or pixels > MOST_PIXELS:
+        wrong = "no pixels" if pixels < 1 else f"more than {MOST_PIXELS:,} pixels"
+        raise DataError(
+            f"The image {path} has {wrong} ({image.width}x{image.height}); replace it, scale it "
+            "down or take it away."
+        )
 
 
 def convert_image(image: Image.Image, channels: int) -> Image.Image:

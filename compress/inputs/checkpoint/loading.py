@@ -85,8 +85,8 @@ def _fitting_names(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, 
     fronts = ["".join(parts[k:]) for k in range(len(parts), -1, -1)]
     front = max(fronts, key=lambda f: sum(f + n in own for n in checkpoint.state))
     state = {front + n: t for n, t in checkpoint.state.items()}
-    old_densenet = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
-    renamed = {n: old_densenet.sub(r"\1\2", n) for n in state if n not in own}
+    old_densenet = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+    renamed = {n: old_densenet.sub(r"\1", n) for n in state if n not in own}
     return {renamed.get(n, n): t for n, t in state.items()}
 
 

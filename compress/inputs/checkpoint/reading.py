@@ -6,33 +6,30 @@ import pickle
 import re
 import struct
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.files import (
-    MODEL_FILE,
-    SEAL_KEY,
-    BrokenSeal,
-    check_archive,
-    check_tensors,
-    sha256_file,
-)
+from compress.files import MODEL_FILE, SEAL_KEY, BrokenSeal, check_tensors, sha256_file
+from compress.inputs.checkpoint.declared import check_declared
 from compress.running.finite import not_finite
 from compress.running.modules import dtype_of
+from compress.untrusted import Unreadable, check_expansion
+from compress.untrusted.tensors import MOST_AXES, read_tensors
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "ema")
 PREFIXES = ("module.", "model.", "_orig_mod.")
 ARTEFACT_KEY = "compress"  # in the safetensors header of this package's own results
 
 _SHOWN = 20
+# No network nests or names deeper; what does is made to cost time.
+_MOST_NESTED = 8
+_LONGEST_NAME = 1000
 _RESAVE = (
     "re-save only the weights, where you trust the file, with "
     'torch.save(model.state_dict(), "weights.pt") or safetensors'
@@ -79,8 +76,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     content = _read(path)
     state, container = _find_state(content, path)
-    extras = [str(k) for k, v in state.items() if not isinstance(v, Tensor)]
-    tensors = {str(k): v.detach() for k, v in state.items() if isinstance(v, Tensor)}
+    extras = [_key_text(k) for k, v in state.items() if not isinstance(v, Tensor)]
+    tensors = {_name(k, path): v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     tensors, prefix, counters = _strip_prefixes(tensors)
     _check_usable(tensors, path)
     return Checkpoint(
@@ -119,8 +116,6 @@ def _read(path: Path) -> Mapping[Any, Any]:
         )
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path, size)
-    if start.startswith(b"PK"):
-        _check_members(path)
     if start.startswith(b"PK") or start[:1] == b"\x80":
         return _read_torch(path)
     kind = "text" if _is_text(start) else "data of an unknown format"
@@ -137,37 +132,23 @@ def _is_text(start: bytes) -> bool:
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if SEAL_KEY in metadata:
-                check_tensors(path)
-            if ARTEFACT_KEY in metadata:
-                raise CheckpointError(
-                    f"{path} is an already compressed result, not a checkpoint to compress; look "
-                    "at it with 'compress evaluate' or 'compress verify', or load it in Python "
-                    "with compress.load."
-                )
-            # The opened file is not a mapping: it has keys() and cannot be iterated.
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = read_tensors(path)
+        if SEAL_KEY in found.metadata:
+            check_tensors(path)
     except BrokenSeal as error:
         raise CheckpointError(f"The checkpoint {path} {error}; fetch it again.") from error
-    except SafetensorError as error:
+    except (OSError, Unreadable) as error:
         raise CheckpointError(
             f"The checkpoint {path} ({size} bytes) is truncated, damaged or no safetensors file: "
             f"{error}; fetch it again."
         ) from error
-
-
-def _check_members(path: Path) -> None:
-    """Check what torch does not: the checksum of every member of a zip archive.
-
-    Raises:
-        CheckpointError: A member is damaged, or far larger than what is stored of it.
-    """
-    try:
-        check_archive(path, expands=False)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise _damaged(path, error) from error
+    if ARTEFACT_KEY in found.metadata:
+        raise CheckpointError(
+            f"{path} is an already compressed result, not a checkpoint to compress; look "
+            "at it with 'compress evaluate' or 'compress verify', or load it in Python "
+            "with compress.load."
+        )
+    return found.tensors
 
 
 # What torch's reader raises, depending on the byte that a file ends at.
@@ -179,6 +160,7 @@ _DAMAGE = (
 
 def _read_torch(path: Path) -> Mapping[Any, Any]:
     try:
+        check_declared(path)
         with warnings.catch_warnings():
             # torch warns of an unusual pickle protocol and of TorchScript; both end in an error
             # here or load well, and the warning would only come before our own words.
@@ -224,16 +206,19 @@ def _find_state(content: Mapping[Any, Any], path: Path) -> tuple[Mapping[Any, An
     """Descend into containers as long as one holds tensors; return the state dict and its place."""
     place: list[str] = []
     state = content
-    while True:
-        inner = next((c for c in CONTAINERS if _holds_tensors(state.get(c))), None)
-        if inner is None:
-            break
+    # A file may hold itself: it ends nowhere.
+    while inner := next((c for c in CONTAINERS if _holds_tensors(state.get(c))), None):
         place.append(inner)
         state = state[inner]
+        if len(place) > _MOST_NESTED:
+            raise CheckpointError(
+                f"The checkpoint {path} holds state dicts in each other, more than "
+                f"{_MOST_NESTED} deep or without end; {_RESAVE}."
+            )
     if any(isinstance(value, Tensor) for value in state.values()):
         return state, ".".join(place)
-    keys = listed([str(k) for k in state]) if state else "nothing"
-    other = next((str(k) for k, v in state.items() if _holds_tensors(v)), None)
+    keys = listed([_key_text(k) for k in state]) if state else "nothing"
+    other = next((_key_text(k) for k, v in state.items() if _holds_tensors(v)), None)
     remedy = (
         f"if the weights are under {other!r}, re-save them with "
         f'torch.save(checkpoint["{other}"], "weights.pt")'
@@ -247,11 +232,37 @@ def _find_state(content: Mapping[Any, Any], path: Path) -> tuple[Mapping[Any, An
 
 
 def _holds_tensors(value: object) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    return any(isinstance(v, Tensor) for v in value.values()) or any(
-        _holds_tensors(value.get(c)) for c in CONTAINERS
-    )
+    """Whether a state dict or a container in it holds tensors, down to `_MOST_NESTED`."""
+    level = [value]
+    seen: set[int] = set()
+    for _ in range(_MOST_NESTED):
+        dicts = [v for v in level if isinstance(v, Mapping) and id(v) not in seen]
+        if any(isinstance(v, Tensor) for d in dicts for v in d.values()):
+            return True
+        seen.update(map(id, dicts))
+        level = [d[c] for d in dicts for c in CONTAINERS if c in d]
+    return False
+
+
+def _name(key: object, path: Path) -> str:
+    """Return the name of a tensor's entry.
+
+    Raises:
+        CheckpointError: It is no text, or longer than any network's.
+    """
+    text = _key_text(key)
+    if not isinstance(key, str | int) or len(text) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"The checkpoint {path} holds a tensor under {text[:60]!r}, which is no name of a "
+            f"network's entry (text of up to {_LONGEST_NAME} characters); {_RESAVE}."
+        )
+    return text
+
+
+def _key_text(key: object) -> str:
+    """Return what an entry is called; a key that is neither text nor a number, by its type."""
+    plain = isinstance(key, str) or (isinstance(key, int) and abs(key) < 1 << 63)
+    return str(key) if plain else type(key).__name__
 
 
 def _strip_prefixes(
@@ -276,6 +287,12 @@ def _strip_prefixes(
 
 
 def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what cannot be weights of a network, whatever network it is.
+
+    Raises:
+        CheckpointError: Entries are quantised, sparse, without values, not finite, of more axes
+            than torch computes with, or repeat few numbers very often.
+    """
     packed = [n for n, t in tensors.items() if t.is_quantized or t.layout != torch.strided]
     if packed:
         raise CheckpointError(
@@ -288,6 +305,16 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"The checkpoint {path} holds names and shapes without values (saved on the meta "
             f"device): {listed(empty)}; save the weights after they are loaded."
         )
+    many = [n for n, t in tensors.items() if t.ndim > MOST_AXES]
+    if many:
+        raise CheckpointError(
+            f"The checkpoint {path} holds tensors of more than {MOST_AXES} axes: {listed(many)}; "
+            f"{_RESAVE}."
+        )
+    try:
+        check_expansion(path.stat().st_size, sum(t.numel() * t.itemsize for t in tensors.values()))
+    except Unreadable as error:
+        raise _damaged(path, error) from error
     broken = not_finite(tensors)
     if broken:
         raise CheckpointError(
