@@ -6,6 +6,10 @@ and takes the gradient of its negative log-likelihood (Martens & Grosse 2015); w
 sure of itself, nearly all draws then say nothing and a few rare ones everything. ``F = L Lᵀ`` with
 ``L = (I - p 1ᵀ) diag(√p)``, so the gradient ``Jᵀ L s`` with random signs ``s`` has the same
 covariance, but every image always contributes its whole trace. No labels are needed.
+
+Outputs that are probabilities already are taken back to logits (`compress.running.outputs`). Of
+outputs that are no logits at all, such as pictures, every element counts alike: gradients along
+random signs then have ``Jᵀ J`` as their covariance, that of the squared error.
 """
 
 from __future__ import annotations
@@ -15,13 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.errors import CalibrationError
+from compress.running.outputs import are_class_scores, as_logits
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective:
-    """The summed loss of batches that come in order: the user's own, or `fisher_loss`.
+    """The summed loss of batches that come in order: the user's own, or one of Fisher's.
 
     Args:
         images: How many the batches hold together.
@@ -33,22 +37,14 @@ class Objective:
         self.signs, self.own, self.seen = RandomSigns(images, seed), own, 0
 
     def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of the next batch.
-
-        Raises:
-            CalibrationError: There is no loss of the user's own, and the output is not logits.
-        """
+        """Return the loss of the next batch."""
         if self.own:
             return self.own(output, labels)
-        if output.dim() != 2 or output.shape[1] < 2:
-            raise CalibrationError(
-                f"The model's output of shape {tuple(output.shape)} is not a batch of logits, so "
-                "that it predicts no labels. Pass a loss of your own (--loss-fn "
-                "package.module:function), or use --metric mse."
-            )
-        signs = self.signs.take(self.seen, output)
+        start = self.seen
         self.seen += len(output)
-        return fisher_loss(output, signs)
+        if are_class_scores(output):
+            return fisher_loss(as_logits(output), self.signs.take(start, output))
+        return (output * self.signs.every(start, output)).sum()
 
 
 class RandomSigns:
@@ -65,6 +61,14 @@ class RandomSigns:
             shape = (self.images, logits.shape[1])
             self.table = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
         return (2 * self.table[start : start + len(logits)] - 1).to(logits)
+
+    def every(self, start: int, output: Tensor) -> Tensor:
+        """Signs of every element of images ``start ...``, in the shape of their outputs."""
+        drawn = torch.empty(output.shape, dtype=torch.int8)
+        for row, image in enumerate(range(start, start + len(output))):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + image)
+            drawn[row] = torch.randint(0, 2, output.shape[1:], generator=generator)
+        return (2 * drawn - 1).to(output)
 
 
 def fisher_loss(logits: Tensor, signs: Tensor) -> Tensor:

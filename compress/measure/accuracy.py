@@ -16,6 +16,7 @@ from compress.progress import Track, silent
 from compress.result import CustomMetric, EndMetric
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, run_model
+from compress.running.outputs import as_logits
 
 
 def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = silent) -> Tensor:
@@ -43,7 +44,7 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
             )  # fmt: skip
             seen += len(images)
             found.append(output.float().cpu())
-    return torch.cat(found)
+    return as_logits(torch.cat(found))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from compress.network.tracing import trace
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
 from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
+from compress.running.outputs import are_yes_or_no
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
             f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
         )
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
+    if are_yes_or_no(before):
+        warnings.append(
+            "The outputs lie between 0 and 1 and do not add up to 1, so they are taken for several "
+            "yes-or-no outputs; pass --loss-fn and --metric-fn if they are something else."
+        )
     by_module = macs_by_module(baseline, example)
     layers = {alias for site in sites for alias in site.aliases}
     return Network(
