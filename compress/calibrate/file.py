@@ -183,9 +183,12 @@ def _problem(count: Tensor, mean: Tensor, scatter: Tensor) -> str:
     if rows < 0 or (rows == 0 and bool(mean.any() or scatter.any())):
         return f"have a count of {rows} rows"
     # Rows are centred in float32, of which constant rows leave their rounding.
-    rounding = rows * (_ROUNDING * float(mean.abs().max())) ** 2
+    off = _ROUNDING * float(mean.abs().max())
+    rounding = rows * off * off  # not a power, which raises where it overflows
     least, most = (float(end) for end in scatter.aminmax())
     allowed = _SLACK * max(-least, most) + rounding
+    if not math.isfinite(allowed):
+        return "hold numbers too large to compute with"
     if float(scatter.diagonal(dim1=1, dim2=2).min()) < -allowed:
         return "have negative variances"
     if _asymmetry(scatter) > allowed:

@@ -173,6 +173,7 @@ def _asymmetric(scatter: Tensor) -> Tensor:
         ("scatter", _asymmetric, "not symmetric"),
         ("scatter", lambda t: t * float("nan"), "NaN or infinite"),
         ("mean", lambda t: t + float("inf"), "NaN or infinite"),
+        ("mean", lambda t: t * 0 + 1e200, "too large to compute with"),
         ("scatter", lambda t: t[:, 1:].clone(), "do not belong together"),
         ("mean", lambda t: t[0].clone(), "do not belong together"),
         ("mean", lambda t: t.float(), "do not belong together"),

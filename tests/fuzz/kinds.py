@@ -24,6 +24,7 @@ from places import NETWORKS
 
 from compress.artefact.manifest import is_artefact, read_manifest, recorded_settings
 from compress.artefact.model import load
+from compress.artefact.runtime import read_runtime
 from compress.calibrate.file import read_calibration
 from compress.calibrate.problems import fit_problem
 from compress.choose.edited import check_plan
@@ -32,6 +33,7 @@ from compress.commands.terminal import Terminal
 from compress.config import make_config, read_toml
 from compress.data import ImageSet, Preprocessing, check_channels, check_labels, open_dataset
 from compress.errors import ArtefactError, PlanError, UsageError
+from compress.files import RUNTIME_FILE
 from compress.inputs.checkpoint import load_into, read_checkpoint
 from compress.plan import read_plan
 from compress.report import (
@@ -253,6 +255,15 @@ def _result(path: Path) -> None:
         model(torch.zeros(1, 1, 8, 8, dtype=next(model.parameters()).dtype))
 
 
+def _runtime(path: Path) -> None:
+    place = path.with_name(RUNTIME_FILE)
+    path.replace(place)
+    found = read_runtime(place)
+    _shown({}, [found.problem])
+    if found.problem:  # of which a model is loaded all the same, with a warning
+        raise ArtefactError(found.problem)
+
+
 # --- Command lines -----------------------------------------------------------------------------
 
 SPEC = f"{NETWORKS / 'tiny.py'}:tiny"
@@ -353,6 +364,7 @@ _ALL = (
     Kind("result", ".safetensors", makers.results, _result,
          (makers.crafted_safetensors,) * 2 + (makers.extreme_tensors,), arguments=_verify,
          payload=_pixels),
+    Kind("runtime", ".json", makers.runtimes, _runtime, (makers.crafted_json,), TEXT_MUTATORS),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ALL}
 

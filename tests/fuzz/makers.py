@@ -28,13 +28,14 @@ from PIL import Image
 
 from compress.artefact.manifest import Manifest, Replacement
 from compress.artefact.model import restructure, save
+from compress.artefact.runtime import Runtime, write_runtime
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, write_calibration
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Source
 from compress.choose.choices import make_choice
 from compress.config import make_config
-from compress.files import SEAL_KEY, sealed_record, sealed_tensors
+from compress.files import RUNTIME_FILE, SEAL_KEY, sealed_record, sealed_tensors
 from compress.network.baseline import Network, prepare
 from compress.plan import DENSE, Plan
 from compress.report import build_comparison, build_report, build_sweep_report, render_json
@@ -237,6 +238,17 @@ def latency_tables() -> list[bytes]:
     layers = (torch.nn.Linear(3, 4), torch.nn.Conv2d(1, 8, 3))
     known = {LatencyTable.key(layer, (8, 3), setting): 1e-4 for layer in layers}
     return [LatencyTable(known).to_json().encode()]
+
+
+def runtimes() -> list[bytes]:
+    """How a model is run, in both formats."""
+    return [_runtime("contiguous"), _runtime("channels_last")]
+
+
+def _runtime(name: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_runtime(folder, Runtime(name))
+        return Path(folder, RUNTIME_FILE).read_bytes()
 
 
 CLASSES = ("ant", "bee", "cat")

@@ -23,6 +23,7 @@ TESTS = Path(__file__).resolve().parents[1]
 NAMES = (
     "safetensors", "torch-zip", "torch-legacy", "npz", "arrays", "idx", "picture", "plan", "report",
     "calibration", "latency", "sweep", "class-map", "toml", "result",
+    "runtime",
 )  # fmt: skip
 
 

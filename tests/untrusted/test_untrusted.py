@@ -194,6 +194,7 @@ def test_gzip_that_ends_early_is_refused(tmp_path: Path) -> None:
 def test_control_characters_are_written_out() -> None:
     text = "\x1b[31m a\tb\nc \x7f\x9b \u202e \ud800 é 😀"
     assert visible(text) == r"\x1b[31m a\x09b\x0ac \x7f\x9b \u202e \ud800 é 😀"
+    assert visible("caf\udce9") == r"caf\xe9"  # a byte of a name that is not UTF-8
     assert visible("a\tb\nc", keep="\n\t") == "a\tb\nc"
 
 
