@@ -109,7 +109,7 @@ def _statistics(tensors: Mapping[str, Tensor]) -> dict[str, LayerStatistics]:
     """
     grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        site, role, part = ("", *name.rsplit("|", 2))[-3:]
+        site, role, part = ("", "", *name.rsplit("|", 2))[-3:]
         if role not in _ROLES:
             raise Unreadable(f"its entry {name[:60]!r} is none of a calibration's")
         grouped.setdefault((site, role), {})[part] = tensor

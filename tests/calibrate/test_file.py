@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from networks.tiny import tiny
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
-from compress.calibrate.statistics import Calibration, Source
+from compress.calibrate.statistics import Calibration, Source, misfits
 from compress.errors import CalibrationError
 from compress.network.baseline import Network, prepare
 
@@ -98,3 +100,40 @@ def test_damaged_and_foreign_files_are_refused(calibration: Calibration, tmp_pat
         read_calibration(file, KEY)
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_calibration(tmp_path / "none.safetensors", KEY)
+
+
+@pytest.mark.parametrize("dropped", ["", "conv2|inputs"])
+def test_statistics_that_miss_a_layer_or_its_shape_are_named(
+    network: Network, calibration: Calibration, dropped: str
+) -> None:
+    assert misfits(network, calibration) == []
+    statistics = dict(calibration.statistics)
+    if dropped:
+        del statistics["conv2"]
+    else:
+        statistics["conv2"] = statistics["conv1"]
+    assert misfits(network, replace(calibration, statistics=statistics)) == ["conv2"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"conv2|inputs|mean": torch.zeros(1, 50_000, dtype=torch.float64)}, "do not fit"),
+        ({"conv2|inputs|mean": torch.zeros(1, 72)}, "do not fit"),
+        ({"conv2|inputs|count": torch.tensor(-1)}, "numbers that no statistics have"),
+        ({"conv2|inputs|scatter": torch.full((1, 72, 72), torch.nan).double()}, "numbers that no"),
+        ({"conv2|moments|mean": torch.zeros(1, 72)}, "none of a calibration's"),
+        ({"conv2": torch.zeros(1)}, "none of a calibration's"),
+        ({"a|weighting|mean": torch.zeros(1, 2)}, "holds mean"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(
+    calibration: Calibration, tmp_path: Path, changed: dict[str, torch.Tensor], message: str
+) -> None:
+    file = tmp_path / "cal.safetensors"
+    write_calibration(file, calibration, KEY)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({**load_file(file), **changed}, file, metadata)
+    with pytest.raises(CalibrationError, match=message):
+        read_calibration(file, KEY)
