@@ -148,7 +148,7 @@ class FolderSource:
                     data += file.read()
         except OSError as error:
             raise DataError(f"The image {path} cannot be read: {error.strerror}.") from error
-        return f"{self.files[index]}\0{size}\0".encode() + data
+        return f"{self.files[index]}\0{size}\0".encode("utf-8", "surrogateescape") + data
 
 
 def open_folder(root: Path, channels: int) -> FolderSource:

@@ -32,19 +32,21 @@ def sha256_file(path: str | Path) -> str:
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all: a hidden file beside it, then one rename.
 
-    Text is written as UTF-8. The file keeps the permissions that a plain ``open`` would give it.
-    What an earlier process left behind of the same file is cleared.
+    Text is written as UTF-8, and halves of characters as escapes. The file keeps the permissions
+    that a plain ``open`` would give it. What an earlier process left behind of the same file is
+    cleared.
 
     Raises:
         ArtefactError: The folder is missing or unwritable, or the disk is full; what stood at
             ``path`` before still stands.
     """
     path = Path(path)
+    encoded = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     clear_leftovers(path)
     try:
         with claimed(path, _new_file) as partial:
             with open(partial, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(encoded)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
