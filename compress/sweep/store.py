@@ -23,6 +23,7 @@ from compress.config import Role, RunConfig, settings_of
 from compress.errors import ArtefactError
 from compress.files import write_atomically
 from compress.inputs.load import Inputs
+from compress.report.read import check_point
 from compress.result import SweepPoint, from_dict, to_dict
 from compress.untrusted import read_json
 
@@ -111,6 +112,7 @@ class PointStore:
         try:
             raw = read_json(self.path(rule, value))
             point = from_dict(SweepPoint, raw["point"], "the point")
+            check_point(to_dict(point), "the point")
         except (OSError, ValueError, KeyError, TypeError, ArtefactError):
             return None  # not there, or damaged: it is measured again
         return point if (point.rule, point.value) == (rule, value) else None
