@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
 from compress.network.baseline import Network
 
@@ -100,3 +101,31 @@ def without_unseen(network: Network, calibration: Calibration) -> Network:
     reason = "no calibration image reached it (the model chooses its layers by its input)"
     sites = tuple(replace(s, skip=reason) if s.name in unseen else s for s in network.sites)
     return replace(network, sites=sites)
+
+
+def misfits(network: Network, calibration: Calibration) -> list[str]:
+    """Return the names of layers whose statistics are missing or of another shape than the layer.
+
+    Statistics that were read from a file may be of anything.
+    """
+    return [
+        site.name
+        for site in network.sites
+        if site.skip is None and not _fits(site.geometry, calibration.statistics.get(site.name))
+    ]
+
+
+def _fits(geometry: Geometry, statistics: LayerStatistics | None) -> bool:
+    if statistics is None:
+        return False
+    rows = geometry.out_features if statistics.inputs is None else geometry.in_features
+    features = {
+        "inputs": geometry.in_features,
+        "outputs": geometry.out_features,
+        "weighting": geometry.out_features,
+        "pooled": rows + 1,  # with the gradients' own sum at the end
+    }
+    return all(
+        moments.mean.shape == (geometry.groups, features[role])
+        for role, moments in statistics.moments().items()
+    )

@@ -61,9 +61,9 @@ class Terminal:
 
 
 def _finite(plain: Any) -> Any:
-    from compress.result import plain_numbers  # here, because --help must be quick
+    from compress.result import plain_data  # here, because --help must be quick
 
-    return plain_numbers(plain)
+    return plain_data(plain)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:

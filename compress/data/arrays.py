@@ -216,8 +216,6 @@ def _read_idx_body(path: Path) -> Tensor:
             f"The IDX file {path} is damaged: it announces {sizes[:8]} values, {expected} bytes, "
             f"and holds {held}."
         )
-    return (
-        torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(sizes)
-        if body
-        else (torch.zeros(sizes, dtype=torch.uint8))
-    )
+    if not body:
+        raise DataError(f"The IDX file {path} announces {sizes[:8]} values: it holds nothing.")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(sizes)

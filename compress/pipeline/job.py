@@ -10,12 +10,14 @@ from pathlib import Path
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
-from compress.calibrate.statistics import Calibration, Source
+from compress.calibrate.statistics import Calibration, Source, misfits
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold, hold_split
+from compress.errors import CalibrationError
 from compress.files import check_file
 from compress.fit.layers import Fitter
+from compress.inputs.checkpoint.reading import listed
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
 from compress.measure.accuracy import Yardstick
@@ -106,12 +108,21 @@ class Job:
         path = Path(self.config.calibration) if self.config.calibration else None
         fit, key = self.inputs.split.fit, self._calibration_key(schemes)
         if path is not None and os.path.exists(path):
-            return read_calibration(path, key)
+            return self._fitting(read_calibration(path, key))
         if path is not None:
             check_file(path, "calibration")
         calibration = self._measured(fit, schemes)
         if path is not None:
             write_calibration(path, calibration, key)
+        return calibration
+
+    def _fitting(self, calibration: Calibration) -> Calibration:
+        wrong = misfits(self.network, calibration)
+        if wrong:
+            raise CalibrationError(
+                f"The calibration {self.config.calibration} lacks statistics that fit the layers "
+                f"{listed(wrong)}; delete it to calibrate anew."
+            )
         return calibration
 
     def _measured(self, fit: ImageSet, schemes: tuple[str, ...]) -> Calibration:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from compress.report import build, gates, points, rows, text
 from compress.report.build import Report
 from compress.report.plots import CLASSES_DRAWN, plot_data
-from compress.result import GateResult, plain_numbers
+from compress.result import GateResult, plain_data
 from compress.untrusted import visible
 
 # In this order: the plotting library, what it stands on first, then the page's own script.
@@ -64,7 +64,7 @@ def embed(data: Any) -> str:
 
     ``<``, ``>`` and ``&`` are written as escapes, so that no string can end the element.
     """
-    encoded = json.dumps(plain_numbers(data), separators=(",", ":"), allow_nan=False)
+    encoded = json.dumps(plain_data(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
     return encoded

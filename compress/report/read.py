@@ -137,11 +137,20 @@ def check_report(raw: Any, where: str) -> Report:
 
 def _checked_sweep(raw: Any, where: str) -> dict[str, Any]:
     sweep = to_dict(from_dict(SweepResult, raw, where))
-    _check_given(sweep["points"], ("value", "ratio"), f"{where}: points")
     for i, point in enumerate(sweep["points"]):
-        for name in ("validation", "test"):
-            _check_metric(point[name], f"{where}: points[{i}].{name}")
+        check_point(point, f"{where}: points[{i}]")
     return sweep
+
+
+def check_point(point: dict[str, Any], where: str) -> None:
+    """Check that a sweep's point, as plain data, holds what whoever shows it relies on.
+
+    Raises:
+        ArtefactError: A number is missing, or half of an end metric.
+    """
+    _check_given([point], ("value", "ratio"), where)
+    for name in ("validation", "test"):
+        _check_metric(point[name], f"{where}.{name}")
 
 
 def _checked_part(raw: Any, where: str) -> Report:

@@ -6,7 +6,7 @@ in nats; MACs are multiply-accumulates per image. Whatever a failed or unverifie
 None or empty. JSON has no NaN: a number that is not finite is written as null.
 """
 
-from compress.result.encoding import from_dict, from_json, plain_numbers, to_dict, to_json
+from compress.result.encoding import from_dict, from_json, plain_data, to_dict, to_json
 from compress.result.layers import LayerErrors, LayerResult, MeasuredError
 from compress.result.metrics import (
     CalibrationBin,
@@ -51,7 +51,7 @@ __all__ = [
     "Versions",
     "from_dict",
     "from_json",
-    "plain_numbers",
+    "plain_data",
     "to_dict",
     "to_json",
 ]

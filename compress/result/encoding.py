@@ -16,7 +16,7 @@ RecordT = TypeVar("RecordT")
 
 def to_dict(record: Any) -> dict[str, Any]:
     """Return a record as plain JSON data; numbers that are not finite become None."""
-    plain: dict[str, Any] = plain_numbers(dataclasses.asdict(record))
+    plain: dict[str, Any] = plain_data(dataclasses.asdict(record))
     return plain
 
 
@@ -61,12 +61,22 @@ def from_json(kind: type[RecordT], text: str, where: str = "the result") -> Reco
     return from_dict(kind, data, where)
 
 
-def plain_numbers(value: Any) -> Any:
-    """Return plain data as JSON can hold it: None for numbers that are not finite."""
+def plain_data(value: Any) -> Any:
+    r"""Return dicts, lists and values as JSON can hold them.
+
+    Numbers that are not finite become None. Names of files may hold bytes that are no text, which
+    Python keeps as halves of characters: they become escapes such as ``\udcff``.
+    """
     if isinstance(value, dict):
-        return {str(k): plain_numbers(v) for k, v in value.items()}
+        return {_encodable(str(k)): plain_data(v) for k, v in value.items()}
+    if isinstance(value, str):
+        return _encodable(value)
     if isinstance(value, (list, tuple)):
-        return [plain_numbers(v) for v in value]
+        return [plain_data(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _encodable(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -24,6 +24,7 @@ from compress.config import Role, RunConfig, settings_of
 from compress.errors import ArtefactError, one_line
 from compress.files import BrokenSeal, sealed_record, unsealed_record, write_atomically
 from compress.inputs.load import Inputs
+from compress.report.read import check_point
 from compress.result import SweepPoint, from_dict, to_dict
 from compress.untrusted import read_json
 
@@ -118,6 +119,7 @@ class PointStore:
         try:
             record = unsealed_record(read_json(path))
             point = from_dict(SweepPoint, record["point"], "the point")
+            check_point(to_dict(point), "the point")
         except BrokenSeal as error:
             raise ArtefactError(f"The finished point {path} {error}; {_REMEDY}.") from error
         except (OSError, ValueError, KeyError, TypeError, ArtefactError) as error:

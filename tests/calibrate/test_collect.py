@@ -222,15 +222,32 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
-def test_outputs_that_are_no_logits_need_a_loss(shape: tuple[int, ...]) -> None:
+def test_of_outputs_that_are_no_logits_all_count_alike(shape: tuple[int, ...]) -> None:
+    """The weighting is then ``E[JᵀJ]``: the identity, of a layer that is the whole network."""
     model = nn.Sequential(nn.Linear(3, math.prod(shape)), nn.Unflatten(1, shape or (1,)))
     if not shape:
         model.append(nn.Flatten(0))
-    x = torch.randn(4, 3)
+    x = torch.randn(400, 3)
     sites = [dataclasses.replace(site, skip=None) for site in find_sites(model, x[:1])]
-    with pytest.raises(CalibrationError, match=r"--loss-fn .*--metric mse"):
-        run(model, x, sites=sites)
-    assert run(model, x, sites=sites, weigh=False).statistics["0"].samples == 4
+    weighting = run(model, x, sites=sites).statistics["0"].weighting
+    assert weighting is not None
+    size = math.prod(shape)
+    found = weighting.second_moment[0]
+    ones = torch.ones(size, dtype=torch.float64)
+    torch.testing.assert_close(found.diagonal(), ones, rtol=1e-5, atol=0)
+    assert float((found - torch.eye(size)).abs().max()) < 0.25
+
+
+def test_probabilities_are_weighed_as_their_logits_are() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 4).double(), images(6, 3)
+    found = [
+        run(model, x).statistics[name].weighting
+        for model, name in ((layer, ""), (nn.Sequential(layer, nn.Softmax(1)), "0"))
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    torch.testing.assert_close(found[1].second_moment, found[0].second_moment)
 
 
 def test_a_loss_of_the_users_own_gets_the_labels() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
-from compress.calibrate.statistics import Calibration, LayerStatistics, Source
+from compress.calibrate.statistics import Calibration, LayerStatistics, Source, misfits
 from compress.errors import CalibrationError
 from compress.linalg.moments import Moments
 from compress.network.baseline import Network, prepare
@@ -227,3 +227,16 @@ def test_layers_that_no_image_reached_are_read_back(
     known = replace(calibration, statistics={**calibration.statistics, "unseen": unseen})
     write_calibration(tmp_path / "cal.safetensors", known, KEY)
     assert read_calibration(tmp_path / "cal.safetensors", KEY).statistics["unseen"].samples == 0
+
+
+@pytest.mark.parametrize("dropped", ["", "conv2|inputs"])
+def test_statistics_that_miss_a_layer_or_its_shape_are_named(
+    network: Network, calibration: Calibration, dropped: str
+) -> None:
+    assert misfits(network, calibration) == []
+    statistics = dict(calibration.statistics)
+    if dropped:
+        del statistics["conv2"]
+    else:
+        statistics["conv2"] = statistics["conv1"]
+    assert misfits(network, replace(calibration, statistics=statistics)) == ["conv2"]

@@ -165,6 +165,21 @@ def test_image_folders(bench: Workbench, tmp_path_factory: pytest.TempPathFactor
     assert command("evaluate", str(bench.output()), "--model", SPEC, "--test", good).exit_code == 0
 
 
+def test_class_folders_whose_names_are_no_text_or_act_on_a_terminal(
+    bench: Workbench, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    classes = ("a\x1b[31m", os.fsdecode(b"b\xff"), "c")
+    try:
+        data = image_folder(tmp_path_factory.mktemp("images"), classes)
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    assert bench.run("--rank", "conv2=1", data=data, test=data).exit_code == 0
+    assert bench.report()["result"]["test"]["classes"] == ["a\x1b[31m", "b\\udcff", "c"]
+    found = command("report", str(bench.output()))
+    assert found.exit_code == 0
+    assert not {c for c in found.stdout if c != "\n" and not c.isprintable()}
+
+
 def test_labels_out_of_range_and_missing(bench: Workbench) -> None:
     images, labels = made_images(24)
     np.savez(bench.folder / "test.npz", images=images, labels=labels + 1)

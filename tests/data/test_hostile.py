@@ -78,8 +78,9 @@ def test_npz_that_announces_what_it_does_not_hold(
         ((1 << 16, 1 << 16, 1 << 16, 1 << 16), b"", "times as many"),
         ((2, 2, 2), bytes(7), "holds 7"),
         ((2, 2, 2), bytes(9), "holds more"),
-        ((0, 2, 2), b"", "no images"),
-        ((2, 0, 2), b"", "no pixels"),
+        ((0, 2, 2), b"", "holds nothing"),
+        ((2, 0, 2), b"", "holds nothing"),
+        ((0, 1 << 31, 1 << 31, 1 << 31), b"", "holds nothing"),
         ((1,) * 200, b"1", "damaged"),
     ],
 )
