@@ -31,13 +31,7 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
         for images, _ in track(inputs, describe, len(inputs)):
             images = images.to(reference)
             output = run_model(model, images)
-            if output.dim() != 2:
-                raise ModelError(
-                    f"The model's output has shape {tuple(output.shape)} and is not a batch of "
-                    "logits, so accuracy cannot be measured. Pass --metric-fn "
-                    "package.module:function, which takes the model and the batches and returns "
-                    "a number (higher is better)."
-                )
+            require_logits(output)
             check_finite(
                 model, images, output, f"on the images from number {seen} ({describe})",
                 "check these images, the checkpoint and the normalisation (--mean, --std)",
@@ -45,6 +39,16 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
             seen += len(images)
             found.append(output.float().cpu())
     return as_logits(torch.cat(found))
+
+
+def require_logits(output: Tensor) -> None:
+    """Raise `ModelError` for outputs that accuracy cannot be measured by."""
+    if output.dim() != 2:
+        raise ModelError(
+            f"The model's output has shape {tuple(output.shape)} and is not a batch of logits, so "
+            "accuracy cannot be measured. Pass --metric-fn package.module:function, which takes "
+            "the model and the batches and returns a number (higher is better)."
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ def after_norm(module: nn.Module) -> nn.Module | None:
             forward_hooks(dict.fromkeys(module.children(), record)),
         ):
             expected = module(x.clone())
-    except Exception:  # a forward of the user's may want anything else of its input
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a forward of the user's may want anything else of its input
         return None
     rest = called[0] if len(called) == 1 else nn.Sequential(*called) if called else nn.Identity()
     with torch.no_grad(), evaluation_mode(rest):

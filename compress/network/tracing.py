@@ -59,7 +59,9 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
                 graph.erase_node(node)
         graph.lint()
         return graph if _holds(model, graph, example) else None
-    except Exception:  # the user's forward runs on proxies, which may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the user's forward runs on proxies, and may raise anything
         return None
 
 

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
@@ -20,9 +22,10 @@ from compress.fit.layers import Fitter
 from compress.inputs.checkpoint.reading import listed
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
-from compress.measure.accuracy import Yardstick
+from compress.measure.accuracy import Yardstick, require_logits
 from compress.network.baseline import Network, prepare
 from compress.progress import Track, silent
+from compress.running.forward import evaluation_mode, run_model
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,14 @@ class Job:
         """Prepare a network.
 
         Raises:
-            ModelError: The network cannot be copied, does not run on the example, or gives NaN.
+            ModelError: The network cannot be copied, does not run on the example, or gives NaN; or
+                the test set is to measure an accuracy that its outputs do not have.
         """
         example = inputs.example.to(config.device)
         network = prepare(inputs.model.to(config.device), example)
+        if inputs.test is not None and not config.metric_fn:
+            with torch.no_grad(), evaluation_mode(network.model):
+                require_logits(run_model(network.model, network.example))
         loader = Loader(
             batch_size_for(config, example),
             config.workers,

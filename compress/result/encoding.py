@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any, TypeVar
 
-from compress.errors import ArtefactError
+from compress.errors import ArtefactError, printable
 from compress.result.runs import RESULT_FORMAT
 from compress.untrusted import Unreadable, parse_json, read_record
 
@@ -68,15 +68,11 @@ def plain_data(value: Any) -> Any:
     Python keeps as halves of characters: they become escapes such as ``\udcff``.
     """
     if isinstance(value, dict):
-        return {_encodable(str(k)): plain_data(v) for k, v in value.items()}
+        return {printable(str(k)): plain_data(v) for k, v in value.items()}
     if isinstance(value, str):
-        return _encodable(value)
+        return printable(value)
     if isinstance(value, (list, tuple)):
         return [plain_data(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _encodable(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

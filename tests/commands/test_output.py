@@ -87,7 +87,7 @@ def test_results_in_folders_that_are_no_utf_8(tmp_path: Path) -> None:
 def test_json_of_names_that_are_no_utf_8_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"caf\xe9")
     Terminal(as_json=True).show({"name": name}, [])
-    assert json.loads(capsys.readouterr().out) == {"name": name}
+    assert json.loads(capsys.readouterr().out) == {"name": "caf\\xe9"}
 
 
 # --- Streams that take nothing -----------------------------------------------------------------
