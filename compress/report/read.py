@@ -199,6 +199,8 @@ def _check_metric(metric: dict[str, Any] | None, where: str) -> None:
     classes = len(metric["classes"])
     if any(flip[key] >= classes for flip in flips for key in ("label", "before", "after")):
         raise _inconsistent(f"{where} has a changed image of a class that has no name")
+    if len(metric["bins_before"]) != len(metric["bins_after"]):
+        raise _inconsistent(f"{where} has other bins of confidence before than after")
     for name in ("before", "after"):
         bins = [b for b in metric[f"bins_{name}"] if b["images"]]
         _check_given(bins, ("confidence", "accuracy"), f"{where}.bins_{name}")

@@ -85,6 +85,7 @@ def test_cells_of_a_table_are_no_formulas(start: str) -> None:
     [
         (("result", "test", "drop_interval"), None, "not all of"),
         (("result", "test", "mcnemar_p"), None, "not all of"),
+        (("result", "test", "bins_after"), [], "other bins"),
         (("result", "test", "to_wrong", 0, "after"), 10**6, "no name"),
         (("result", "test", "to_wrong", 0, "confidence_after"), None, "lacks the number"),
         (("result", "cost", "latency", 0, "ratio"), None, "lacks the number"),
