@@ -1,7 +1,7 @@
 """Commands killed or interrupted at the changes they make to files, by injection and never by luck.
 
-The test suite takes every eighth change, and with COMPRESS_EVERY_CHANGE=1 all of them. What happens
-inside a single step of writing is in `tests/test_files.py`, change by change.
+The test suite takes every twelfth change, and with COMPRESS_EVERY_CHANGE=1 all of them. What
+happens inside a single step of writing is in `tests/test_files.py`, change by change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from click.testing import Result
 from interruptions import signalled
 from workbench import SPEC, Workbench, command
 
-STRIDE = 1 if os.environ.get("COMPRESS_EVERY_CHANGE") else 8
+STRIDE = 1 if os.environ.get("COMPRESS_EVERY_CHANGE") else 12
 EARLIER, LATER = ("--rank", "conv2=2", "--no-refit"), ("--rank", "conv2=3", "--no-refit")
 Work = Callable[[Workbench], Result]
 

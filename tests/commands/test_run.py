@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -459,10 +460,10 @@ def test_an_unreachable_budget_names_the_smallest(bench: Workbench) -> None:
     assert bench.leftovers() == []
 
 
-def test_the_demo_runs_twice_from_an_empty_folder(
+def test_the_demo_runs_from_an_empty_folder(
     tmp_path: Path, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once as a process, as a new user meets it, and once more over its own result."""
+    """As a process, as a new user meets it; another run would replace its own result."""
     del bench  # only its stopwatch is wanted
     place = tmp_path / "empty"
     place.mkdir()
@@ -482,5 +483,9 @@ def test_the_demo_runs_twice_from_an_empty_folder(
     model = compress.load(place / "demo-result")  # the embedded network needs no trust
     assert sum(p.numel() for p in model.parameters()) < 0.5 * 205_802
     monkeypatch.chdir(place)
-    assert command("demo", "--quiet", "--rank", "conv5=8").exit_code == 0
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.commands.demo.run_and_show", lambda *given: asked.extend(given))
+        assert command("demo", "--quiet").exit_code == 0
+    assert (asked[0].output, asked[0].force) == ("demo-result", True)  # its own is replaced
     assert "already holds a result" in paragraph(command("demo", "--output", "demo-result"), 3)
