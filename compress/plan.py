@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,6 @@ class Plan:
             if choice.name == name:
                 return choice
         raise KeyError(name)
-
-    def with_choice(self, choice: Choice) -> Plan:
-        """Return a plan with the layer of the same name replaced."""
-        return replace(
-            self, choices=tuple(choice if c.name == choice.name else c for c in self.choices)
-        )
 
     def to_json(self) -> str:
         """Write the plan; `scheme` and `ranks` are what a user edits."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compress.running.outputs import are_class_scores, as_logits
+from compress.running.outputs import are_class_scores, to_logits
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,6 +35,7 @@ class Objective:
 
     def __init__(self, images: int, seed: int, own: LossFunction | None = None) -> None:
         self.signs, self.own, self.seen = RandomSigns(images, seed), own, 0
+        self.logits: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of the next batch."""
@@ -43,7 +44,8 @@ class Objective:
         start = self.seen
         self.seen += len(output)
         if are_class_scores(output):
-            return fisher_loss(as_logits(output), self.signs.take(start, output))
+            self.logits = self.logits or to_logits(output)
+            return fisher_loss(self.logits(output), self.signs.take(start, output))
         return (output * self.signs.every(start, output)).sum()
 
 

@@ -27,7 +27,6 @@ from compress.errors import ArtefactError, CompressError, near_matches, what_rai
 
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
-DEBUG = "compress.debug"
 
 
 class _NobodyReads(Exception):  # noqa: N818 - an end, not an error

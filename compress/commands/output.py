@@ -66,7 +66,7 @@ def discard(stream: TextIO | None) -> None:
     """Let what a stream has not written vanish: Python would try again at the end, and complain."""
     with suppress(OSError, ValueError, AttributeError):  # none, or not one of the system's
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, stream.fileno())  # type: ignore[union-attr]
+        os.dup2(descriptor, stream.fileno())  # type: ignore[union-attr]  # None: see above
         os.close(descriptor)
 
 

@@ -1,4 +1,4 @@
-"""Kernels as tensors: composing them, folding BatchNorm into them, the identity kernel.
+"""Kernels as tensors: composing them, folding BatchNorm into them.
 
 Everything is computed in float64 (the caller's dtype comes back where one is named), is
 differentiable and works under `torch.func`.
@@ -191,31 +191,6 @@ def fold_batch_norm(
     if norm.beta is not None:
         shift = shift + norm.beta.to(wide)
     return folded.to(weight.dtype), shift.to(weight.dtype)
-
-
-def dirac(
-    channels: int,
-    kernel_size: Pair = (1, 1),
-    *,
-    groups: int = 1,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Kernel ``[channels, channels / groups, k_h, k_w]`` of the identity: one centred tap of 1.
-
-    Raises:
-        UnsupportedLayer: A side of the kernel is even and so has no centre.
-    """
-    if any(k % 2 == 0 for k in kernel_size):
-        raise UnsupportedLayer(
-            f"A {kernel_size[0]}x{kernel_size[1]} kernel has no centre, so it cannot hold the "
-            "identity; use odd kernel sizes."
-        )
-    eye = torch.eye(channels // groups, dtype=dtype, device=device)
-    centred = F.pad(
-        eye[:, :, None, None], [k // 2 for k in (*kernel_size[1:] * 2, *kernel_size[:1] * 2)]
-    )
-    return centred.repeat(groups, 1, 1, 1)
 
 
 def spatial_size(weight: Tensor) -> Pair:

@@ -57,15 +57,6 @@ class Moments:
         scatter -= samples * residue.unsqueeze(2) * residue.unsqueeze(1)
         self._merge(samples, reference.squeeze(1).double() + residue, scatter)
 
-    def merge(self, other: Moments) -> None:
-        """Add what another accumulator has seen, of another process or an earlier run."""
-        if other.mean.shape != self.mean.shape:
-            raise ValueError(
-                f"moments of shape {tuple(other.mean.shape)} cannot be added to moments of shape "
-                f"{tuple(self.mean.shape)}"
-            )
-        self._merge(other.count, other.mean, other.scatter)
-
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
         if total == 0:

@@ -16,7 +16,7 @@ from compress.progress import Track, silent
 from compress.result import CustomMetric, EndMetric
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, run_model
-from compress.running.outputs import as_logits
+from compress.running.outputs import to_logits
 
 
 def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = silent) -> Tensor:
@@ -38,7 +38,7 @@ def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = 
             )  # fmt: skip
             seen += len(images)
             found.append(output.float().cpu())
-    return as_logits(torch.cat(found))
+    return torch.cat(found)
 
 
 def require_logits(output: Tensor) -> None:
@@ -104,9 +104,10 @@ class Yardstick:
         if labelled:
             check_labels(images, classes)
         names = images.classes if len(images.classes) == classes else None
+        logits = to_logits(before_logits)
         return compare_logits(
-            before_logits,
-            after_logits,
+            logits(before_logits),
+            logits(after_logits),
             torch.tensor(images.labels) if labelled else None,
             names,
             [images.name(i) for i in range(len(images))],

@@ -13,6 +13,7 @@ from compress.layers import registered_kind
 from compress.result import MeasuredError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
 from compress.running.modules import swapped
+from compress.running.outputs import to_logits
 
 
 @dataclass
@@ -134,11 +135,13 @@ def measured_losses(
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     losses = {}
     with torch.inference_mode(), evaluation_mode(model):
-        reference = torch.log_softmax(run_model(model, inputs).double(), 1)
+        output = run_model(model, inputs)
+        logits = to_logits(output)
+        reference = torch.log_softmax(logits(output).double(), 1)
         for name, aliases in names.items():
             if not name:
                 continue
             with swapped(model, dict.fromkeys(aliases, after[name])):
-                trial = torch.log_softmax(run_model(model, inputs).double(), 1)
+                trial = torch.log_softmax(logits(run_model(model, inputs)).double(), 1)
             losses[name] = float((reference.exp() * (reference - trial)).sum(1).mean())
     return losses

@@ -16,11 +16,10 @@ from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
-from compress.network.tracing import trace
+from compress.network.tracing import ends_in_sigmoid, trace
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
 from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
-from compress.running.outputs import are_yes_or_no
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,10 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
             f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
         )
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
-    if are_yes_or_no(before):
+    if graph is not None and ends_in_sigmoid(baseline, graph):
         warnings.append(
-            "The outputs lie between 0 and 1 and do not add up to 1, so they are taken for several "
-            "yes-or-no outputs; pass --loss-fn and --metric-fn if they are something else."
+            "The network ends in a sigmoid, so its outputs are several yes-or-no answers: accuracy "
+            "takes the largest of them. Pass --metric-fn and --loss-fn for what they stand for."
         )
     by_module = macs_by_module(baseline, example)
     layers = {alias for site in sites for alias in site.aliases}

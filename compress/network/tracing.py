@@ -65,6 +65,17 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
         return None
 
 
+def ends_in_sigmoid(model: nn.Module, graph: fx.Graph) -> bool:
+    """Whether a sigmoid gives a network's main output."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    last = output.args[0]
+    if not isinstance(last, fx.Node):
+        return False
+    if last.op == "call_module":
+        return isinstance(model.get_submodule(str(last.target)), nn.Sigmoid)
+    return getattr(last.target, "__name__", last.target) in ("sigmoid", "sigmoid_")
+
+
 def _special_norms(model: nn.Module) -> frozenset[nn.Module]:
     found = [m for m in model.modules() if isinstance(m, NORMS) and type(m) not in NORMS]
     return frozenset(norm for norm in found if after_norm(norm) is not None)
@@ -77,7 +88,8 @@ def _images(example: Tensor, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     scale = 0.5 + torch.rand(count, *[1] * (example.dim() - 1), generator=generator)
     noise = torch.randn(count, *example.shape[1:], generator=generator) * 0.1
-    return example * scale.to(example) + noise.to(example) * example.std()
+    spread = example.std() if example.numel() > 1 else example.abs()
+    return example * scale.to(example) + noise.to(example) * spread
 
 
 def _holds(model: nn.Module, graph: fx.Graph, example: Tensor) -> bool:
@@ -116,6 +128,7 @@ class _DependsOnData(Exception):  # noqa: N818 - says what the forward does, and
 _READING = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"))
 
 
+# x[i], where the type checker sees a value that claims no class of its own.
 _part: Callable[[Any, int], Any] = operator.getitem
 
 

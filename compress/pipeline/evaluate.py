@@ -21,6 +21,7 @@ from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
 from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
+from compress.running.outputs import to_logits
 from compress.timing.networks import time_network
 
 
@@ -180,6 +181,7 @@ def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _E
     require_labels(images)
     logits = yardstick.logits(module, images, "evaluate")
     warnings = list(check_labels(images, logits.shape[1]))
+    logits = to_logits(logits)(logits)
     found = compare_logits(logits, logits, torch.tensor(images.labels))
     if found.near_chance:
         warnings.append(

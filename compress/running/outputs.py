@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,21 +25,17 @@ def are_probabilities(output: Tensor) -> bool:
         return bool((output >= 0).all()) and bool(((sums - 1).abs() < _SUM).all())
 
 
-def are_yes_or_no(output: Tensor) -> bool:
-    """Whether every element is a probability of its own, as a sigmoid gives."""
-    with torch.no_grad():
-        inside = output.is_floating_point() and bool(((output > 0) & (output < 1)).all())
-        return are_class_scores(output) and inside and not are_probabilities(output)
+def to_logits(outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what turns a network's outputs into logits, decided by some of its outputs.
 
+    Decided once, so that two networks that are compared, and all batches, are read alike.
 
-def as_logits(output: Tensor) -> Tensor:
-    """Return logits ``[batch, classes]`` with the same softmax, or the same sigmoid.
+    Args:
+        outputs: ``[batch, ...]``, of the original network.
 
-    Probabilities of a softmax become their logarithms, those of a sigmoid its argument; what else
-    there is, is taken for logits.
+    Returns:
+        The logarithm for a softmax's probabilities, and for all else the outputs as they are.
     """
-    if are_probabilities(output):
-        return output.clamp_min(_LEAST).log()
-    if are_yes_or_no(output):
-        return torch.logit(output, eps=1e-6)
-    return output
+    if are_probabilities(outputs):
+        return lambda output: output.clamp_min(_LEAST).log()
+    return lambda output: output

@@ -98,6 +98,3 @@ def image_to_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return a PIL image in mode L or RGB as uint8 ``[H, W, C]``."""
     array = np.array(image, dtype=np.uint8)  # a copy: torch takes no read-only memory
     return array[:, :, None] if array.ndim == 2 else array
-
-
-# --- torchvision -------------------------------------------------------------------------------

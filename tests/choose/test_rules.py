@@ -193,8 +193,8 @@ def test_an_edited_plan_is_costed_anew(
     file = tmp_path / "plan.json"
     file.write_text(plan.to_json())
     assert check_plan(read_plan(file), network.sites) == plan
-    edited = plan.with_choice(replace(plan["conv2"], ranks=(5,)))
-    file.write_text(edited.to_json())
+    choices = (replace(c, ranks=(5,)) if c.name == "conv2" else c for c in plan.choices)
+    file.write_text(replace(plan, choices=tuple(choices)).to_json())
     found = check_plan(read_plan(file), network.sites)
     assert found["conv2"].macs == scheme_cost(network.site("conv2"), "output", (5,)).macs
     assert found["conv2"].macs == 36 * 5 * (72 + 12)

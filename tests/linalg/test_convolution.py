@@ -13,7 +13,7 @@ from torch import nn
 import compress
 from compress.errors import UnsupportedLayer
 from compress.linalg.convolution import combine, fold_batch_norm
-from compress.linalg.kernels import BatchNorm, compose_kernels, dirac, regroup
+from compress.linalg.kernels import BatchNorm, compose_kernels, regroup
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -225,13 +225,3 @@ def test_fold_batch_norm_refuses_other_channels() -> None:
         fold_batch_norm(
             torch.ones(6, 3), None, BatchNorm(torch.zeros(5), torch.ones(5), None, None, 1e-5)
         )
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_dirac_is_the_identity(groups: int) -> None:
-    kernel = dirac(6, (3, 5), groups=groups)
-    x = torch.randn(1, 6, 7, 8, dtype=torch.float64)
-    y = torch.nn.functional.conv2d(x, kernel, padding=(1, 2), groups=groups)
-    assert torch.equal(x, y)
-    with pytest.raises(UnsupportedLayer, match="no centre"):
-        dirac(6, (3, 2))

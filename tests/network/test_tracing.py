@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.modules.attention import unpack_attention
-from compress.network.tracing import trace
+from compress.network.tracing import ends_in_sigmoid, trace
 
 
 class Base(nn.Module):
@@ -196,3 +196,23 @@ class ByCount(Base):
 
 def test_a_forward_that_decides_by_the_number_of_images_has_no_graph() -> None:
     assert trace(ByCount().eval(), torch.rand(1, 3, 8, 8)) is None
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [(nn.Sigmoid(), True), (torch.sigmoid, True), (F.sigmoid, True), (lambda x: x.sigmoid(), True),
+     (nn.Softmax(1), False), (nn.Identity(), False), (torch.tanh, False)],
+)  # fmt: skip
+def test_a_sigmoid_at_the_end_is_seen(last: Callable[[Tensor], Tensor], expected: bool) -> None:
+    class Ended(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.a(x))
+
+    model = Ended().eval()
+    graph = trace(model, torch.rand(1, 3, 8, 8))
+    assert graph is not None
+    assert ends_in_sigmoid(model, graph) is expected

@@ -232,7 +232,7 @@ class SharedVector(nn.Module):
         return {**self.__dict__, **left, "module": copy.deepcopy(self.module, hollow)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch's
         self._tie()
 
     def extra_repr(self) -> str:

@@ -114,7 +114,7 @@ class _OverSamples(torch.autograd.Function):
 
 
 def _over_samples(x: Tensor) -> Tensor:
-    return _OverSamples.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _OverSamples.apply(x)  # type: ignore[no-untyped-call, no-any-return]  # torch's
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ def gain_of(nonlinearity: nn.Module | str | None) -> float:
     name = _GAINS.get(kind.lower(), kind.lower())
     if name not in _KNOWN:
         name = "leaky_relu"
+    # torch names the kinds it knows as literals; `name` is one of them.
     return float(nn.init.calculate_gain(name, slope))  # type: ignore[arg-type]
 
 
