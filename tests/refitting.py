@@ -70,7 +70,9 @@ def rewritten(
 def traced_of(network: Network) -> Traced:
     """The network as refits walk it."""
     assert network.graph is not None
-    return Traced(network.model, network.graph, {site.name: site for site in network.sites})
+    return Traced(
+        network.model, network.graph, {site.name: site for site in network.sites}, network.result
+    )
 
 
 def labelled(images: Tensor, size: int | None = None) -> list[tuple[Tensor, Tensor]]:

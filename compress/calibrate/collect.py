@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,15 @@ from compress.linalg.moments import Moments
 from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
-from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
-from compress.running.memory_format import in_format, in_memory_format
+from compress.running.forward import (
+    evaluation_mode,
+    forward_hooks,
+    frozen,
+    gradients_begin,
+    run_model,
+)
+from compress.running.memory_format import in_memory_format
+from compress.running.structure import count, floating, placed, with_gradients
 
 # Layers take every position up to this many rows, however short those are: of patches, and of
 # outputs and one-tap inputs, which have a tenth of the features.
@@ -164,7 +173,7 @@ class _Collector:
 def calibrate(
     model: nn.Module,
     sites: Iterable[LayerSite],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
     source: Source,
     recipe: Recipe = Recipe(),
 ) -> Calibration:
@@ -173,8 +182,7 @@ def calibrate(
     Args:
         model: The network, norms folded; left as it was, whatever happens.
         sites: Its layers; kept ones are passed over.
-        batches: Inputs ``[B, ...]`` and labels ``[B]`` (not looked at unless the recipe's loss
-            does).
+        batches: Inputs ``[B, ...]`` and targets, which only the recipe's loss looks at.
         source: How many images the batches hold, and what they and the model are.
         recipe: Which statistics are taken, and how.
 
@@ -188,22 +196,25 @@ def calibrate(
         frozen(model),
         forward_hooks(dict(collectors)),
         in_memory_format(model, source.memory_format),
+        ExitStack() as stack,
     ):
-        objective = Objective(source.images, recipe.seed, recipe.loss)
+        objective = Objective(source.images, recipe.seed, recipe.loss, recipe.reading)
         device = next(model.parameters()).device
-        for inputs, labels in batches:
+        for inputs, targets in batches:
             for collector in collectors.values():
-                collector.begin(seen, len(inputs))
-            inputs = in_format(inputs.to(device), source.memory_format)
+                collector.begin(seen, count(inputs))
+            inputs = placed(inputs, device, source.memory_format)
+            if recipe.weigh and not seen and not floating(inputs):
+                stack.enter_context(gradients_begin(model))
             if recipe.weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
-                output = run_model(model, inputs.detach().requires_grad_())
-                check_finite(model, inputs, output.detach(), WHEN, REMEDY)
-                _backward(objective(output, labels))
+                result = run_model(model, with_gradients(inputs))
+                check_finite(model, inputs, result, WHEN, REMEDY)
+                _backward(objective(result, targets))
             else:
                 with torch.no_grad():
                     run_model(model, inputs)
-            seen += len(inputs)
+            seen += count(inputs)
     statistics = {c.site.name: c.finish() for c in collectors.values()}
     _check_moments(statistics)
     return Calibration(statistics, source, "loss" if recipe.weigh else "mse")

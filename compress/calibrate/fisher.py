@@ -7,21 +7,21 @@ sure of itself, nearly all draws then say nothing and a few rare ones everything
 ``L = (I - p 1ᵀ) diag(√p)``, so the gradient ``Jᵀ L s`` with random signs ``s`` has the same
 covariance, but every image always contributes its whole trace. No labels are needed.
 
-Outputs that are probabilities already are taken back to logits (`compress.running.outputs`). Of
-outputs that are no logits at all, such as pictures, every element counts alike: gradients along
-random signs then have ``Jᵀ J`` as their covariance, that of the squared error.
+What outputs stand for is decided beforehand (`compress.running.outputs`). Probabilities are taken
+back to logits. Of answers, each yes or no, ``F = diag(p (1 - p))``. Of values, such as pictures,
+every element counts alike: gradients along random signs then have ``Jᵀ J`` as their covariance,
+that of the squared error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.running.outputs import are_class_scores, to_logits
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+from compress.running.outputs import LossFunction, Part, Reading, read_outputs
 
 
 class Objective:
@@ -30,23 +30,60 @@ class Objective:
     Args:
         images: How many the batches hold together.
         seed: Of the random signs.
-        own: ``(output, labels) -> summed loss`` for outputs that are not logits.
+        own: ``(result, targets) -> summed loss`` in place of Fisher's.
+        reading: What the network's outputs stand for; by default what the first result looks like.
     """
 
-    def __init__(self, images: int, seed: int, own: LossFunction | None = None) -> None:
-        self.signs, self.own, self.seen = RandomSigns(images, seed), own, 0
-        self.logits: Callable[[Tensor], Tensor] | None = None
+    def __init__(
+        self,
+        images: int,
+        seed: int,
+        own: LossFunction | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        self.images, self.seed, self.own, self.reading = images, seed, own, reading
+        self.signs: list[RandomSigns] = []
+        self.seen = 0
 
-    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of the next batch."""
+    def __call__(self, result: Any, targets: Any) -> Tensor:
+        """Return the loss of the next batch.
+
+        Args:
+            result: What the forward returned.
+            targets: What the batch has beside its images; only the user's own loss looks at them.
+
+        Raises:
+            ModelError: The outputs are others than those that were read, or the user's own loss
+                fails.
+        """
         if self.own:
-            return self.own(output, labels)
-        start = self.seen
-        self.seen += len(output)
-        if are_class_scores(output):
-            self.logits = self.logits or to_logits(output)
-            return fisher_loss(self.logits(output), self.signs.take(start, output))
-        return (output * self.signs.every(start, output)).sum()
+            return self.own(result, targets)
+        self.reading = self.reading or read_outputs(result)
+        outputs = self.reading.outputs(result)
+        while len(self.signs) < len(outputs):  # of each output its own
+            self.signs.append(RandomSigns(self.images, self.seed + 7919 * len(self.signs)))
+        start, self.seen = self.seen, self.seen + len(outputs[0])
+        losses = [
+            _loss(part, output, signs, start)
+            for part, output, signs in zip(self.reading.parts, outputs, self.signs, strict=True)
+        ]
+        # Of several outputs, one may lead to nothing that has gradients.
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss if loss.requires_grad else total
+        return total
+
+
+def _loss(part: Part, output: Tensor, signs: RandomSigns, start: int) -> Tensor:
+    logits = part.logits(output)
+    drawn = signs.take(start, logits) if part.kind == "classes" else signs.every(start, logits)
+    if part.kind == "classes":
+        return fisher_loss(logits, drawn)
+    if part.kind == "answers":
+        with torch.no_grad():
+            p = logits.sigmoid()
+            drawn = drawn * (p * (1 - p)).sqrt()
+    return (logits * drawn).sum() * math.sqrt(part.weight)
 
 
 class RandomSigns:
@@ -57,7 +94,9 @@ class RandomSigns:
         self.table: Tensor | None = None
 
     def take(self, start: int, logits: Tensor) -> Tensor:
-        """Signs ``[batch, classes]`` of images ``start ...``, in the logits' dtype and device."""
+        """Signs ``[batch, classes, ...]`` of images ``start ...``, in the logits' shape."""
+        if logits.dim() > 2:
+            return self.every(start, logits)
         if self.table is None:
             generator = torch.Generator().manual_seed(self.seed)
             shape = (self.images, logits.shape[1])
@@ -77,7 +116,7 @@ def fisher_loss(logits: Tensor, signs: Tensor) -> Tensor:
     """Return a sum over images whose gradients have the Fisher information as second moment.
 
     Args:
-        logits: ``[batch, classes]``.
+        logits: ``[batch, classes, ...]``.
         signs: Independent random signs of the same shape.
     """
     with torch.no_grad():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.calibrate.fisher import LossFunction
 from compress.linalg.schemes import OUTPUT
+from compress.running.outputs import LossFunction, Reading
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class Recipe:
         schemes: The schemes in play; they decide which layers' patches are accumulated.
         weigh: Whether to accumulate the weighting ``G``.
         pool: Whether to accumulate rows pooled by gradient too, which `fit_problem` then uses.
-        loss: ``(output, labels) -> summed loss`` for outputs that are not logits.
+        loss: ``(result, targets) -> summed loss`` of the user's own, in place of Fisher's.
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
         seed: Decides the random signs and positions.
+        reading: What the network's outputs stand for; by default what the first ones look like.
     """
 
     schemes: tuple[str, ...] = (OUTPUT.name,)
@@ -27,3 +28,4 @@ class Recipe:
     loss: LossFunction | None = None
     samples_per_dimension: int = 64
     seed: int = 0
+    reading: Reading | None = None

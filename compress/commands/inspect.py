@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from compress.pipeline.inspect import InspectedLayer, Inspection
 
 
-def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
-    parts = value.replace("x", ",").split(",") if value else []
+def _shapes(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(_shape, values))
+
+
+def _shape(value: str) -> tuple[int, ...]:
+    parts = value.replace("x", ",").split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is not a shape such as 3,224,224")
     return tuple(int(part) for part in parts)
@@ -27,10 +33,13 @@ def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     )
 )
 @click.argument("checkpoint", required=False)
-@click.option("--input-shape", metavar="C,H,W", callback=_shape, help="Shape of one input, where "
-              "neither --data nor the model says it.")  # fmt: skip
+@click.option("--input-shape", metavar="C,H,W", callback=_shapes, multiple=True, help="Shape of "
+              "one input, where neither --data nor the model says it; once for each input that the "
+              "forward takes.")  # fmt: skip
 @configured("model", "data", "images", "calibration", "compute")
-def inspect(settings: Settings, terminal: Terminal, input_shape: tuple[int, ...]) -> None:
+def inspect(
+    settings: Settings, terminal: Terminal, input_shape: tuple[tuple[int, ...], ...]
+) -> None:
     """List every layer of CHECKPOINT: cost, break-even rank, schemes or why it is kept.
 
     With --data also the spectra, and the rank that each rule would choose.
@@ -39,6 +48,10 @@ def inspect(settings: Settings, terminal: Terminal, input_shape: tuple[int, ...]
 
     found = inspect_checkpoint(settings.config(), input_shape, terminal.track)
     terminal.show(asdict(found), _lines(found))
+
+
+def _sizes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def _lines(found: Inspection) -> list[str]:
@@ -53,7 +66,7 @@ def _lines(found: Inspection) -> list[str]:
     lines.append(
         f"{text.plural(len(found.layers), 'layer')}; MACs {text.count(found.folded.macs)}, "
         f"parameters {text.whole(found.original.params)}, {text.size(found.original.bytes)} in "
-        f"{found.dtype}, for one input of {'x'.join(map(str, found.input_shape))}."
+        f"{found.dtype}, for one input of {_sizes(found.input_shapes)}."
     )
     if found.norms:
         lines.append(f"{text.plural(len(found.norms), 'norm')} folded into the layer before.")

@@ -30,6 +30,8 @@ def run_summary(
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
     lines += [layers_sentence(report), accuracy_sentence(report)]
+    if result["outputs"] and not _plain(result):
+        lines.append(f"Read as {result['outputs']}.")
     for gate in report["gates"]:
         lines.append(
             f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(GateResult(**gate))}"
@@ -38,6 +40,12 @@ def run_summary(
     if where:
         lines += ["", f"Result: {where}"]
     return lines
+
+
+def _plain(result: dict[str, Any]) -> bool:
+    """Whether a network is the usual classifier with one output, of which nothing need be said."""
+    metric = result["test"] or result["validation"]
+    return metric is not None and metric["top1_before"] is not None and len(metric["outputs"]) == 1
 
 
 def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:

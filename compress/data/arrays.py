@@ -6,7 +6,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.data.images import OneByOne
 from compress.data.npz import check_npz
 from compress.data.targets import UNLABELLED, as_target, class_number, content
 from compress.errors import DataError, near_matches
+from compress.running.structure import count, mapped, tensors
 from compress.untrusted import Unreadable, check_expansion, open_gzip
 from compress.untrusted.tensors import MOST_AXES, read_tensors
 
@@ -26,25 +28,29 @@ MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySource:
-    """Images ``[N, C, H, W]`` in memory, uint8 or floating, with targets ``[N, ...]`` or none."""
+class ArraySource(OneByOne):
+    """Images ``[N, C, H, W]`` in memory, uint8 or floating, with targets ``[N, ...]`` or none.
+
+    In place of images there may be any inputs: a tensor ``[N, ...]`` or a structure of them.
+    """
 
     described: str
-    images: Tensor
+    images: Any
     labels: Tensor | None
     classes: tuple[str, ...]
     transformed: bool = False
 
     def __len__(self) -> int:
-        return len(self.images)
+        return count(self.images)
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Any:
         """Return one image ``[C, H, W]``."""
-        return self.images[index]
+        return mapped(self.images, lambda tensor: tensor[index])
 
-    def stack(self, indices: Sequence[int]) -> Tensor:
+    def stack(self, indices: Sequence[int]) -> Any:
         """Return several images ``[B, C, H, W]``."""
-        return self.images[torch.as_tensor(list(indices))]
+        chosen = torch.as_tensor(list(indices))
+        return mapped(self.images, lambda tensor: tensor[chosen])
 
     def label(self, index: int) -> int:
         """Return the class number or -1."""
@@ -60,13 +66,19 @@ class ArraySource:
 
     def content(self, index: int) -> bytes:
         """Return the label and pixels."""
-        image = self.images[index]
+        image = self.image(index)
+        if not isinstance(image, Tensor):
+            return content(self.target(index)) + b" " + content(image)
         head = f" {image.dtype} {tuple(image.shape)}:"
         return content(self.target(index)) + head.encode() + image.contiguous().numpy().tobytes()
 
 
 def open_tensors(path: Path) -> ArraySource:
     """Read arrays ``images`` and, where given, ``labels`` from safetensors or npz.
+
+    In place of ``images``, ``inputs`` ``[N, ...]`` reaches the forward as it is; so do several, by
+    position (``inputs.0``, ``inputs.1``) or by name (``inputs.left``). ``targets`` is another name
+    for ``labels``.
 
     Images are ``[N, H, W]``, ``[N, C, H, W]`` or ``[N, H, W, C]``; the last is recognised by an
     axis of 1 or 3 at the end and none at the second place.
@@ -75,10 +87,15 @@ def open_tensors(path: Path) -> ArraySource:
         DataError: The file cannot be read, or its arrays have other names, shapes or types.
     """
     arrays = _read_arrays(path)
+    labels = arrays.get("labels", arrays.get("targets"))
+    inputs = _inputs(arrays, path)
+    if inputs is not None:
+        return replace(array_source(f"the file {path}", inputs, labels), transformed=True)
     if "images" not in arrays:
         raise DataError(
             f"The file {path} has no array 'images'; it holds {', '.join(arrays) or 'nothing'}."
-            f"{near_matches('images', arrays)} Save the arrays as 'images' and 'labels'."
+            f"{near_matches('images', arrays)} Save the arrays as 'images' and 'labels', or "
+            "anything but pictures as 'inputs'."
         )
     images = arrays["images"]
     if images.dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -90,7 +107,29 @@ def open_tensors(path: Path) -> ArraySource:
     images = _as_channels_first(images, path)
     if images.dtype == torch.float32 and not bool(torch.isfinite(images).all()):
         raise DataError(f"The images in {path} hold NaN or infinite values.")
-    return array_source(f"the file {path}", images, arrays.get("labels"))
+    return array_source(f"the file {path}", images, labels)
+
+
+def _inputs(arrays: dict[str, Tensor], path: Path) -> Any:
+    """The arrays that reach a forward as they are, as the structure that it takes; None for none.
+
+    Raises:
+        DataError: They hold different numbers of items, or NaN.
+    """
+    if "inputs" in arrays:
+        named = {"inputs": arrays["inputs"]}
+    else:
+        named = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith("inputs.")}
+    for name, array in named.items():
+        if array.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            named[name] = array = array.float()
+        if array.is_floating_point() and not bool(torch.isfinite(array).all()):
+            raise DataError(f"The inputs {name} in {path} hold NaN or infinite values.")
+    if "inputs" in arrays:
+        return named["inputs"]
+    if named and all(name.isdigit() for name in named):
+        return tuple(named[name] for name in sorted(named, key=int))
+    return named or None
 
 
 def open_idx(images_path: Path, labels_path: Path | None) -> ArraySource:
@@ -109,30 +148,38 @@ def open_idx(images_path: Path, labels_path: Path | None) -> ArraySource:
     return array_source(f"the file {images_path}", _as_channels_first(images, images_path), labels)
 
 
-def array_source(described: str, images: Tensor, labels: Tensor | None) -> ArraySource:
-    """Check images ``[N, C, H, W]`` against labels ``[N]`` and make a source of them.
+def array_source(described: str, images: Any, labels: Tensor | None) -> ArraySource:
+    """Check images ``[N, C, H, W]`` or other inputs against labels and make a source of them.
 
     Raises:
         DataError: No images, or labels that are no N whole numbers from 0 (or -1 for none).
     """
-    if images.ndim == 0 or len(images) == 0:
+    found = tensors(images)
+    if any(array.ndim == 0 or len(array) == 0 for array in found.values()) or not found:
         raise DataError(f"{described} holds no images.")
-    if images.numel() == 0:
-        raise DataError(
-            f"The images of {described} have shape {list(images.shape)}: they hold no pixels."
-        )
+    for array in found.values():
+        if array.numel() == 0:
+            raise DataError(
+                f"The images of {described} have shape {list(array.shape)}: they hold no pixels."
+            )
+    lengths = {len(array) for array in found.values()}
+    if len(lengths) > 1:
+        each = ", ".join(f"{len(array)} of {path}" for path, array in found.items())
+        raise DataError(f"The inputs of {described} differ in number: {each}.")
+    (number,) = lengths
     classes: tuple[str, ...] = ()
     if labels is not None:
-        if labels.shape[:1] != (len(images),):
+        if labels.shape[:1] != (number,):
             raise DataError(
-                f"{described} holds {len(images)} images, but labels of shape "
+                f"{described} holds {number} images, but labels of shape "
                 f"{list(labels.shape)}; there must be one label an image."
             )
         if labels.is_complex():
             raise DataError(f"The labels of {described} are {labels.dtype}; save real numbers.")
         if labels.dim() == 1 and not labels.is_floating_point():
             labels, classes = _class_numbers(labels, described)
-    return ArraySource(described, images.contiguous(), labels, classes)
+    contiguous = mapped(images, lambda array: array.contiguous())
+    return ArraySource(described, contiguous, labels, classes)
 
 
 def _class_numbers(labels: Tensor, described: str) -> tuple[Tensor, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from compress.data.targets import UNLABELLED, as_target, class_number, content
 from compress.errors import DataError, what_raised
+from compress.running.structure import mapped, tensors
 from compress.vision.pictures import convert_image
 
 T = TypeVar("T")
@@ -20,9 +22,17 @@ T = TypeVar("T")
 _SAMPLED_ITEMS = 1000  # how many items a fingerprint looks at
 
 
+_TARGETS = ("label", "labels", "target", "targets")
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetSource:
-    """Items of a ``torch.utils.data.Dataset``: an image, a pair with a label, or a dict."""
+    """Items of a ``torch.utils.data.Dataset``, or the batches of a ``DataLoader``'s collate.
+
+    An item is an input, inputs followed by a target, or a dict. A dict with ``image`` has its
+    target under ``label``; of any other, what is called label or target is the target, and the rest
+    reaches the forward by name.
+    """
 
     dataset: Any
     spec: str
@@ -31,19 +41,28 @@ class DatasetSource:
     size: int
     channels: int | None
     transformed: bool = True
+    arity: int = 1
+    collate: Callable[[list[Any]], Any] | None = None
 
     @classmethod
-    def of(cls, dataset: Any, spec: str, channels: int | None) -> DatasetSource:
+    def of(cls, dataset: Any, spec: str, channels: int | None, arity: int = 1) -> DatasetSource:
         """Check that a dataset has a length and usable items.
 
         Args:
-            dataset: The dataset.
+            dataset: The dataset, or a ``DataLoader`` of one.
             spec: What the user named it by.
             channels: 1 or 3 where PIL images are to be converted; None leaves grey images grey.
+            arity: How many inputs the network's forward takes; so many of an item that is a tuple
+                are inputs.
 
         Raises:
             DataError: It has not.
         """
+        collate = None
+        if isinstance(dataset, DataLoader):
+            own = dataset.collate_fn
+            collate = None if own is default_collate else own
+            dataset = dataset.dataset
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
                 f"{spec} gives a {type(dataset).__name__}, not a Dataset with __len__ and "
@@ -56,7 +75,8 @@ class DatasetSource:
         classes = tuple(str(n) for n in names) if isinstance(names, list | tuple) else ()
         targets = _asked(spec, "its targets", lambda: getattr(dataset, "targets", None))
         usable = isinstance(targets, list | tuple | Tensor | np.ndarray) and len(targets) == size
-        source = cls(dataset, spec, classes, targets if usable else None, size, channels)
+        known = targets if usable and collate is None else None
+        source = cls(dataset, spec, classes, known, size, channels, arity=arity, collate=collate)
         source.image(0)
         source.target(0)
         return source
@@ -69,40 +89,90 @@ class DatasetSource:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def collates(self) -> bool:
+        """Whether the batches are made by a collate function of the user's."""
+        return self.collate is not None
+
     def _item(self, index: int) -> tuple[Any, Any]:
+        if self.collate is not None:
+            inputs, target = self.collated([index])
+            return mapped(inputs, lambda tensor: tensor[0]), _first(target)
+        return self._parted(self._raw(index), f"Item {index}")
+
+    def _raw(self, index: int) -> Any:
         try:
-            item = self.dataset[index]
+            return self.dataset[index]
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit, and whatever else the user's code raises
             raise DataError(
                 f"Item {index} of {self.spec} cannot be read: {what_raised(error)}."
             ) from error
-        if isinstance(item, dict):
-            if "image" not in item:
+
+    def collated(self, indices: Sequence[int]) -> tuple[Any, Any]:
+        """Return the inputs and targets of a batch, as the user's own function puts them together.
+
+        Raises:
+            DataError: An item cannot be read, or the function fails.
+        """
+        items = [self._raw(index) for index in indices]
+        assert self.collate is not None
+        try:
+            batch = self.collate(items)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise DataError(
+                f"The collate function of {self.spec} raised {what_raised(error)}."
+            ) from error
+        inputs, targets = self._parted(batch, "A batch")
+        return self._usable(inputs, "A batch"), targets
+
+    def _parted(self, item: Any, what: str) -> tuple[Any, Any]:
+        """Part an item into inputs and target."""
+        if isinstance(item, Mapping):
+            return self._parted_by_name(item, what)
+        if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+            inputs, rest = item[: self.arity], item[self.arity :]
+            if len(inputs) < self.arity:
                 raise DataError(
-                    f"Item {index} of {self.spec} is a dict with {', '.join(map(str, item))}; "
-                    "it must have 'image' and may have 'label'."
+                    f"{what} of {self.spec} has {len(inputs)} parts, and the network takes "
+                    f"{self.arity} inputs; give them all, and then the target."
                 )
-            return item["image"], item.get("label", UNLABELLED)
-        if isinstance(item, list | tuple):
-            return (item[0], item[1]) if len(item) > 1 else (item[0], UNLABELLED)
+            return inputs[0] if self.arity == 1 else tuple(inputs), (rest or [UNLABELLED])[0]
         return item, UNLABELLED
 
-    def image(self, index: int) -> Image.Image | Tensor:
-        """Return the item's image: PIL as L or RGB, arrays ``[H, W(, C)]`` as tensors."""
-        image, _ = self._item(index)
+    def _parted_by_name(self, item: Mapping[str, Any], what: str) -> tuple[Any, Any]:
+        if "image" in item:
+            return item["image"], item.get("label", UNLABELLED)
+        inputs = {key: value for key, value in item.items() if key not in _TARGETS}
+        if not tensors(mapped_arrays(inputs)):
+            raise DataError(
+                f"{what} of {self.spec} is a dict with {', '.join(map(str, item))}; it must have "
+                "'image' and may have 'label', or hold what the forward takes by name."
+            )
+        return inputs, next((item[key] for key in _TARGETS if key in item), UNLABELLED)
+
+    def image(self, index: int) -> Any:
+        """Return the item's inputs: PIL as L or RGB, arrays ``[H, W(, C)]`` as tensors."""
+        return self._usable(self._item(index)[0], f"Item {index}")
+
+    def _usable(self, image: Any, what: str) -> Any:
         if isinstance(image, Image.Image):
             own = 1 if image.mode in ("1", "L", "I;16") else 3
             return convert_image(image, self.channels or own)
         if isinstance(image, np.ndarray):
             pixels = torch.from_numpy(image.copy())
+            if pixels.ndim not in (2, 3):
+                return pixels
             return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
-        if isinstance(image, Tensor):
-            return image
+        found = mapped_arrays(image)
+        if tensors(found):
+            return found
         raise DataError(
-            f"Item {index} of {self.spec} is a {type(image).__name__}; it must be a tensor, a PIL "
-            "image or an array."
+            f"{what} of {self.spec} is a {type(image).__name__}; it must be a tensor, a PIL image "
+            "or an array, or a tuple or dict of them."
         )
 
     def stack(self, indices: Sequence[int]) -> None:
@@ -126,9 +196,31 @@ class DatasetSource:
         if index % max(1, self.size // _SAMPLED_ITEMS):
             return b""
         image = self.image(index)
+        if not isinstance(image, Tensor | Image.Image):
+            return content(self.target(index)) + b" " + content(image)
         pixels = image.contiguous().numpy() if isinstance(image, Tensor) else np.asarray(image)
         head = f" {pixels.dtype} {pixels.shape}:"
         return content(self.target(index)) + head.encode() + pixels.tobytes()
+
+
+def mapped_arrays(value: Any) -> Any:
+    """Return a structure with its arrays and numbers as tensors."""
+    if isinstance(value, Mapping):
+        return {key: mapped_arrays(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(mapped_arrays(part) for part in value)
+    if isinstance(value, np.ndarray | np.generic):
+        return torch.from_numpy(np.array(value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor(value)
+    return value
+
+
+def _first(targets: Any) -> Any:
+    """What a batch of one says of its only image, as far as it can be told apart."""
+    if isinstance(targets, Tensor | list | tuple) and len(targets) == 1:
+        return targets[0]
+    return targets
 
 
 def _asked(spec: str, what: str, question: Callable[[], T]) -> T:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.data.images import ImageSet
 from compress.data.loading import Loader, Split
 from compress.data.targets import size
 from compress.progress import Track, silent
+from compress.running.structure import concatenated, count, mapped, part, shapes
+from compress.running.structure import size as size_of_inputs
 
 # Sets whose decoded images take more than this are decoded again whenever they are read.
 HELD_BYTES = 1 << 30
@@ -23,11 +24,11 @@ class HeldImages(ImageSet):
     """A set whose inputs are in memory, ``[N, ...]``; otherwise the set it was made from.
 
     Attributes:
-        inputs: The inputs.
+        inputs: The inputs: a tensor, or a structure of them.
         targets: What each image has beside it; None where they would take too much.
     """
 
-    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: Any = field(default_factory=lambda: torch.empty(0))
     targets: tuple[Any, ...] | None = None
 
     @property
@@ -35,23 +36,27 @@ class HeldImages(ImageSet):
         """Whether reading an image decodes nothing."""
         return True
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one input and its label."""
-        return self.inputs[index], self.label(index)
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return one image's inputs and its label."""
+        return mapped(self.inputs, lambda tensor: tensor[index]), self.label(index)
 
     def target(self, index: int) -> Any:
         """Return what one image has beside it."""
         return super().target(index) if self.targets is None else self.targets[index]
 
-    def stack(self, positions: Sequence[int]) -> Tensor:
-        """Return the inputs at some positions as one tensor."""
+    def stack(self, positions: Sequence[int]) -> Any:
+        """Return the inputs at some positions as one batch."""
         if isinstance(positions, range) and positions.step == 1:
-            return self.inputs[positions.start : positions.stop]
-        return self.inputs[torch.as_tensor(list(positions))]
+            return part(self.inputs, positions.start, positions.stop)
+        return self._chosen(positions)
+
+    def _chosen(self, positions: Sequence[int]) -> Any:
+        chosen = torch.as_tensor(list(positions), dtype=torch.long)
+        return mapped(self.inputs, lambda tensor: tensor[chosen])
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at some positions of this set, in the order given."""
-        chosen = self.inputs[torch.as_tensor(list(positions), dtype=torch.long)]
+        chosen = self._chosen(positions)
         targets = None if self.targets is None else tuple(self.targets[p] for p in positions)
         indices = [self.indices[p] for p in positions]
         return replace(self, indices=indices, inputs=chosen, targets=targets)
@@ -69,17 +74,20 @@ def hold(
         cap: Bytes that it may take.
 
     Returns:
-        The set with its inputs held, or as it is where they would take more than ``cap``.
+        The set with its inputs held; or as it is where they would take more than ``cap``, differ in
+        size, or come in batches of the source's own making.
 
     Raises:
         DataError: An image cannot be read, or two differ in shape.
     """
-    if images.held or not len(images):
+    if images.held or not len(images) or images.source.collates:
         return images
     loaded = loader.batches(images)
-    parts: list[Tensor] = []
+    parts: list[Any] = []
     for inputs, _ in track(loaded, "read images", len(loaded)):
-        if not parts and inputs[0].numel() * inputs.element_size() * len(images) > cap:
+        if not parts and size_of_inputs(inputs) // count(inputs) * len(images) > cap:
+            return images
+        if parts and shapes(part(inputs, 0, 1)) != shapes(part(parts[0], 0, 1)):
             return images
         parts.append(inputs)
     return HeldImages(
@@ -88,7 +96,7 @@ def hold(
         images.indices,
         images.class_names,
         images.label_order,
-        torch.cat(parts),
+        concatenated(parts),
         _held_targets(images, cap),
     )
 

@@ -18,8 +18,12 @@ from torch.utils.data import Dataset
 
 from compress.data.targets import UNLABELLED
 from compress.errors import DataError
+from compress.running.structure import main_tensor, mapped, shapes
+from compress.running.structure import tensors as tensors_of
 from compress.vision.pictures import image_to_array
 from compress.vision.preprocessing import Preprocessing, image_to_tensor, pixels_to_tensor
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Source(Protocol):
@@ -37,8 +41,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image | Tensor:
-        """Return a PIL image in mode L or RGB, or a tensor ``[C, H, W]``.
+    def image(self, index: int) -> Any:
+        """Return a PIL image in mode L or RGB, a tensor ``[C, H, W]``, or a structure of several.
 
         Raises:
             DataError: The image cannot be read.
@@ -69,6 +73,29 @@ class Source(Protocol):
     def transformed(self) -> bool:
         """Whether tensors have gone through the user's own transforms already."""
         ...
+
+    @property
+    def collates(self) -> bool:
+        """Whether the source makes batches in a way of its own."""
+        ...
+
+    def collated(self, indices: Sequence[int]) -> tuple[Any, Any]:
+        """Return a batch's inputs and targets, as the source itself makes them of its items.
+
+        Raises:
+            DataError: They cannot be read, or put into one batch.
+        """
+        ...
+
+
+class OneByOne:
+    """A source whose batches are made of its items, by `ImageSet`."""
+
+    collates = False
+
+    def collated(self, indices: Sequence[int]) -> tuple[Any, Any]:
+        """Raise `TypeError`: there are no batches of the source's own."""
+        raise TypeError(f"{type(self).__name__} makes no batch of {len(indices)} items")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,44 +129,73 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one input, float32 ``[C, H, W]``, and its label (-1 where there is none).
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return one image's inputs and its label (-1 where there is none).
+
+        The inputs are a float32 tensor ``[C, H, W]``, or whatever structure a user's dataset gives.
 
         Raises:
             DataError: The image cannot be read or does not suit the preprocessing; it is named.
         """
         image = self.source.image(self.indices[index])
-        if isinstance(image, Tensor):
-            tensor = self._from_pixels(image, self.name(index))
-        else:
-            tensor = image_to_tensor(image, self.preprocessing, self.name(index))
-        return tensor, self.label(index)
+        return self._inputs(image, self.name(index)), self.label(index)
 
-    def stack(self, positions: Sequence[int]) -> Tensor:
-        """Return the inputs at some positions as one tensor ``[B, C, H, W]``.
+    def _inputs(self, image: Any, name: str, axes: int = 0) -> Any:
+        """What a source gives, as the network takes it; ``axes`` of it count images."""
+        if isinstance(image, Tensor):
+            whole = not image.is_floating_point() and image.dtype != torch.uint8
+            if whole and image.dim() - axes < 3:
+                return image  # numbers of words and the like, which are no pixels
+            return self._from_pixels(image, name)
+        if isinstance(image, Image.Image):
+            return image_to_tensor(image, self.preprocessing, name)
+        return mapped(image, lambda t: t.float() if t.is_floating_point() else t)
+
+    def batch(self, positions: Sequence[int]) -> tuple[Any, Any]:
+        """Return the inputs at some positions, and their targets where the source collates them.
+
+        Raises:
+            DataError: As `stack`.
+        """
+        if not self.source.collates:
+            return self.stack(positions), None
+        image, targets = self.source.collated([self.indices[p] for p in positions])
+        return self._inputs(image, self.name(positions[0]), axes=1), targets
+
+    def stack(self, positions: Sequence[int]) -> Any:
+        """Return the inputs at some positions as one batch: ``[B, C, H, W]``, or a structure.
 
         Raises:
             DataError: An image cannot be read, or two differ in shape; they are named.
         """
         pixels = self.source.stack([self.indices[p] for p in positions])
         if pixels is not None:
-            return self._from_pixels(pixels, self.name(positions[0]))
+            return self._inputs(pixels, self.name(positions[0]), axes=1)
         tensors = [self[p][0] for p in positions]
         for position, tensor in zip(positions, tensors, strict=True):
-            self.check_shape(tensor, position, tensors[0].shape, positions[0])
-        return torch.stack(tensors)
+            self.check_shape(tensor, position, shapes(tensors[0]), positions[0])
+        others = [iter(tensors_of(inputs).values()) for inputs in tensors[1:]]
+        return mapped(tensors[0], lambda t: torch.stack([t, *(next(other) for other in others)]))
 
-    def check_shape(
-        self, tensor: Tensor, position: int, expected: torch.Size, expected_position: int
-    ) -> None:
-        """Raise `DataError` naming both images where two inputs differ in shape."""
-        if tensor.shape != expected:
-            first, second = ("x".join(map(str, s)) for s in (expected, tensor.shape))
+    def check_shape(self, inputs: Any, position: int, expected: Shapes, first: int) -> None:
+        """Raise `DataError` naming both images where the inputs of two differ in shape."""
+        found = shapes(inputs)
+        if found.keys() != expected.keys():
             raise DataError(
-                f"The images of {self.source.described} differ in size: "
-                f"{self.name(expected_position)} becomes {first}, {self.name(position)} {second}; "
-                "pass --resize and --crop to bring them to one size."
+                f"The inputs of {self.source.described} differ in structure: {self.name(first)} "
+                f"has {_listed(expected)}, {self.name(position)} {_listed(found)}."
             )
+        for path, shape in found.items():
+            if shape != expected[path]:
+                before, after = ("x".join(map(str, s)) for s in (expected[path], shape))
+                what = f"images of {self.source.described}"
+                if path:
+                    what = f"inputs {path} of {self.source.described}"
+                raise DataError(
+                    f"The {what} differ in size: {self.name(first)} becomes {before}, "
+                    f"{self.name(position)} {after}; pass --resize and --crop to bring them to one "
+                    "size, or --batch-size 1 where the network takes any."
+                )
 
     def target(self, index: int) -> Any:
         """Return what a loss or a metric gets for one image: its label, or what is in its place."""
@@ -169,8 +225,9 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         Floating pixels beyond [0, 1] are stretched from their smallest to their largest value.
         """
         image = self.source.image(self.indices[index])
-        if not isinstance(image, Tensor):
+        if isinstance(image, Image.Image):
             return image_to_array(image)
+        image = main_tensor(image)
         pixels = image if image.ndim == 3 else image.reshape(1, 1, -1)
         pixels = pixels if pixels.shape[0] in (1, 3) else pixels[:1]
         if pixels.dtype != torch.uint8:
@@ -206,6 +263,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         if self.source.transformed and pixels.is_floating_point() and default:
             return pixels.float()
         return pixels_to_tensor(pixels, self.preprocessing, name)
+
+
+def _listed(found: Shapes) -> str:
+    return ", ".join(path or "one tensor" for path in found) or "no tensor"
 
 
 # --- Checks ------------------------------------------------------------------------------------
@@ -266,7 +327,7 @@ def check_channels(images: ImageSet, channels: int) -> None:
         DataError: They have not.
     """
     tensor, _ = images[0]
-    if tensor.ndim == 3 and tensor.shape[0] != channels:
+    if isinstance(tensor, Tensor) and tensor.ndim == 3 and tensor.shape[0] != channels:
         raise DataError(
             f"The images of {images.source.described} have {tensor.shape[0]} channels, the "
             f"network takes {channels}; pass images with {channels}, or the model's own number "

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.data.images import ImageSet
 from compress.data.targets import collated
-from compress.data.workers import stacks_from_workers
+from compress.data.workers import batches_from_workers
 from compress.errors import DataError
-from compress.running.memory_format import in_format
+from compress.running.structure import concatenated, mapped, placed, shapes
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,31 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         positions = range(len(self.images))
         chunks = [
             positions[start : start + self.batch_size]
             for start in range(0, len(positions), self.batch_size)
         ]
-        stacks: Iterator[Tensor | DataError]
+        read: Iterator[tuple[Any, Any] | DataError]
         if self.workers:
-            stacks = stacks_from_workers(self.images, chunks, self.workers)
+            read = batches_from_workers(self.images, chunks, self.workers)
         else:
-            stacks = (self.images.stack(chunk) for chunk in chunks)
-        first: torch.Size | None = None
+            read = (self.images.batch(chunk) for chunk in chunks)
+        first: dict[str, tuple[int, ...]] | None = None
+        own = self.images.source.collates
         try:
-            for chunk, stacked in zip(chunks, stacks, strict=True):
-                if isinstance(stacked, DataError):
-                    raise stacked
-                first = stacked.shape[1:] if first is None else first
-                self.images.check_shape(stacked[0], chunk[0], first, 0)
-                yield stacked, self._targets(chunk)
+            for chunk, batch in zip(chunks, read, strict=True):
+                if isinstance(batch, DataError):
+                    raise batch
+                inputs, targets = batch
+                one = mapped(inputs, lambda tensor: tensor[0])
+                first = shapes(one) if first is None else first
+                if self.batch_size > 1 and not own:
+                    self.images.check_shape(one, chunk[0], first, 0)
+                yield inputs, targets if own else self._targets(chunk)
         finally:
-            del stacks  # ends the workers now, not when a traceback that holds them is let go
+            del read  # ends the workers now, not when a traceback that holds them is let go
 
     def _targets(self, chunk: range) -> Any:
         """What a batch has beside its images.
@@ -126,10 +129,22 @@ class Loader:
         """Return the batches of a set, as they come from the disk."""
         return Batches(images, self.batch_size, 0 if images.held else self.workers)
 
-    def placed(self, images: ImageSet) -> Iterator[tuple[Tensor, Any]]:
+    def placed(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
         """Yield the batches with their inputs on the device and in the memory format."""
-        for inputs, labels in self.batches(images):
-            yield in_format(inputs.to(self.device), self.memory_format), labels
+        for inputs, targets in self.batches(images):
+            yield placed(inputs, self.device, self.memory_format), targets
+
+
+def first_inputs(images: ImageSet, most: int) -> Any:
+    """Return the inputs of the first images as one batch, up to the first of another size."""
+    chosen = images.subset(range(min(most, len(images))))
+    batches_of_one = Batches(chosen, 1)
+    found: list[Any] = []
+    for inputs, _ in batches_of_one:
+        if found and shapes(inputs) != shapes(found[0]):
+            break
+        found.append(inputs)
+    return concatenated(found)
 
 
 def batches(images: ImageSet, batch_size: int, workers: int = 0) -> Batches:

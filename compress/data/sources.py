@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from compress.data.arrays import array_source, open_idx, open_tensors
 from compress.data.datasets import DatasetSource
-from compress.data.images import ImageSet, Source
+from compress.data.images import ImageSet, OneByOne, Source
 from compress.data.targets import UNLABELLED
 from compress.data.walking import Walk, entries
 from compress.errors import DataError, near_matches, printable
@@ -25,6 +25,9 @@ from compress.vision import pictures
 from compress.vision.preprocessing import Preprocessing
 from compress.vision.torchvision import torchvision_dataset
 
+# What a program may pass for images; see `as_images`.
+Given = ImageSet | Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
+
 DATA_FORMS = (
     "imagefolder:DIR, torchvision:CIFAR10?root=DIR&train=true, tensors:FILE.npz, "
     "idx:IMAGES.gz,LABELS.gz, package.module:factory or path/to/file.py:factory"
@@ -33,7 +36,9 @@ WHOLE_BYTES = 512 * 2**20  # folders beyond this are fingerprinted by size and b
 _END_BYTES = 4096
 
 
-def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -> ImageSet:
+def open_dataset(
+    spec: str, preprocessing: Preprocessing, class_map: str = "", arity: int = 1
+) -> ImageSet:
     """Open the images that a spec names.
 
     ``?start=`` and ``?stop=`` take a slice of imagefolder, torchvision, tensors and idx sets.
@@ -43,6 +48,7 @@ def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -
         preprocessing: How images become inputs.
         class_map: A file with class names in the model's order, a JSON list or one name a line,
             where the set's own order differs.
+        arity: How many inputs the network takes by position, of each item of a user's Dataset.
 
     Raises:
         DataError: The spec is malformed, or what it names is absent, empty or damaged.
@@ -77,7 +83,7 @@ def open_dataset(spec: str, preprocessing: Preprocessing, class_map: str = "") -
                 f"Write {DATA_FORMS}."
             )
         source = DatasetSource.of(
-            call_factory(head, arguments, DataError, DATA_FORMS), spec, wanted
+            call_factory(head, arguments, DataError, DATA_FORMS), spec, wanted, arity
         )
     names, order = source.classes, None
     if class_map:
@@ -101,7 +107,7 @@ def _slice(source: Source, bounds: dict[str, Any]) -> Sequence[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(OneByOne):
     """Picture files in one folder per class, or in one folder without classes.
 
     ``files`` are names as the file system has them, ``classes`` such as can be written anywhere.
@@ -232,12 +238,13 @@ def _mapped(source: Source, path: Path) -> tuple[tuple[str, ...], tuple[int, ...
     return tuple(names), tuple(places[name] for name in source.classes)
 
 
-def as_images(images: ImageSet | Dataset[Any] | Tensor | tuple[Tensor, Tensor]) -> ImageSet:
+def as_images(images: Given, arity: int = 1) -> ImageSet:
     """Return what a program passes as an image set: inputs as the network takes them.
 
     Args:
         images: An image set; inputs ``[N, C, H, W]``, alone or with labels ``[N]``; or a dataset
-            of such inputs.
+            of such inputs, or a ``DataLoader``.
+        arity: How many inputs the network takes by position, of each item of a dataset.
 
     Raises:
         DataError: It holds no images, or labels that do not fit.
@@ -250,6 +257,6 @@ def as_images(images: ImageSet | Dataset[Any] | Tensor | tuple[Tensor, Tensor]) 
     elif isinstance(images, tuple):
         source = array_source("the images", images[0], images[1])
     else:
-        source = DatasetSource.of(images, "the dataset", None)
+        source = DatasetSource.of(images, "the dataset", None, arity)
     as_given = Preprocessing(from_preset=True)
     return ImageSet(source, as_given, range(len(source)), tuple(source.classes))

@@ -59,7 +59,9 @@ def collated(targets: Sequence[Any]) -> Any:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """Return two batches' targets as those of one batch."""
+    """Return two batches' targets as those of one batch; None for none."""
+    if first is None:
+        return None
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     if isinstance(first, Mapping):
@@ -72,7 +74,9 @@ def joined(first: Any, second: Any) -> Any:
 
 
 def part(targets: Any, start: int, end: int | None) -> Any:
-    """Return the targets of some images of a batch."""
+    """Return the targets of some images of a batch; None for none."""
+    if targets is None:
+        return None
     if isinstance(targets, Tensor):
         return targets[start:end]
     if isinstance(targets, Mapping):
@@ -97,7 +101,7 @@ def content(target: Any) -> bytes:
     """Return bytes that change when the target does."""
     if isinstance(target, Tensor):
         head = f"{target.dtype} {tuple(target.shape)}:".encode()
-        return head + target.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return head + target.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(target, Mapping):
         return b"".join(f"{key}=".encode() + content(value) for key, value in target.items())
     if isinstance(target, list | tuple):

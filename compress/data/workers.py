@@ -13,7 +13,6 @@ from pickle import PicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from compress.data.images import ImageSet
@@ -26,10 +25,10 @@ PATIENCE_SECONDS = 300.0
 _HERE = "--workers 0, which reads the images in this process"
 
 
-def stacks_from_workers(
+def batches_from_workers(
     images: ImageSet, chunks: Sequence[range], workers: int
-) -> Iterator[Tensor | DataError]:
-    """Yield the inputs of some chunks of a set, ``[B, C, H, W]``, read by worker processes.
+) -> Iterator[tuple[Any, Any] | DataError]:
+    """Yield the batches of some chunks of a set, read by worker processes.
 
     Args:
         images: The set.
@@ -37,33 +36,33 @@ def stacks_from_workers(
         workers: How many processes read, at most one a chunk.
 
     Yields:
-        A chunk's inputs, or what is wrong with one of its images.
+        What `ImageSet.batch` returns for a chunk, or what is wrong with one of its images.
 
     Raises:
         DataError: The workers cannot be started, one of them died, or no batch came for
             `PATIENCE_SECONDS`.
     """
     described = images.source.described
-    started, processes = _started(_Stacks(images, chunks), min(workers, len(chunks)), described)
+    started, processes = _started(_Batches(images, chunks), min(workers, len(chunks)), described)
     try:
         for _ in chunks:
-            waited, stacked = 0.0, None
-            while stacked is None:
+            waited, batch = 0.0, None
+            while batch is None:
                 problem = ""
                 try:
-                    stacked = next(started)
+                    batch = next(started)
                 except (RuntimeError, OSError, EOFError) as error:
                     problem = _problem(error, processes, waited)
                 waited += CHECK_SECONDS
                 # Raised out here, so that nothing of torch's holds the workers any longer.
                 if problem:
                     raise DataError(f"The images of {described} cannot be read: {problem}.")
-            yield stacked
+            yield batch
     finally:
         del started  # ends the workers now
 
 
-class _Stacks(Dataset["Tensor | DataError"]):
+class _Batches(Dataset["tuple[Any, Any] | DataError"]):
     """Whole batches by number, for worker processes.
 
     An error travels as a value: torch would re-raise it with the worker's traceback as its text.
@@ -75,15 +74,15 @@ class _Stacks(Dataset["Tensor | DataError"]):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> Tensor | DataError:
+    def __getitem__(self, index: int) -> tuple[Any, Any] | DataError:
         try:
-            return self.images.stack(self.chunks[index])
+            return self.images.batch(self.chunks[index])
         except DataError as error:
             return error
 
 
 def _started(
-    stacks: _Stacks, workers: int, described: str
+    stacks: _Batches, workers: int, described: str
 ) -> tuple[Iterator[Any], list[BaseProcess]]:
     """Start workers; return what they give and who they are."""
     loader = DataLoader(

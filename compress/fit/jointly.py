@@ -85,15 +85,14 @@ def refit_jointly(
     sites, factors = traced.sites, movable.factors
     once = [n for n in (*factors, *movable.free) if len(sites[n].calls) == 1]
     names = {alias: n for n in once for alias in sites[n].aliases}
-    *_, last, output = traced.graph.nodes
     current = Improved(dict(factors), {})
-    if output.args != (last,):
-        return current
     with evaluation_mode(traced.model), frozen(traced.model), spill_folder() as folder:
         walk = StretchWalk(traced, Frontier(settings.cache_bytes, folder))
         for name, found in factors.items():
             walk.install(sites[name], found)
-        walk.start(RefitImages(pieces(images.fit), pieces(images.validation)))
+        if not images.whole:
+            images = RefitImages(pieces(images.fit), pieces(images.validation))
+        walk.start(images)
         positions = walk.positions()
         cuts = find_segments(traced.graph, traced.model, names, positions)
         segments = join(cuts, BLOCKS, positions)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from compress.calibrate.problems import absorbed_bias, fit_problem, layer_problem
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
-from compress.data import Loader, Split
+from compress.data import ImageSet, Loader, Split
 from compress.fit.factors import Factors
 from compress.fit.in_order import refit
 from compress.fit.jointly import Improved, Movable, refit_jointly
@@ -143,21 +144,30 @@ class Fitter:
         graph = network.graph if self.refit and len(self.split.validation) else None
         if not factors or graph is None:
             return Replaced(first, first, fitted.predicted)
-        new = self._refitted(Traced(network.model, graph, sites), fitted)
+        new = self._refitted(Traced(network.model, graph, sites, network.result), fitted)
         changed = tuple(name for name in factors if new.factors[name] is not factors[name])
         chains = {n: f.chain for n, f in new.factors.items()}
         model = rewrite(network.model, sites, chains, new.kept)
         changed += tuple(new.kept)
         return Replaced(model, first, fitted.predicted, changed)
 
+    def _given(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
+        """The batches of a set, with their targets where a loss looks at them."""
+        for inputs, targets in self.loader.placed(images):
+            yield inputs, None if self.recipe.loss is None else targets
+
     def _refitted(self, traced: Traced, fitted: Fitted) -> Improved:
         """Refit layer by layer in execution order, then jointly between cuts of the graph."""
         recipe = self.recipe
-        settings = RefitSettings(seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss)
+        settings = RefitSettings(
+            seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading
+        )
 
         def images() -> RefitImages:
-            fit, validation = self.split.fit, self.split.validation
-            return RefitImages(self.loader.placed(fit), self.loader.placed(validation))
+            sets = (self.split.fit, self.split.validation)
+            fit, validation = (self._given(images) for images in sets)
+            whole = recipe.loss is not None and self.split.fit.source.collates
+            return RefitImages(fit, validation, whole)
 
         with in_memory_format(traced.model, self.loader.memory_format):
             found, _ = refit(traced, fitted.factors, images(), settings, self.track)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.errors import ArtefactError
+from compress.running.structure import cloned, size
 
 # In-place functions: their first argument must not be shared between the two networks.
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -56,10 +57,10 @@ class Frontier:
         Raises:
             ArtefactError: They cannot be written.
         """
-        size = sum(
-            _bytes(p.dense) + (0 if p.same else _bytes(p.compressed)) for p in environment.values()
+        taken = sum(
+            size(p.dense) + (0 if p.same else size(p.compressed)) for p in environment.values()
         )
-        if self.used + size > self.cap:
+        if self.used + taken > self.cap:
             flat = {
                 name: (p.dense, None if p.same else p.compressed) for name, p in environment.items()
             }
@@ -74,8 +75,8 @@ class Frontier:
             self.spilled.add(batch)
             return
         self.kept[batch] = environment
-        self.sizes[batch] = size
-        self.used += size
+        self.sizes[batch] = taken
+        self.used += taken
 
     def look(self, batch: int) -> Environment:
         """Return a batch's values, which stay where they are."""
@@ -96,14 +97,6 @@ class Frontier:
         return environment
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, tuple | list):
-        return sum(_bytes(v) for v in value)
-    return 0
-
-
 class Lockstep:
     """The two networks over one graph: the interpreter of both.
 
@@ -116,7 +109,7 @@ class Lockstep:
         chains: What stands in their place in the compressed network, by the same names; may change
             between segments.
         nodes: The graph's nodes, in order.
-        result: Index of the one that gives the main output.
+        result: Index of the one that gives all outputs, as a tuple.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -124,8 +117,7 @@ class Lockstep:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.chains: dict[str, nn.Module] = {}
         self.nodes = list(graph.nodes)
-        (output,) = (node for node in self.nodes if node.op == "output")
-        self.result = self.nodes.index(output.args[0])
+        self.result = next(i for i, node in enumerate(self.nodes) if node.op == "output")
         self.last_use: dict[fx.Node, list[str]] = {}
         seen: set[fx.Node] = set()
         for node in reversed(self.nodes):
@@ -166,7 +158,7 @@ class Lockstep:
             return Pair(dense, dense)
         return Pair(dense, side("compressed", {**self.modules, **self.chains}))
 
-    def across(self, value: Tensor, start: int, end: int, *, compressed: bool) -> Tensor:
+    def across(self, value: Any, start: int, end: int, *, compressed: bool) -> Any:
         """Take a value through only one network, over nodes that nothing else leads into.
 
         Args:
@@ -182,14 +174,15 @@ class Lockstep:
             return value
         modules = {**self.modules, **self.chains} if compressed else self.modules
         # A copy, since the first node may change it in place.
-        values: dict[str, Any] = {self.nodes[start].name: value.clone()}
+        values: dict[str, Any] = {self.nodes[start].name: cloned(value)}
         for node in self.nodes[start + 1 : end + 1]:
             if node.op == "get_attr":
                 values[node.name] = operator.attrgetter(str(node.target))(self.model)
+            elif node.op == "output":
+                values[node.name] = fx.node.map_arg(node.args[0], lambda n: values[n.name])
             else:
                 values[node.name] = _call(node, lambda source: values[source.name], modules)
-        found: Tensor = values[self.nodes[end].name]
-        return found
+        return values[self.nodes[end].name]
 
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Any], modules: Mapping[str, nn.Module]) -> Any:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate.fisher import Objective
-from compress.data.targets import joined, part
+from compress.data.targets import joined
+from compress.data.targets import part as part_of_targets
 from compress.fit.cuts import Segment
 from compress.fit.lockstep import Frontier, Pair
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.sites import LayerSite
+from compress.running.structure import cloned, concatenated, count, part, rebuilt, with_gradients
 
 EPOCHS = 12
 # Images a step, whatever the batches are: results must not depend on what fits into memory.
@@ -52,7 +54,7 @@ class StretchWalk(Walk):
         """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
         nodes = self.lockstep.nodes
         first = nodes[0].name
-        images = self.frontier.look(0)[first].dense.clone()
+        images = cloned(self.frontier.look(0)[first].dense)
         environment = {first: Pair(images, images)}
         found = []
         with torch.no_grad():
@@ -61,7 +63,7 @@ class StretchWalk(Walk):
                     self.lockstep.run(environment, [node])
                 value = environment[node.name].dense
                 known = isinstance(value, Tensor) and value.dim() > 1
-                found.append(value[:, 0].numel() // len(images) if known else 0)
+                found.append(value[:, 0].numel() // count(images) if known else 0)
         return found
 
     def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
@@ -69,7 +71,7 @@ class StretchWalk(Walk):
         moments: dict[int, Moments] = {}
         fitted = self.batches(held_out=False)
         images = sum(self.sizes[batch] for batch in fitted)
-        objective = Objective(images, settings.seed, settings.loss)
+        objective = Objective(images, settings.seed, settings.loss, settings.reading)
         for batch in fitted:
             for end, gradient in self._gradients(batch, segments, objective):
                 rows = channel_rows(gradient)
@@ -85,13 +87,15 @@ class StretchWalk(Walk):
     ) -> Iterator[tuple[int, Tensor]]:
         """Gradients of a batch's loss at the ends that have channels."""
         nodes = self.lockstep.nodes
-        value = self.frontier.look(batch)[nodes[0].name].dense.detach().clone().requires_grad_()
+        value = with_gradients(self.frontier.look(batch)[nodes[0].name].dense)
         ends, at = {}, 0
         for segment in segments:
             value = self.lockstep.across(value, at, segment.end, compressed=False)
+            if not value.requires_grad:  # nothing before it is a real number, such as words
+                value = value.detach().requires_grad_()
             ends[segment.end], at = value, segment.end
-        output = self.lockstep.across(value, at, self.lockstep.result, compressed=False)
-        total = objective(output, self.labels[batch])
+        outputs = self.lockstep.across(value, at, self.lockstep.result, compressed=False)
+        total = objective(rebuilt(self.traced.result, outputs), self.labels[batch])
         gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
         for end, gradient in zip(ends, gradients, strict=True):
             if gradient is not None and gradient.dim() in (2, 4):
@@ -122,9 +126,10 @@ class StretchWalk(Walk):
                 self.frontier.put(batch, {"cut": Pair(pair.dense, reached)})
         self.position = segment.end
 
-    def through(self, segment: Segment, given: Tensor) -> Tensor:
+    def through(self, segment: Segment, given: Any) -> Tensor:
         """What the compressed network's stretch makes of its input."""
-        return self.lockstep.across(given, segment.start, segment.end, compressed=True)
+        found: Tensor = self.lockstep.across(given, segment.start, segment.end, compressed=True)
+        return found
 
 
 @dataclass(frozen=True)
@@ -192,24 +197,28 @@ class Stretch:
         """Weighted error of a batch, the mean over its images, and their number."""
         (pair,) = self.walk.frontier.look(batch).values()
         output = self.walk.through(self.segment, pair.compressed)
-        images = len(pair.compressed)
+        images = count(pair.compressed)
         return (channel_rows(output - pair.dense) @ self.root).square().sum() / images, images
 
 
-def pieces(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
+def pieces(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """Cut batches anew, into the largest equal parts of a step that are no larger than the first.
 
     Only the last piece may be smaller.
     """
-    size, images, labels = 0, torch.empty(0), None
-    for more, more_labels in batches:
+    size, inputs, targets = 0, None, None
+    for more, more_targets in batches:
         if not size:
-            size = 1 << (min(len(more), STEP_IMAGES).bit_length() - 1)
-            images, labels = more, more_labels
+            size = 1 << (min(count(more), STEP_IMAGES).bit_length() - 1)
+        if inputs is None:
+            inputs, targets = more, more_targets
         else:
-            images, labels = torch.cat([images, more]), joined(labels, more_labels)
-        while len(images) >= size:
-            yield images[:size], part(labels, 0, size)
-            images, labels = images[size:], part(labels, size, None)
-    if len(images):
-        yield images, labels
+            inputs = concatenated([inputs, more])
+            targets = joined(targets, more_targets)
+        while inputs is not None and count(inputs) >= size:
+            yield part(inputs, 0, size), part_of_targets(targets, 0, size)
+            rest = count(inputs) - size
+            inputs = part(inputs, size, None) if rest else None
+            targets = part_of_targets(targets, size, None) if rest else None
+    if inputs is not None:
+        yield inputs, targets

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from compress.calibrate.fisher import LossFunction
 from compress.fit.factors import Factors
 from compress.fit.lockstep import Frontier, Lockstep, Pair
 from compress.network.chains import build_chain
 from compress.network.sites import LayerSite
+from compress.running.outputs import LossFunction, Reading
+from compress.running.structure import count, mapped
 
-# Batches of images and labels; only a loss of the user's own looks at the labels.
-Labelled = Iterable[tuple[Tensor, Any]]
+# Batches of inputs and targets; only a loss of the user's own looks at the targets.
+Labelled = Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,28 @@ class Traced:
         model: The network, norms folded.
         graph: Its graph.
         sites: Its layers by name.
+        result: What it returns for some image, whose structure all results have.
     """
 
     model: nn.Module
     graph: fx.Graph
     sites: Mapping[str, LayerSite]
+    result: Any
 
 
 @dataclass(frozen=True)
 class RefitImages:
-    """What a refit is fitted to, and what decides whether it stays."""
+    """What a refit is fitted to, and what decides whether it stays.
+
+    Attributes:
+        fit: The batches to fit to.
+        validation: The batches that decide.
+        whole: Whether batches must stay as they are, since their targets cannot be parted.
+    """
 
     fit: Labelled
     validation: Labelled
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class RefitSettings:
         loss: The user's own, as `compress.calibrate.fisher.Objective` takes it.
         iterations: Rounds of alternation for the factors before the last.
         cache_bytes: Memory for activations; what exceeds it goes to disk.
+        reading: What the network's outputs stand for; by default what the first ones look like.
     """
 
     seed: int = 0
@@ -58,6 +69,7 @@ class RefitSettings:
     loss: LossFunction | None = None
     iterations: int = 6
     cache_bytes: int = 1 << 30
+    reading: Reading | None = None
 
 
 class Walk:
@@ -100,11 +112,11 @@ class Walk:
         first = self.lockstep.nodes[0].name
         for batches, held_out in ((images.fit, False), (images.validation, True)):
             for inputs, labels in batches:
-                inputs = inputs.to(self.device)
+                inputs = mapped(inputs, lambda tensor: tensor.to(self.device))
                 self.frontier.put(len(self.held_out), {first: Pair(inputs, inputs)})
                 self.held_out.append(held_out)
                 self.labels.append(labels)
-                self.sizes.append(len(inputs))
+                self.sizes.append(count(inputs))
 
     def batches(self, *, held_out: bool) -> list[int]:
         """Numbers of the batches that only decide, or of those that are fitted to."""

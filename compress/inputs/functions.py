@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress.config import RunConfig
@@ -15,14 +16,17 @@ from compress.specs import import_function
 
 
 def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(outputs, labels) -> summed loss``, or None for Fisher's."""
+    """The user's own loss ``(result, targets) -> summed loss``, or None for Fisher's.
+
+    It is called with all that the forward returns.
+    """
     if not config.loss_fn:
         return None
     own = import_function(config.loss_fn, ModelError)
 
-    def checked(outputs: Tensor, labels: Tensor) -> Tensor:
+    def checked(result: Any, targets: Any) -> Tensor:
         try:
-            value = own(outputs, labels)
+            value = own(result, targets)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the user's function may raise anything, also SystemExit
@@ -35,6 +39,11 @@ def loss_function(config: RunConfig) -> Any:
                 "--loss-fn must return one number, the summed loss, as a tensor that gradients "
                 f"can be taken of; it gave {type(value).__name__}"
                 f"{f' of shape {tuple(value.shape)}' if isinstance(value, Tensor) else ''}."
+            )
+        if not bool(torch.isfinite(value)):
+            raise ModelError(
+                f"--loss-fn {config.loss_fn} gave {float(value.detach()):g}; it must return a "
+                "finite number for every batch, or the gradients say nothing."
             )
         return value
 

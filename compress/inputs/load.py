@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.config import RunConfig
-from compress.data import ImageSet, Preprocessing, Split, check_channels, open_dataset, split
+from compress.data import (
+    ImageSet,
+    Preprocessing,
+    Split,
+    check_channels,
+    open_dataset,
+    split,
+)
 from compress.errors import ConfigError, DataError, ModelError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
@@ -18,6 +27,7 @@ from compress.inputs.models import build_model
 from compress.layers import kind_of
 from compress.result import SplitRecord
 from compress.running.forward import evaluation_mode, require_parameters, run_model
+from compress.running.structure import batched, like_weights, main_tensor
 from compress.specs import split_spec
 
 # Pixels a default batch holds: 16 images of 224 x 224, and at most 64 smaller ones.
@@ -50,9 +60,9 @@ class Inputs:
     warnings: tuple[str, ...] = ()
 
     @property
-    def example(self) -> Tensor:
-        """The first image to fit on, ``[1, ...]``."""
-        return self.split.fit[0][0].unsqueeze(0)
+    def example(self) -> Any:
+        """The inputs of the first image to fit on, ``[1, ...]``."""
+        return batched(self.split.fit[0][0])
 
     def split_record(self) -> SplitRecord:
         """The split as the report keeps it."""
@@ -124,7 +134,7 @@ def open_images(
     channels = _image_channels(model)
     if preprocessing.channels is None and not preprocessing.mean and channels in (1, 3):
         preprocessing = dataclasses.replace(preprocessing, channels=channels)
-    images = open_dataset(spec, preprocessing, config.class_map)
+    images = open_dataset(spec, preprocessing, config.class_map, arity_of(model))
     try:
         if channels is not None:
             check_channels(images, channels)
@@ -137,7 +147,7 @@ def open_images(
 
 
 def _runs(model: nn.Module, images: ImageSet) -> bool:
-    example = images[0][0].unsqueeze(0).to(next(model.parameters()))
+    example = like_weights(batched(images[0][0]), next(model.parameters()))
     try:
         with torch.no_grad(), evaluation_mode(model):
             run_model(model, example)
@@ -177,11 +187,23 @@ def _image_channels(model: nn.Module) -> int | None:
     return None
 
 
-def batch_size_for(config: RunConfig, example: Tensor) -> int:
+def arity_of(model: nn.Module) -> int:
+    """How many inputs a forward takes by position and cannot do without, at least one."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward without a signature
+        return 1
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in by_position and p.default is p.empty]
+    return max(len(needed), 1)
+
+
+def batch_size_for(config: RunConfig, example: Any) -> int:
     """The configured batch size, or one that suits the image size."""
     if config.batch_size is not None:
         return config.batch_size
-    pixels = example.shape[-1] * (example.shape[-2] if example.dim() > 3 else 1)
+    image = main_tensor(example)
+    pixels = image.shape[-1] * (image.shape[-2] if image.dim() > 3 else 1)
     return max(1, min(LARGEST_BATCH, BATCH_PIXELS // max(pixels, 1)))
 
 

@@ -1,9 +1,11 @@
-"""The end metric of two networks on the same images."""
+"""The end metric of two networks on the same images, and how their outputs differ."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +14,48 @@ from compress.data import Batches, ImageSet, Loader, check_labels
 from compress.errors import CompressError, DataError, ModelError, what_raised
 from compress.inputs.functions import Metric
 from compress.measure.paired import compare_logits
+from compress.measure.spread import Spread, squared_error
 from compress.progress import Track, silent
-from compress.result import CustomMetric, EndMetric
+from compress.result import CustomMetric, EndMetric, OutputChange
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, run_model
-from compress.running.outputs import to_logits
+from compress.running.outputs import Part, Reading, read_outputs
+from compress.running.structure import count, floating, like_weights, mapped, size
+
+# What an original gives on images that many networks are judged on is kept up to so many bytes.
+KEPT_BYTES = 1 << 29
+# Beside a metric of the user's own, outputs are compared on so many images.
+IMAGES_BESIDE = 256
 
 
-def all_logits(model: nn.Module, inputs: Batches, describe: str, track: Track = silent) -> Tensor:
-    """Outputs of a model on all images, float32 on the CPU ``[images, classes]``.
+def results(
+    model: nn.Module, inputs: Batches, describe: str, track: Track = silent
+) -> Iterator[Any]:
+    """Yield what a model returns for each batch, on the CPU, real numbers in float32.
 
     Raises:
-        ModelError: The outputs are not logits, or not finite.
+        ModelError: The forward fails, or gives NaN or infinite values.
     """
-    reference = next(model.parameters())
-    found, seen = [], 0
-    with torch.inference_mode(), evaluation_mode(model):
-        for images, _ in track(inputs, describe, len(inputs)):
-            images = images.to(reference)
-            output = run_model(model, images)
-            require_logits(output)
-            check_finite(
-                model, images, output, f"on the images from number {seen} ({describe})",
-                "check these images, the checkpoint and the normalisation (--mean, --std)",
-            )  # fmt: skip
-            seen += len(images)
-            found.append(output.float().cpu())
-    return torch.cat(found)
+    reference, seen = next(model.parameters()), 0
+    for given, _ in track(inputs, describe, len(inputs)):
+        images = like_weights(given, reference)
+        with torch.inference_mode(), evaluation_mode(model):
+            result = run_model(model, images)
+        check_finite(
+            model, images, result, f"on the images from number {seen} ({describe})",
+            "check these images, the checkpoint and the normalisation (--mean, --std)",
+        )  # fmt: skip
+        seen += count(images)
+        yield mapped(result, lambda t: (t.float() if t.is_floating_point() else t).cpu())
 
 
-def require_logits(output: Tensor) -> None:
+def require_ranked(reading: Reading) -> None:
     """Raise `ModelError` for outputs that accuracy cannot be measured by."""
-    if output.dim() != 2:
+    if not reading.ranked:
         raise ModelError(
-            f"The model's output has shape {tuple(output.shape)} and is not a batch of logits, so "
-            "accuracy cannot be measured. Pass --metric-fn package.module:function, which takes "
-            "the model and the batches and returns a number (higher is better)."
+            f"The model's outputs are no logits of one class an image ({reading.why}), so accuracy "
+            "cannot be measured. Pass --metric-fn package.module:function, which takes the model "
+            "and the batches and returns a number (higher is better)."
         )
 
 
@@ -60,15 +68,26 @@ class Yardstick:
         metric: A measure of the user's own, for networks that are not classifiers; None for
             accuracy.
         track: Progress.
+        reading: What the outputs stand for; by default what the original's first look like.
     """
 
     loader: Loader
     metric: Metric | None = None
     track: Track = silent
+    reading: Reading | None = None
 
-    def logits(self, model: nn.Module, images: ImageSet, describe: str) -> Tensor:
-        """Outputs of a model on all images; see `all_logits`."""
-        return all_logits(model, self.loader.batches(images), describe, self.track)
+    def results(self, model: nn.Module, images: ImageSet, describe: str) -> Iterator[Any]:
+        """What a model returns for each batch; see `results`."""
+        return results(model, self.loader.batches(images), describe, self.track)
+
+    def known(self, original: nn.Module, images: ImageSet, describe: str) -> list[Any] | None:
+        """What an original returns, to be handed to `compare` often; None where it is too much."""
+        kept: list[Any] = []
+        for result in self.results(original, images, describe):
+            kept.append(result)
+            if size(result) * len(self.loader.batches(images)) > KEPT_BYTES:
+                return None
+        return kept
 
     def compare(
         self,
@@ -76,7 +95,7 @@ class Yardstick:
         after: nn.Module,
         images: ImageSet,
         describe: str = "test",
-        before_logits: Tensor | None = None,
+        known: Iterable[Any] | None = None,
     ) -> EndMetric:
         """Compare two models on the same images: accuracy, agreement, flips, intervals.
 
@@ -85,32 +104,150 @@ class Yardstick:
             after: The compressed model, as it will be saved.
             images: What to compare them on.
             describe: What the images are, for the progress bar.
-            before_logits: The original's outputs, where they are known already.
+            known: What the original returns for each batch, where that is known already.
 
         Raises:
             DataError: Labels that do not fit the outputs, or a set that accuracy says nothing
                 about.
         """
-        if self.metric is not None:
-            loaded = self.loader.batches(images)
-            values = [custom_value(self.metric, model, loaded) for model in (before, after)]
-            custom = CustomMetric(self.metric.name, values[0], values[1])
-            return EndMetric(images=len(images), custom=custom, drop=values[0] - values[1])
-        if before_logits is None:
-            before_logits = self.logits(before, images, f"{describe}: original")
-        after_logits = self.logits(after, images, f"{describe}: compressed")
-        classes = before_logits.shape[1]
-        labelled = min(images.labels) >= 0
+        if self.metric is None:
+            return self._compared(before, after, images, describe, known)
+        loaded = self.loader.batches(images)
+        values = [custom_value(self.metric, model, loaded) for model in (before, after)]
+        some = images.subset(range(min(len(images), IMAGES_BESIDE)))
+        outputs = self._compared(before, after, some, describe, None, accuracy=False).outputs
+        custom = CustomMetric(self.metric.name, values[0], values[1])
+        return EndMetric(
+            images=len(images), custom=custom, drop=values[0] - values[1], outputs=outputs
+        )
+
+    def _compared(  # noqa: PLR0913 - those of `compare`, and whether labels count
+        self,
+        before: nn.Module,
+        after: nn.Module,
+        images: ImageSet,
+        describe: str,
+        known: Iterable[Any] | None,
+        *,
+        accuracy: bool = True,
+    ) -> EndMetric:
+        first = self.results(before, images, f"{describe}: original") if known is None else known
+        second = self.results(after, images, f"{describe}: compressed")
+        comparison = _Comparison(self.reading)
+        for expected, found in zip(first, second, strict=True):
+            comparison.add(expected, found)
+        if not comparison.ranked:
+            return comparison.metric()
+        logits = comparison.logits()
+        classes = logits[0].shape[1]
+        labelled = accuracy and min(images.labels) >= 0
         if labelled:
             check_labels(images, classes)
-        names = images.classes if len(images.classes) == classes else None
-        logits = to_logits(before_logits)
-        return compare_logits(
-            logits(before_logits),
-            logits(after_logits),
+        found = compare_logits(
+            *logits,
             torch.tensor(images.labels) if labelled else None,
-            names,
+            images.classes if len(images.classes) == classes else None,
             [images.name(i) for i in range(len(images))],
+        )
+        return replace(found, outputs=comparison.metric().outputs)
+
+
+@dataclass
+class _Comparison:
+    """Two networks' results, batch by batch."""
+
+    reading: Reading | None
+    images: int = 0
+    changes: dict[str, _Change] = field(default_factory=dict)
+    rows: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    divergence: float = 0.0
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the outputs are logits, of which accuracy can be measured."""
+        return self.reading is not None and self.reading.ranked
+
+    def add(self, before: Any, after: Any) -> None:
+        """Compare one batch.
+
+        Raises:
+            ModelError: The networks return different structures.
+        """
+        self.reading = self.reading or read_outputs(before)
+        parts = {part.path: part for part in self.reading.parts}
+        expected, found = self.reading.outputs(before), self.reading.outputs(after)
+        self.images += len(expected[0])
+        if self.ranked:
+            self.rows[0].append(self.reading.scores(before))
+            self.rows[1].append(self.reading.scores(after))
+        elif self.reading.kind != "values":
+            self.divergence += float(self.reading.parts[0].divergence(expected[0], found[0]).sum())
+        others = floating(after)
+        for path, output in floating(before).items():
+            if path not in others or others[path].shape != output.shape:
+                raise ModelError(
+                    f"The compressed model's output {path or 'tensor'} has another shape than the "
+                    "original's, so the two cannot be compared."
+                )
+            change = self.changes.setdefault(path, _Change(parts.get(path, Part(path, "values"))))
+            change.add(output, others[path])
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Return the logits of both ``[images, classes]``."""
+        return torch.cat(self.rows[0]), torch.cat(self.rows[1])
+
+    def metric(self) -> EndMetric:
+        """What is known without labels."""
+        outputs = tuple(change.record() for change in self.changes.values() if change.elements)
+        known = self.reading is not None and self.reading.kind != "values"
+        main = next((o for o in outputs if o.agreement is not None), None)
+        return EndMetric(
+            images=self.images,
+            agreement=main.agreement if main else None,
+            mean_kl=self.divergence / self.images if known and not self.ranked else None,
+            outputs=outputs,
+        )
+
+
+@dataclass
+class _Change:
+    """Running sums of one output's change."""
+
+    part: Part
+    shape: tuple[int, ...] = ()
+    spread: Spread = field(default_factory=Spread)
+    squared: float = 0.0
+    agreeing: int = 0
+    judged: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many numbers were compared."""
+        return self.spread.elements
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        self.shape = tuple(before.shape[1:])
+        if not before.numel():
+            return
+        self.spread.see(before if before.dim() else before.reshape(1))
+        self.squared += squared_error(after, before)
+        if self.part.kind == "classes":
+            same = before.argmax(1) == after.argmax(1)
+        elif self.part.kind == "answers":
+            same = (self.part.logits(before) > 0) == (self.part.logits(after) > 0)
+        else:
+            return
+        self.agreeing += int(same.sum())
+        self.judged += same.numel()
+
+    def record(self) -> OutputChange:
+        error = self.spread.error(self.squared, self.elements)
+        return OutputChange(
+            path=self.part.path,
+            shape=self.shape,
+            mse=error.mse,
+            relative_mse=error.relative_mse,
+            agreement=self.agreeing / self.judged if self.judged else None,
         )
 
 
@@ -122,7 +259,14 @@ def custom_value(metric: Metric, model: nn.Module, loaded: Batches) -> float:
     """
     try:
         with evaluation_mode(model):
-            value = float(metric.function(model, loaded))
+            found = metric.function(model, loaded)
+            numbers = getattr(found, "shape", ())
+            if math.prod(numbers) != 1:
+                raise ModelError(
+                    f"--metric-fn {metric.name} gave {math.prod(numbers)} numbers "
+                    f"({list(numbers)}); let it return one, such as their mean."
+                )
+            value = float(found)
     except (CompressError, KeyboardInterrupt):
         raise  # images that cannot be read, which it says; or the user's wish
     except BaseException as error:  # the user's function may raise anything, also SystemExit

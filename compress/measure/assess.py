@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibrate.statistics import FEW_SAMPLES
-from compress.data import ImageSet
+from compress.data import ImageSet, first_inputs
 from compress.fit.layers import Replaced
 from compress.inputs.load import Inputs
 from compress.measure.accuracy import Yardstick, require_labels
@@ -18,7 +19,7 @@ from compress.network.baseline import Network
 from compress.plan import Choice, Plan
 from compress.result import CostSummary, EndMetric, LayerErrors, LayerResult, MeasuredError
 from compress.rules import Outcome, rule_named
-from compress.running.forward import run_model
+from compress.running.structure import main_tensor, placed
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
@@ -167,27 +168,17 @@ def _losses(
     network: Network, replaced: Replaced, names: list[str], images: ImageSet
 ) -> dict[str, float]:
     """Measured loss of rewriting each layer by itself, where the outputs are logits."""
-    if not names or not _is_classifier(network):
+    if not names:
         return {}
-    example = network.example
-    count = max(8, LOSS_PIXELS // max(1, example.shape[-1] * example.shape[-2]))
-    chosen = range(min(count, len(images)))
-    inputs = images.stack(list(chosen)).to(example)
-    aliases = {name: network.site(name).aliases for name in names}
-    return measured_losses(network.model, replaced.fitted, aliases, inputs)
-
-
-def _is_classifier(network: Network) -> bool:
-    with torch.inference_mode():
-        output = run_model(network.model, network.example)
-    return output.dim() == 2 and output.shape[1] > 1
+    example = main_tensor(network.example)
+    wanted = max(8, LOSS_PIXELS // max(1, math.prod(example.shape[-2:])))
+    inputs = placed(first_inputs(images, wanted), network.device)
+    return measured_losses(network, replaced.fitted, names, inputs)
 
 
 def _comparable(network: Network, images: ImageSet, *, own: bool) -> bool:
-    return (
-        len(images) > 0
-        and (own or _is_classifier(network))
-        and (own or len(set(images.labels)) > 1 or min(images.labels) < 0)
+    return len(images) > 0 and (
+        own or not network.reading.ranked or len(set(images.labels)) > 1 or min(images.labels) < 0
     )
 
 

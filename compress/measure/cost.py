@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 from compress.network.counting import count_macs
 from compress.result import Cost
 
 
-def model_cost(model: nn.Module, example: Tensor, element_size: int | None = None) -> Cost:
+def model_cost(model: nn.Module, example: Any, element_size: int | None = None) -> Cost:
     """Count a model's cost for one image.
 
     MACs are those of everything that runs (`compress.network.counting`); parameters and the bytes

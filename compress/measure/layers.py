@@ -3,63 +3,42 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.layers import registered_kind
+from compress.measure.spread import Spread, squared_error
+from compress.network.baseline import Network
 from compress.result import MeasuredError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
 from compress.running.modules import swapped
-from compress.running.outputs import to_logits
+from compress.running.structure import placed
 
 
 @dataclass
 class _Sums:
     """Running sums of one layer's errors, in float64."""
 
+    spread: Spread = field(default_factory=Spread)
     alone: float = 0.0
     in_place: float = 0.0
-    elements: int = 0
     placed: int = 0  # of the elements, how many the compressed model gave as well
-    rows: int = 0
-    # By channel, from the first batch on.
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def see(self, reference: Tensor) -> None:
-        """Add the statistics of original outputs ``[batch, channels, h, w]``."""
-        values = reference.double().transpose(0, 1).flatten(1)
-        self.total = values.sum(1) + self.total
-        self.squares = (values**2).sum(1) + self.squares
-        self.rows += values.shape[1]
-        self.elements += values.numel()
-
-    def variance(self) -> float:
-        """Mean over the channels of the original output's variance."""
-        mean = self.total / self.rows
-        found = float((self.squares / self.rows - mean**2).mean())
-        # What cancellation leaves of a constant output is not variance.
-        return found if found > 1e-12 * float((mean**2).mean()) else 0.0
 
     def errors(self) -> tuple[MeasuredError, MeasuredError]:
         """Measured error alone and in place; alone for both where it was never called in place."""
-        variance = self.variance()
-        alone = _error(self.alone / self.elements, variance)
-        return alone, _error(self.in_place / self.placed, variance) if self.placed else alone
-
-
-def _error(mse: float, variance: float) -> MeasuredError:
-    return MeasuredError(mse, mse / variance if variance > 1e-20 else None)
+        alone = self.spread.error(self.alone, self.spread.elements)
+        return alone, self.spread.error(self.in_place, self.placed) if self.placed else alone
 
 
 def measure_layers(
     model: nn.Module,
     compressed: nn.Module,
     names: Iterable[str],
-    inputs: Iterable[tuple[Tensor, Tensor]],
+    inputs: Iterable[tuple[Any, Any]],
 ) -> dict[str, tuple[MeasuredError, MeasuredError]]:
     """Measure replaced layers against the originals.
 
@@ -67,7 +46,7 @@ def measure_layers(
         model: The dense baseline.
         compressed: The rewritten model.
         names: Names of the replaced layers, the same in both.
-        inputs: Batches of images and labels.
+        inputs: Batches of inputs and targets.
 
     Returns:
         For each name the error *alone* (on the original's input) and *in place* (on what the
@@ -82,9 +61,9 @@ def measure_layers(
     def original(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             kind = registered_kind(module)
-            sums[name].see(kind.images(output))
+            sums[name].spread.see(kind.images(output))
             # The chain is called past its own hooks: this is not a call of the compressed model.
-            sums[name].alone += _squared(after[name].forward(given[0]), output)
+            sums[name].alone += squared_error(after[name].forward(given[0]), output)
             expected[name].append(output.clone())
 
         return hook
@@ -95,7 +74,7 @@ def measure_layers(
             # A forward that decides by values may call a layer more or less often than before.
             reference = expected[name].pop(0) if expected[name] else None
             if reference is not None and reference.shape == output.shape:
-                sums[name].in_place += _squared(output, reference)
+                sums[name].in_place += squared_error(output, reference)
                 sums[name].placed += output.numel()
 
         return hook
@@ -105,43 +84,37 @@ def measure_layers(
     device = next(model.parameters()).device
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(compressed):
         for images, _ in inputs:
-            images = images.to(device)
+            images = placed(images, device)
             expected.clear()
             with forward_hooks(first):
                 run_model(model, images)
             with forward_hooks(second):
                 run_model(compressed, images)
-    return {name: s.errors() for name, s in sums.items() if s.elements}
-
-
-def _squared(output: Tensor, reference: Tensor) -> float:
-    return float(((output - reference).double() ** 2).sum())
+    return {name: s.errors() for name, s in sums.items() if s.spread.elements}
 
 
 def measured_losses(
-    model: nn.Module, compressed: nn.Module, names: Mapping[str, tuple[str, ...]], inputs: Tensor
+    network: Network, compressed: nn.Module, names: Iterable[str], inputs: Any
 ) -> dict[str, float]:
     """Measure what each replaced layer alone costs, in the units of the prediction.
 
-    The increase of the negative log-likelihood under labels drawn from the original's own
-    prediction is KL(original || with that layer replaced), here the mean over some images.
+    Of classes, the increase of the negative log-likelihood under labels drawn from the original's
+    own prediction is KL(original || with that layer replaced); of values, it is half the squared
+    error. Both as a mean over some images.
 
     Args:
-        model: The dense baseline; layers are swapped in and out again.
+        network: The dense baseline; its layers are swapped in and out again.
         compressed: The rewritten model.
-        names: Aliases of every replaced layer, by name.
-        inputs: Images ``[B, ...]``.
+        names: Of the replaced layers.
+        inputs: Those of some images ``[B, ...]``.
     """
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
+    model, reading = network.model, network.reading
     losses = {}
     with torch.inference_mode(), evaluation_mode(model):
-        output = run_model(model, inputs)
-        logits = to_logits(output)
-        reference = torch.log_softmax(logits(output).double(), 1)
-        for name, aliases in names.items():
-            if not name:
-                continue
+        reference = run_model(model, inputs)
+        for name in filter(None, names):
+            aliases = network.site(name).aliases
             with swapped(model, dict.fromkeys(aliases, after[name])):
-                trial = torch.log_softmax(logits(run_model(model, inputs)).double(), 1)
-            losses[name] = float((reference.exp() * (reference - trial)).sum(1).mean())
+                losses[name] = float(reading.divergence(reference, run_model(model, inputs)).mean())
     return losses

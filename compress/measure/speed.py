@@ -6,11 +6,12 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network
 from compress.result import CostSummary, Latency
+from compress.running.structure import expanded, like_weights
 from compress.timing.networks import Timing, time_network_formats
 
 # channels_last is recorded where it wins by this much, on networks that take so long at least:
@@ -42,11 +43,11 @@ def costs(
     """
     example = network.example
     size = torch.empty((), dtype=dtype).element_size()
-    images = example.to(next(final.parameters()))
+    images = like_weights(example, next(final.parameters()))
     models = {"dense": copy.deepcopy(network.model).to(dtype), "compressed": final}
     formats = network.memory_formats
     batches = sorted({1, batch})
-    timings = {n: time_network_formats(models, _batch(images, n), formats) for n in batches}
+    timings = {n: time_network_formats(models, expanded(images, n), formats) for n in batches}
     chosen = best_format(timings[batch], "compressed", memory_formats or formats)
     return CostSummary(
         original=model_cost(network.original, example, size),
@@ -54,7 +55,7 @@ def costs(
         compressed=model_cost(final, images, size),
         latency=tuple(_latency(n, found, chosen) for n, found in timings.items()),
         memory_format=chosen,
-        device=str(example.device),
+        device=str(network.device),
         threads=torch.get_num_threads(),
     )
 
@@ -72,10 +73,6 @@ def best_format(timings: Timings, name: str, formats: Sequence[str]) -> str:
 def dense_seconds(timings: Timings) -> tuple[float, str]:
     """Seconds of the dense network in its best memory format, and that format."""
     return min((t.seconds, form) for (name, form), t in timings.items() if name == "dense")
-
-
-def _batch(example: Tensor, count: int) -> Tensor:
-    return example.expand(count, *example.shape[1:]).contiguous()
 
 
 def _latency(count: int, timings: Timings, memory_format: str) -> Latency:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
@@ -19,7 +20,9 @@ from compress.network.standin import without_read_layers
 from compress.network.tracing import ends_in_sigmoid, trace
 from compress.running.finite import check_finite
 from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
-from compress.running.memory_format import MEMORY_FORMATS, in_format, in_memory_format
+from compress.running.memory_format import MEMORY_FORMATS, in_memory_format
+from compress.running.outputs import Reading, read_outputs
+from compress.running.structure import floating, like_weights, main_tensor, placed, tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Network:
         sites: The baseline's layers, in order of execution.
         folded: Which norms went into which layers.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
-        example: One input ``[1, ...]``.
+        example: One image's inputs ``[1, ...]``: a tensor, or a structure of several.
+        result: What the baseline's forward returns for it.
+        reading: What the outputs stand for.
         memory_formats: Those that its forward takes: ``"contiguous"`` always, and
             ``"channels_last"`` unless a ``view`` or the like stands in the way.
         warnings: What the user should know.
@@ -47,7 +52,9 @@ class Network:
     sites: tuple[LayerSite, ...]
     folded: tuple[FoldedPair, ...]
     unpacked: tuple[str, ...]
-    example: Tensor
+    example: Any
+    result: Any
+    reading: Reading
     memory_formats: tuple[str, ...]
     warnings: tuple[str, ...]
     macs: int = 0
@@ -59,9 +66,14 @@ class Network:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return main_tensor(self.example).device
+
+    @property
     def memory_format(self) -> str:
         """What the baseline is calibrated in: on a CPU channels_last is a third faster."""
-        last = self.example.device.type == "cpu" and "channels_last" in self.memory_formats
+        last = self.device.type == "cpu" and "channels_last" in self.memory_formats
         return "channels_last" if last else "contiguous"
 
     def site(self, name: str) -> LayerSite:
@@ -69,12 +81,29 @@ class Network:
         return next(s for s in self.sites if s.name == name)
 
 
-def prepare(model: nn.Module, example: Tensor) -> Network:
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a network beyond its example.
+
+    Attributes:
+        targets: What a data set says of some images.
+        batch: Returns inputs of these images; asked only where several outputs have to be told
+            apart.
+        sizes: Inputs of one image each, of other sizes than the example's, that it also takes.
+    """
+
+    targets: Sequence[Any] = ()
+    batch: Callable[[], Any] | None = None
+    sizes: Sequence[Any] = ()
+
+
+def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> Network:
     """Make the dense baseline of a model.
 
     Args:
         model: The user's model; it is left as it was.
-        example: One input with the batch axis.
+        example: One image's inputs with the batch axis.
+        evidence: What else is known, on the example's device.
 
     Raises:
         ModelError: The model cannot be copied, does not run on the example, or gives NaN.
@@ -84,7 +113,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     baseline = copy.deepcopy(original)
     warnings = []
     unpacked = unpack_attention(baseline)
-    graph = trace(baseline, example)
+    graph = trace(baseline, example, evidence.sizes)
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
@@ -103,7 +132,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         unpacked, pairs, graph = (), (), None
         warnings.append("Folding the norms changed the outputs, so they were left in place.")
     if pairs:
-        graph = trace(baseline, example)
+        graph = trace(baseline, example, evidence.sizes)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
     sites = without_read_layers(baseline, sites, example)
     long = [s.name for s in sites if s.skip is None and too_long(s.geometry) is not None]
@@ -113,7 +142,9 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
             f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
         )
     formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
-    if graph is not None and ends_in_sigmoid(baseline, graph):
+    sigmoid = graph is not None and ends_in_sigmoid(baseline, graph)
+    reading = _read(original, before, evidence, sigmoid=sigmoid)
+    if reading.kind == "answers" and reading.ranked:
         warnings.append(
             "The network ends in a sigmoid, so its outputs are several yes-or-no answers: accuracy "
             "takes the largest of them. Pass --metric-fn and --loss-fn for what they stand for."
@@ -121,29 +152,37 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     by_module = macs_by_module(baseline, example)
     layers = {alias for site in sites for alias in site.aliases}
     return Network(
-        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings),
+        original, baseline, graph, sites, pairs, unpacked, example, before, reading, formats,
+        tuple(warnings),
         macs=sum(by_module.values()),
         elsewhere={name: macs for name, macs in by_module.items() if name not in layers},
     )  # fmt: skip
 
 
-def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
+def _read(original: nn.Module, result: Any, evidence: Evidence, *, sigmoid: bool) -> Reading:
+    """Decide what the outputs stand for, by a batch where there are several to choose from."""
+    if len(floating(result)) > 1 and evidence.targets and evidence.batch is not None:
+        result = _output(original, evidence.batch())
+    return read_outputs(result, evidence.targets, sigmoid=sigmoid)
+
+
+def _runs_in(model: nn.Module, example: Any, memory_format: str) -> bool:
     """Whether a model computes the same in a memory format."""
     if memory_format == "contiguous":
         return True
-    if example.dim() != 4:
+    if all(tensor.dim() != 4 for tensor in tensors(example).values()):
         return False
     with torch.no_grad(), evaluation_mode(model):
-        expected = run_model(model, example)
+        expected, device = run_model(model, example), main_tensor(example).device
         with in_memory_format(model, memory_format):
             try:
-                found = run_model(model, in_format(example, memory_format))
+                found = run_model(model, placed(example, device, memory_format))
             except ModelError:
                 return False
-    return found.shape == expected.shape and same_outputs(expected, found)
+    return same_outputs(expected, found)
 
 
-def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
     """Check that a model runs in the type that its checkpoint has and its result will have.
 
     Raises:
@@ -153,7 +192,8 @@ def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None
         return
     name = str(dtype).removeprefix("torch.")
     remedy = "convert the checkpoint to float32"
-    converted, given = copy.deepcopy(model).to(dtype), example.to(dtype)
+    converted = copy.deepcopy(model).to(dtype)
+    given = like_weights(example, next(converted.parameters()))
     try:
         output = _output(converted, given)
     except ModelError as error:
@@ -177,13 +217,13 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _output(model: nn.Module, example: Tensor) -> Tensor:
+def _output(model: nn.Module, example: Any) -> Any:
     # Entered anew each time: a forward that draws random numbers draws the same ones.
     with torch.no_grad(), evaluation_mode(model):
         return run_model(model, example)
 
 
-def _gives(model: nn.Module, example: Tensor, expected: Tensor) -> bool:
+def _gives(model: nn.Module, example: Any, expected: Any) -> bool:
     try:
         return same_outputs(expected, _output(model, example))
     except ModelError:  # it reads what a folded norm no longer has

@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,7 @@ from compress.running.forward import evaluation_mode, run_model
 _WHOLE = "Global"
 
 
-def count_macs(model: nn.Module, example: Tensor) -> int:
+def count_macs(model: nn.Module, example: Any) -> int:
     """Count a network's multiply-accumulates for one image.
 
     Args:
@@ -33,7 +34,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     return _counted(model, example).get(_WHOLE, 0)
 
 
-def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+def macs_by_module(model: nn.Module, example: Any) -> dict[str, int]:
     """Return what each module computes itself, without its children, by qualified name.
 
     Only modules that compute anything are named; the model itself has the empty name.
@@ -58,7 +59,7 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
     return {name: macs for name, macs in own.items() if macs > 0}
 
 
-def _counted(model: nn.Module, example: Tensor) -> Mapping[str, int]:
+def _counted(model: nn.Module, example: Any) -> Mapping[str, int]:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), evaluation_mode(model), _countable(model), counter:
         run_model(model, example)

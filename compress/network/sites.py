@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from compress.linalg.geometry import Geometry, Pair
 from compress.linalg.schemes import SCHEMES
 from compress.running.forward import evaluation_mode, forward_hooks, run_model
 from compress.running.modules import module_names
+from compress.running.structure import count
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class LayerSite:
 
 
 def find_sites(
-    model: nn.Module, example: Tensor, keep: Callable[[nn.Module], str | None] = lambda _: None
+    model: nn.Module, example: Any, keep: Callable[[nn.Module], str | None] = lambda _: None
 ) -> tuple[LayerSite, ...]:
     """Find every layer with a weight matrix, in order of execution.
 
@@ -137,7 +139,7 @@ def find_sites(
             by_keyword[module] = "it is called by keyword, where its input cannot be watched"
         elif kind is not None:
             images = kind.images(inputs[0])
-            repeats = Fraction(images.shape[0], example.shape[0])
+            repeats = Fraction(images.shape[0], count(example))
             seen.append(Call((images.shape[2], images.shape[3]), repeats))
 
     with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):

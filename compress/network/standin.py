@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.network.sites import LayerSite
 from compress.running.forward import (
     ForwardHook,
     evaluation_mode,
     forward_hooks,
-    main_output,
+    run_model,
     same_outputs,
 )
 from compress.running.modules import swapped
@@ -32,7 +33,7 @@ _PAST_ITS_NAME = (
 
 
 def without_read_layers(
-    model: nn.Module, sites: Sequence[LayerSite], example: Tensor
+    model: nn.Module, sites: Sequence[LayerSite], example: Any
 ) -> tuple[LayerSite, ...]:
     """Return the sites, with a reason to be kept for those that no chain can stand for.
 
@@ -53,7 +54,7 @@ def without_read_layers(
 class _Trial:
     """Trial forwards of one model on one input."""
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Any) -> None:
         self.model, self.example = model, example
         self.expected = self._forward()
 
@@ -87,15 +88,16 @@ class _Trial:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the user's forward may raise anything about a stand-in
-            text = " ".join(str(error).split()) or type(error).__name__
+            cause = error.__cause__ or error  # without what `run_model` says of a failed forward
+            text = " ".join(str(cause).split()) or type(cause).__name__
             return f"the model does more with it than call it with one tensor ({text})"
         if any(calls[site.name] != len(site.calls) for site in sites):
             return _PAST_ITS_NAME
-        if output.shape != self.expected.shape or not same_outputs(self.expected, output):
+        if not same_outputs(self.expected, output):
             return "the model looks at what it is, and computes something else with a chain"
         return None
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> Any:
         # Entered anew each time: a forward that draws random numbers draws the same ones.
         with torch.no_grad(), evaluation_mode(self.model):
-            return main_output(self.model(self.example.clone()))
+            return run_model(self.model, self.example)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from compress.network.norms import NORMS, after_norm
-from compress.running.forward import evaluation_mode, main_output, same_outputs
+from compress.running.forward import evaluation_mode, run_model, same_outputs
+from compress.running.structure import arguments, main_tensor, mapped, rebuilt, tensors
 
 # Images in the example: a prime that sizes and channels are hardly ever multiples of, since
 # multiples of it are taken to count images. For large images memory matters more.
@@ -32,19 +33,22 @@ _NAMED = ("call_module", "get_attr")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 
 
-def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
+def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Graph | None:
     """Return the graph of the model in eval mode, or None where it has no single graph.
 
     Args:
         model: The network.
-        example: One input ``[1, ...]``.
+        example: One image's inputs ``[1, ...]``.
+        others: Inputs of other sizes that the graph must hold for too.
 
     Returns:
-        A graph whose calls name the model's modules and whose output is the main output, checked
-        against the forward on other images and other numbers of them.
+        A graph whose calls name the model's modules, whose one placeholder stands for all inputs,
+        and whose output is a tuple of all tensors that the forward returns. It is checked against
+        the forward on other images and other numbers of them.
     """
-    images = _images(example, IMAGES if example.numel() <= _LARGE else IMAGES_IF_LARGE)
-    root = _MainOutput(model)
+    large = main_tensor(example).numel() > _LARGE
+    images = _images(example, IMAGES_IF_LARGE if large else IMAGES)
+    root = _AllOutputs(model)
     try:
         with evaluation_mode(model), torch.no_grad():
             graph = _Tracer(images, _special_norms(model)).trace(root)
@@ -58,7 +62,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
             if node.target in (getattr, operator.getitem) and not node.users:
                 graph.erase_node(node)
         graph.lint()
-        return graph if _holds(model, graph, example) else None
+        return graph if _holds(model, graph, (example, *others)) else None
     except KeyboardInterrupt:
         raise
     except BaseException:  # the user's forward runs on proxies, and may raise anything
@@ -66,11 +70,11 @@ def trace(model: nn.Module, example: Tensor) -> fx.Graph | None:
 
 
 def ends_in_sigmoid(model: nn.Module, graph: fx.Graph) -> bool:
-    """Whether a sigmoid gives a network's main output."""
+    """Whether a sigmoid gives a network's only output."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    last = output.args[0]
-    if not isinstance(last, fx.Node):
+    if len(output.all_input_nodes) != 1:
         return False
+    (last,) = output.all_input_nodes
     if last.op == "call_module":
         return isinstance(model.get_submodule(str(last.target)), nn.Sigmoid)
     return getattr(last.target, "__name__", last.target) in ("sigmoid", "sigmoid_")
@@ -81,8 +85,12 @@ def _special_norms(model: nn.Module) -> frozenset[nn.Module]:
     return frozenset(norm for norm in found if after_norm(norm) is not None)
 
 
-def _images(example: Tensor, count: int) -> Tensor:
+def _images(example: Any, count: int) -> Any:
     """The example and variations of it, which a forward that looks at its images may tell apart."""
+    return mapped(example, lambda tensor: _variations(tensor, count))
+
+
+def _variations(example: Tensor, count: int) -> Tensor:
     if not example.is_floating_point():
         return example.expand(count, *example.shape[1:]).clone()
     generator = torch.Generator().manual_seed(0)
@@ -92,21 +100,25 @@ def _images(example: Tensor, count: int) -> Tensor:
     return example * scale.to(example) + noise.to(example) * spread
 
 
-def _holds(model: nn.Module, graph: fx.Graph, example: Tensor) -> bool:
+def _holds(model: nn.Module, graph: fx.Graph, examples: Sequence[Any]) -> bool:
     """Whether the graph computes what the forward does, for two numbers of other images."""
     traced = fx.GraphModule(model, graph)
-    for images in (_images(example, 2), _images(example, 5).flip(0)[:1]):
-        with evaluation_mode(model), torch.no_grad():
-            expected = main_output(model(images.clone()))
-        with evaluation_mode(model), torch.no_grad():
-            found = traced(images.clone())
-        if found.shape != expected.shape or not same_outputs(expected, found):
-            return False
+    for example in examples:
+        last = mapped(_images(example, 5), lambda tensor: tensor.flip(0)[:1])
+        for images in (_images(example, 2), last):
+            with evaluation_mode(model), torch.no_grad():
+                expected = run_model(model, images)
+            with evaluation_mode(model), torch.no_grad():
+                found = traced(mapped(images, lambda tensor: tensor.clone()))
+            if len(tensors(expected)) != len(found):
+                return False
+            if not same_outputs(expected, rebuilt(expected, found)):
+                return False
     return True
 
 
-class _MainOutput(nn.Module):
-    """A model called with only its input, giving its main output.
+class _AllOutputs(nn.Module):
+    """A model called with only its inputs, giving all tensors that it returns.
 
     What else a forward could take has its default: a proxy in its place would lead a forward that
     asks whether an argument ``is None`` the wrong way.
@@ -116,8 +128,18 @@ class _MainOutput(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return main_output(self.model(x))
+    def forward(self, x: Any) -> tuple[Tensor, ...]:
+        by_position, by_name = arguments(_opened(x))
+        return tuple(tensors(self.model(*by_position, **by_name)).values())
+
+
+def _opened(x: Any) -> Any:
+    """Return what stands for several inputs as the structure that it is."""
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, dict):
+        return {key: _opened(_part(x, key)) for key in x.value}  # type: ignore[attr-defined]  # a proxy
+    return tuple(_opened(_part(x, index)) for index in range(len(x)))
 
 
 class _DependsOnData(Exception):  # noqa: N818 - says what the forward does, and goes no further
@@ -129,7 +151,7 @@ _READING = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzer
 
 
 # x[i], where the type checker sees a value that claims no class of its own.
-_part: Callable[[Any, int], Any] = operator.getitem
+_part: Callable[[Any, Any], Any] = operator.getitem
 
 
 class _Valued(fx.Proxy):
@@ -181,15 +203,16 @@ class _Tracer(fx.Tracer):
     """Traces through the user's modules, with values, and stops at torch's and this package's own.
 
     Args:
-        images: The example's images ``[N, ...]``.
+        images: The example's inputs ``[N, ...]``.
         norms: Subclasses of BatchNorm that can be folded, which stay whole for that.
     """
 
     proxy_buffer_attributes = True  # as parameters are, or they could not meet a number of images
 
-    def __init__(self, images: Tensor, norms: frozenset[nn.Module]) -> None:
+    def __init__(self, images: Any, norms: frozenset[nn.Module]) -> None:
         super().__init__()
         self.images, self.norms = images, norms
+        self.count = len(main_tensor(images))
         self.running = False
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -254,7 +277,7 @@ class _Tracer(fx.Tracer):
 
     def _counts_images(self, value: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and value != 0 and value % len(self.images) == 0
+        return number and value != 0 and value % self.count == 0
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a node gives for the example."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.artefact.manifest import is_artefact
 from compress.artefact.model import load_result
@@ -16,12 +17,13 @@ from compress.errors import ConfigError
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, preprocessing_of
 from compress.inputs.models import build_model
-from compress.measure.accuracy import Yardstick, custom_value, require_labels
+from compress.measure.accuracy import Yardstick, custom_value, require_labels, require_ranked
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
 from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
-from compress.running.outputs import to_logits
+from compress.running.outputs import read_outputs
+from compress.running.structure import batched, expanded, like_weights
 from compress.timing.networks import time_network
 
 
@@ -136,7 +138,7 @@ def measured(
     """
     module = model.module
     reference = next(module.parameters())
-    example = images[0][0].unsqueeze(0).to(reference)
+    example = like_weights(batched(images[0][0]), reference)
     yardstick = Yardstick(
         Loader(batch_size_for(config, example), config.workers), metric_function(config), track
     )
@@ -179,9 +181,15 @@ def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _E
         value = custom_value(yardstick.metric, module, loaded)
         return _EndMetric(custom=CustomMetric(yardstick.metric.name, value, value))
     require_labels(images)
-    logits = yardstick.logits(module, images, "evaluate")
+    reading, rows = yardstick.reading, []
+    for result in yardstick.results(module, images, "evaluate"):
+        if reading is None:
+            first = range(min(yardstick.loader.batch_size, len(images)))
+            reading = read_outputs(result, [images.target(i) for i in first])
+        require_ranked(reading)
+        rows.append(reading.scores(result))
+    logits = torch.cat(rows)
     warnings = list(check_labels(images, logits.shape[1]))
-    logits = to_logits(logits)(logits)
     found = compare_logits(logits, logits, torch.tensor(images.labels))
     if found.near_chance:
         warnings.append(
@@ -193,6 +201,6 @@ def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _E
     )
 
 
-def _timed(model: nn.Module, example: Tensor, batch: int, form: str) -> Timed:
-    images = example.expand(batch, *example.shape[1:]).contiguous()
-    return Timed(batch, time_network({"model": model}, images, form)["model"])
+def _timed(model: nn.Module, example: Any, batch: int, form: str) -> Timed:
+    timed = time_network({"model": model}, expanded(example, batch), form)
+    return Timed(batch, timed["model"])

@@ -18,6 +18,7 @@ from compress.pipeline.outcome import Compressed
 from compress.report import build_report, write_report
 from compress.result import Result
 from compress.running.forward import evaluation_mode, run_model
+from compress.running.structure import like_weights, tensors
 
 
 def save_result(compressed: Compressed, config: RunConfig, test: ImageSet | None = None) -> None:
@@ -57,7 +58,7 @@ def check_reload(compressed: Compressed, path: Path) -> None:
     reloaded = load(path, model=copy.deepcopy(compressed.network.original).cpu())
     example = compressed.network.example
     reference = next(compressed.model.parameters())
-    images = example.to(reference)
+    images = like_weights(example, reference)
     reloaded = reloaded.to(reference.device)
     # Each in its own block: both draw the same random numbers, and count no calls in buffers.
     with torch.no_grad(), evaluation_mode(compressed.model):
@@ -66,7 +67,9 @@ def check_reload(compressed: Compressed, path: Path) -> None:
         found = run_model(reloaded, images)
     own, loaded = compressed.model.state_dict(), reloaded.state_dict()
     same = own.keys() == loaded.keys() and all(_same_bits(own[k], loaded[k]) for k in own)
-    if not same or not _same_bits(expected, found):
+    first, second = tensors(expected), tensors(found)
+    same = same and first.keys() == second.keys()
+    if not same or not all(_same_bits(first[path], second[path]) for path in first):
         raise ArtefactError(
             "The saved model, read back, does not equal the one in memory; nothing was kept. "
             "This is a defect of compress or of the disk: please report it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from compress.data import Loader
 from compress.errors import ConfigError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import read_checkpoint
-from compress.inputs.load import batch_size_for, load_network
+from compress.inputs.load import arity_of, batch_size_for, load_network
 from compress.inputs.models import build_model
 from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
@@ -27,6 +28,7 @@ from compress.pipeline.places import check_files
 from compress.progress import Track, silent
 from compress.result import Cost
 from compress.rules.spectrum import rank_by_energy, rank_by_threshold
+from compress.running.structure import placed, shapes
 
 THRESHOLDS = (1e-3, 1e-2)
 ENERGIES = (0.99, 0.9999)
@@ -79,7 +81,7 @@ class Inspection:
         model: The model spec.
         sha256: Hash of the checkpoint.
         dtype: The floating type of its tensors.
-        input_shape: Shape of one input, without the batch axis.
+        input_shapes: Shapes of the inputs of one image, without the batch axis.
         original: Costs of the network as it came; ``folded`` with its norms folded.
         norms: Names of the norms that were folded.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
@@ -91,7 +93,7 @@ class Inspection:
     model: str
     sha256: str
     dtype: str
-    input_shape: tuple[int, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     original: Cost
     folded: Cost
     norms: tuple[str, ...]
@@ -102,13 +104,13 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    config: RunConfig, input_shape: tuple[int, ...] = (), track: Track = silent
+    config: RunConfig, input_shapes: Sequence[tuple[int, ...]] = (), track: Track = silent
 ) -> Inspection:
     """Inspect the network of a checkpoint; with ``config.data`` also its spectra.
 
     Args:
         config: Checkpoint, model, and if wanted data.
-        input_shape: Shape of one input ``(C, H, W)``, where there is no data and the model does
+        input_shapes: Shape of each input ``(C, H, W)``, where there is no data and the model does
             not say it.
         track: Progress.
 
@@ -125,21 +127,30 @@ def inspect_checkpoint(
     checkpoint = read_checkpoint(config.checkpoint)
     built = build_model(config.model)
     load_into(built.module, checkpoint)
-    shape = input_shape or _cropped(built.input_shape, config.crop)
-    if not shape:
+    hint = _cropped(built.input_shape, config.crop)
+    wanted = input_shapes or ((hint,) if hint else ())
+    if not wanted:
         raise ConfigError(
             f"The shape of an input of {config.model} is not known: pass --input-shape C,H,W or "
             "--data, or give the module an attribute input_shape."
         )
-    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(config.seed))
-    network = prepare(built.module.to(config.device), example.to(config.device))
+    needed = arity_of(built.module)
+    if len(wanted) < needed:
+        raise ConfigError(
+            f"The forward of {config.model} takes {needed} inputs, and {len(wanted)} shape is "
+            "known: pass --input-shape once for each, or --data."
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    examples = [torch.randn(1, *shape, generator=generator) for shape in wanted]
+    example = placed(examples[0] if len(examples) == 1 else tuple(examples), config.device)
+    network = prepare(built.module.to(config.device), example)
     weights = _Weights(config.model, checkpoint.sha256, checkpoint.dtype)
     return _inspection(weights, network, tuple(map(_layer, network.sites)))
 
 
 def _inspect_with_data(config: RunConfig, track: Track) -> Inspection:
     inputs = load_network(config)
-    network = prepare(inputs.model.to(config.device), inputs.example.to(config.device))
+    network = prepare(inputs.model.to(config.device), placed(inputs.example, config.device))
     loader = Loader(batch_size_for(config, inputs.example), config.workers)
     loaded, recipe = loader.batches(inputs.split.fit), _recipe(config)
     tracked = track(loaded, "calibrate", len(loaded))
@@ -177,7 +188,7 @@ def _inspection(
         model=weights.model,
         sha256=weights.sha256,
         dtype=str(weights.dtype).removeprefix("torch."),
-        input_shape=tuple(network.example.shape[1:]),
+        input_shapes=tuple(shape[1:] for shape in shapes(network.example).values()),
         original=model_cost(network.original, network.example, size),
         folded=model_cost(network.model, network.example, size),
         norms=tuple(pair.norm for pair in network.folded),

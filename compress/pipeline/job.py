@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
@@ -22,10 +20,12 @@ from compress.fit.layers import Fitter
 from compress.inputs.checkpoint.reading import listed
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
-from compress.measure.accuracy import Yardstick, require_logits
+from compress.measure.accuracy import Yardstick
 from compress.network.baseline import Network, prepare
+from compress.pipeline.evidence import evidence_of
+from compress.pipeline.trials import try_out
 from compress.progress import Track, silent
-from compress.running.forward import evaluation_mode, run_model
+from compress.running.structure import placed
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,16 @@ class Job:
 
         Raises:
             ModelError: The network cannot be copied, does not run on the example, or gives NaN; or
-                the test set is to measure an accuracy that its outputs do not have.
+                what the test set or the user's own loss and measure need is not there.
         """
-        example = inputs.example.to(config.device)
-        network = prepare(inputs.model.to(config.device), example)
-        if inputs.test is not None and not config.metric_fn:
-            with torch.no_grad(), evaluation_mode(network.model):
-                require_logits(run_model(network.model, network.example))
+        example = placed(inputs.example, config.device)
+        sets = [s for s in (inputs.split.fit, inputs.test) if s is not None]
+        evidence = evidence_of(sets, example, config)
+        network = prepare(inputs.model.to(config.device), example, evidence)
         loader = Loader(
-            batch_size_for(config, example),
-            config.workers,
-            network.example.device,
-            network.memory_format,
+            batch_size_for(config, example), config.workers, network.device, network.memory_format
         )
+        try_out(network, inputs, loader, config)
         return cls(inputs, config, network, loader, track)
 
     def with_images(self) -> Job:
@@ -89,12 +86,15 @@ class Job:
             loss=loss_function(config),
             samples_per_dimension=config.samples_per_dimension,
             seed=config.seed,
+            reading=self.network.reading,
         )
 
     @property
     def yardstick(self) -> Yardstick:
         """What networks are compared by."""
-        return Yardstick(self.loader, metric_function(self.config), self.track)
+        return Yardstick(
+            self.loader, metric_function(self.config), self.track, self.network.reading
+        )
 
     @property
     def fitter(self) -> Fitter:
@@ -150,5 +150,6 @@ class Job:
                 "samples_per_dimension": config.samples_per_dimension,
                 "statistics": sorted(statistics),
                 "loss_fn": config.loss_fn,
+                "outputs": self.network.reading.kind,
             },
         )

@@ -158,6 +158,7 @@ class Record:
             cost=self.rewritten.cost,
             warnings=(*inputs.warnings, *network.warnings, *assessed.warnings),
             folded=tuple(pair.norm for pair in network.folded),
+            outputs=network.reading.why,
             rank_correlation=assessed.rank_correlation,
             seconds=clock.seconds,
         )

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from compress.calibrate.statistics import without_unseen
 from compress.choose import check_plan
 from compress.config import RunConfig, make_config
-from compress.data import ImageSet, as_images, split
+from compress.data import Given, as_images, split
 from compress.errors import ConfigError, GateError, PlanError
 from compress.files import check_apart, check_output
 from compress.fit.layers import Replaced
-from compress.inputs.load import Inputs, image_folders, input_paths, load_network, weights_hash
+from compress.inputs.load import (
+    Inputs,
+    arity_of,
+    image_folders,
+    input_paths,
+    load_network,
+    weights_hash,
+)
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.measure.assess import Rewritten, assess
 from compress.measure.speed import costs
@@ -166,9 +172,9 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
 
 def compress_model(
     model: nn.Module,
-    images: ImageSet | Dataset[Any] | Tensor | tuple[Tensor, Tensor],
+    images: Given,
     *,
-    test: ImageSet | Dataset[Any] | Tensor | tuple[Tensor, Tensor] | None = None,
+    test: Given | None = None,
     spec: str = "",
     track: Track = silent,
     **settings: Any,
@@ -200,7 +206,7 @@ def compress_model(
     if config.output:
         check_output(config.output, force=config.force)
     check_places(config)
-    given = as_images(images)
+    given = as_images(images, arity_of(model))
     inputs = Inputs(
         model=model,
         spec=spec,
@@ -208,7 +214,7 @@ def compress_model(
         sha256=weights_hash(model),
         dtype=dtype_of(model.parameters()),
         split=split(given, config.calibration_images, config.seed),
-        test=None if test is None else as_images(test),
+        test=None if test is None else as_images(test, arity_of(model)),
     )
     compressed = compress_network(inputs, config, track=track)
     if config.output:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compress.choose import Budgets, Chooser
 from compress.errors import ConfigError, DataError
-from compress.measure.accuracy import Yardstick, require_labels
+from compress.measure.accuracy import Yardstick, require_labels, require_ranked
 from compress.pipeline.job import Job
 from compress.plan import Choice, Plan
 from compress.rules.macs import BY_MACS
@@ -31,8 +31,9 @@ def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice
         )
     require_labels(images)
     # Accuracy, whatever measure of the user's own the result is judged by in the end.
-    yardstick = Yardstick(job.loader, track=job.track)
-    before = yardstick.logits(network.original, images, "search: original")
+    require_ranked(network.reading)
+    yardstick = Yardstick(job.loader, track=job.track, reading=network.reading)
+    before = yardstick.known(network.original, images, "search: original")
 
     def drop(choices: list[Choice]) -> float:
         plan = Plan(job.config.rule, points, job.config.metric, tuple(choices))

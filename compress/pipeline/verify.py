@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from compress.artefact.manifest import Manifest, read_manifest
 from compress.artefact.model import rebuilt
@@ -22,11 +23,13 @@ from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers
 from compress.measure.speed import costs
 from compress.network.baseline import Network, prepare
+from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
 from compress.plan import DENSE
 from compress.progress import Track, silent
 from compress.report import judged
 from compress.result import EndMetric, LayerErrors, LayerResult, Result
+from compress.running.structure import batched, placed
 from compress.trust import require_trusted_model
 
 
@@ -57,10 +60,11 @@ def verify_result(
     metric = metric_function(config)
     if metric is None:
         require_labels(test)
-    example = test[0][0].unsqueeze(0).to(config.device)
-    network = prepare(original.to(config.device), example)
+    example = placed(batched(test[0][0]), config.device)
+    evidence = evidence_of([test], example, config)
+    network = prepare(original.to(config.device), example, evidence)
     loader = Loader(batch_size_for(config, example), config.workers)
-    yardstick = Yardstick(loader, metric, track)
+    yardstick = Yardstick(loader, metric, track, network.reading)
     test = hold(test, loader, track)
     found = yardstick.compare(network.original, compressed, test)
     runtime = read_runtime(artefact)
@@ -78,11 +82,12 @@ def verify_result(
         cost=costs(network, compressed, dtype, config.latency_batch, (runtime.memory_format,)),
         warnings=(*_runtime_warnings(runtime), *_test_warnings(manifest, test, found)),
         folded=tuple(pair.norm for pair in network.folded),
+        outputs=network.reading.why,
     )
     return judged(result, limits_of(config))
 
 
-def _tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Tensor, Tensor]]:
+def _tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Any, Any]]:
     loaded = yardstick.loader.batches(images)
     return yardstick.track(loaded, "layer errors", len(loaded))
 
@@ -121,7 +126,7 @@ def _verified_layers(
     network: Network,
     manifest: Manifest,
     compressed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Any, Any]],
 ) -> tuple[LayerResult, ...]:
     replaced = {r.name: r for r in manifest.replacements}
     element = next(compressed.parameters()).element_size()

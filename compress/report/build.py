@@ -108,6 +108,8 @@ def accuracy_sentence(report: Report) -> str:
         return "The end metric was not measured."
     on = f"on {text.plural(head['images'], f'{where} image')}"
     if head["before"] is None or head["after"] is None:
+        if metric["agreement"] is None:
+            return f"Outputs differ {on} by a relative squared error of {_errors(metric)}."
         same = text.percent(metric["agreement"])
         return f"Both networks agree on {same} {on}; without labels accuracy is unknown."
     if metric["custom"]:
@@ -120,6 +122,13 @@ def accuracy_sentence(report: Report) -> str:
         f"(95% interval {text.signed(low)} to {text.signed(high)}; "
         f"McNemar {text.probability(metric['mcnemar_p'])}). {_meaning(low, high)}"
     )
+
+
+def _errors(metric: dict[str, Any]) -> str:
+    found = [(output["path"], text.number(output["relative_mse"])) for output in metric["outputs"]]
+    if len(found) == 1:
+        return found[0][1]
+    return ", ".join(f"{error} ({path})" for path, error in found)
 
 
 def _meaning(low: float, high: float) -> str:

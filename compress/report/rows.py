@@ -16,7 +16,8 @@ def metric_rows(metric: dict[str, Any]) -> list[Row]:
         before, after = custom["before"], custom["after"]
         change = None if before is None or after is None else after - before
         return [
-            (custom["name"], text.number(before, 5), text.number(after, 5), text.signed(change, 4))
+            (custom["name"], text.number(before, 5), text.number(after, 5), text.signed(change, 4)),
+            *output_rows(metric),
         ]
     rows = []
     for label, key in (
@@ -37,6 +38,21 @@ def metric_rows(metric: dict[str, Any]) -> list[Row]:
         rows.append(("Right → wrong", "", text.whole(metric["to_wrong_count"]), ""))
         rows.append(("Wrong → right", "", text.whole(metric["to_right_count"]), ""))
         rows.append(("Wrong → wrong otherwise", "", text.whole(metric["other_flips"]), ""))
+    return rows + output_rows(metric)
+
+
+def output_rows(metric: dict[str, Any]) -> list[Row]:
+    """Return how each output changed; nothing where accuracy says it of the only one there is."""
+    outputs = metric["outputs"]
+    if len(outputs) == 1 and metric["top1_before"] is not None:
+        return []
+    rows = []
+    for output in outputs:
+        name = f"Output {output['path']}" if output["path"] else "Output"
+        error = text.number(output["relative_mse"])
+        rows.append((f"{name}, relative squared error", "", error, ""))
+        if len(outputs) > 1 and output["agreement"] is not None:
+            rows.append((f"{name}, same prediction", "", text.percent(output["agreement"]), ""))
     return rows
 
 

@@ -15,6 +15,7 @@ from compress.result.metrics import (
     EndMetric,
     Flip,
     Interval,
+    OutputChange,
 )
 from compress.result.runs import (
     RESULT_FORMAT,
@@ -44,6 +45,7 @@ __all__ = [
     "LayerErrors",
     "LayerResult",
     "MeasuredError",
+    "OutputChange",
     "Result",
     "SplitRecord",
     "SweepPoint",

@@ -58,6 +58,27 @@ class CustomMetric:
 
 
 @dataclass(frozen=True)
+class OutputChange:
+    """How one floating output of the network changed.
+
+    Attributes:
+        path: Where it lies in what the forward returns, such as ``out.aux``; empty where it is all.
+        shape: Of one image.
+        mse: Mean squared difference.
+        relative_mse: The same over the mean variance of the original's channels; None where that
+            is zero.
+        agreement: Share of positions with the same class, or of answers with the same side; None
+            for values.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    mse: float
+    relative_mse: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
 class EndMetric:
     """The network before and after on the same images, as `compare_logits` finds it.
 
@@ -74,7 +95,8 @@ class EndMetric:
         per_class: Rows in class order.
         ece_before: Expected calibration error over ``bins_before``.
         near_chance: The baseline is hardly better than guessing: class order or normalisation.
-        custom: Set for networks that are not classifiers; everything else is then None.
+        custom: What the user's own metric gave; figures of accuracy are then None.
+        outputs: How each floating output changed.
     """
 
     images: int
@@ -102,3 +124,4 @@ class EndMetric:
     bins_after: tuple[CalibrationBin, ...] = ()
     near_chance: bool = False
     custom: CustomMetric | None = None
+    outputs: tuple[OutputChange, ...] = ()

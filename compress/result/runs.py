@@ -108,6 +108,7 @@ class Result:
     gates: tuple[GateResult, ...] = ()
     warnings: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
+    outputs: str = ""
     rank_correlation: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     format: int = RESULT_FORMAT

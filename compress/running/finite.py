@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
+from compress.running.structure import floating
 
 
 def not_finite(state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -25,27 +27,27 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.itemsize < 4 else tensor
 
 
-def check_finite(model: nn.Module, inputs: Tensor, outputs: Tensor, when: str, remedy: str) -> None:
+def check_finite(model: nn.Module, inputs: Any, result: Any, when: str, remedy: str) -> None:
     """Check that a model's outputs are finite.
 
     Args:
         model: The model; run once more where they are not, to find the layer.
         inputs: What it was run on.
-        outputs: What it gave.
+        result: What it returned.
         when: On which images, or after what, such as ``"on the first image"``.
         remedy: What to do about it.
 
     Raises:
         ModelError: They are not. The module that gave the first such value is named.
     """
-    if bool(torch.isfinite(outputs).all()):
+    if all(bool(torch.isfinite(output).all()) for output in floating(result).values()):
         return
     name = _first_broken(model, inputs)
     where = f"; they begin in {name}" if name else ", which no module of it gave"
     raise ModelError(f"The model gives NaN or infinite outputs {when}{where}; {remedy}.")
 
 
-def _first_broken(model: nn.Module, inputs: Tensor) -> str:
+def _first_broken(model: nn.Module, inputs: Any) -> str:
     """The innermost module whose output is the first that is not finite; ``""`` for none."""
     found: list[str] = []
 

@@ -1,16 +1,17 @@
-"""Forward passes: a model's main output, evaluation mode, hooks, parameters frozen."""
+"""Forward passes: what a model returns, evaluation mode, hooks, parameters frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, ModelError, what_raised
 from compress.running.attributes import kept_attributes
+from compress.running.structure import arguments, cloned, shapes, tensors
 
 
 @contextmanager
@@ -71,16 +72,44 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Run the model and return its main output tensor.
+@contextmanager
+def gradients_begin(model: nn.Module) -> Iterator[None]:
+    """Have gradients begin where real numbers do, in a model whose inputs hold none.
 
-    Models that return a tuple, a dict or an object with ``logits`` give their first tensor.
+    Where gradients are enabled, the first modules that give real numbers give such as require them.
+    """
+
+    def hook(_: nn.Module, __: object, output: object) -> Tensor | None:
+        real = isinstance(output, Tensor) and output.is_floating_point()
+        if not isinstance(output, Tensor) or not real or output.requires_grad:
+            return None
+        # A copy, since what requires gradients itself may not be changed in place.
+        return output.detach().requires_grad_().clone() if torch.is_grad_enabled() else None
+
+    ends = [m for m in model.modules() if not any(m.children())]
+    # Before all other hooks, which are to see what has gradients.
+    handles = [m.register_forward_hook(hook, prepend=True) for m in ends]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Run the model and return all that its forward returns.
+
+    Args:
+        model: The network.
+        inputs: A batch: a tensor, a tuple of what the forward takes by position, or a mapping of
+            what it takes by name; see `compress.running.structure`. They are left as they are.
 
     Raises:
         ModelError: The forward fails, or its result holds no tensor.
     """
+    by_position, by_name = arguments(cloned(inputs))  # a model may change its input in place
     try:
-        result = model(inputs.clone())  # a model may change its input in place
+        result = model(*by_position, **by_name)
     except (CompressError, KeyboardInterrupt):
         raise  # of a hook of ours, which says what is wrong; or the user's wish
     except BaseException as error:  # the user's forward may raise anything, also SystemExit
@@ -90,40 +119,30 @@ def run_model(model: nn.Module, inputs: Tensor) -> Tensor:
         elif not text or isinstance(error, KeyError | ZeroDivisionError):
             text = f"{type(error).__name__}{f': {text}' if text else ''}"
         raise ModelError(
-            f"The model's forward failed on an input of shape {tuple(inputs.shape)}: {text}. "
-            "Check the number of channels and the image size (--resize, --crop) against what it "
-            "was trained on."
+            f"The model's forward failed on {_shapes_in_words(inputs)}: {text}. {_advice(inputs)}"
         ) from error
-    return main_output(result)
-
-
-def main_output(result: object) -> Tensor:
-    """Return the main tensor of what a forward returned: its logits, else the first there is.
-
-    Raises:
-        ModelError: It holds none.
-    """
-    found = _main(result)
-    if found is None:
+    if not tensors(result):
         raise ModelError(
             f"The model's forward returned {type(result).__name__}, which holds no tensor; wrap it "
             "in a module that returns its logits."
         )
-    return found
+    return result
 
 
-def _main(result: object) -> Tensor | None:
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, Mapping):
-        parts = [result[key] for key in ("logits", "out") if key in result] or [*result.values()]
-    elif isinstance(getattr(result, "logits", None), Tensor):
-        parts = [getattr(result, "logits", None)]
-    elif is_dataclass(result) and not isinstance(result, type):
-        parts = [getattr(result, part.name) for part in fields(result)]
-    else:
-        parts = list(result) if isinstance(result, tuple | list) else []
-    return next((found for found in map(_main, parts) if found is not None), None)
+def _shapes_in_words(inputs: Any) -> str:
+    found = shapes(inputs)
+    if len(found) == 1:
+        return f"an input of shape {next(iter(found.values()))}"
+    return f"inputs of shapes {', '.join(f'{name} {shape}' for name, shape in found.items())}"
+
+
+def _advice(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return (
+            "Check the number of channels and the image size (--resize, --crop) against what it "
+            "was trained on."
+        )
+    return "Check what the data gives for each image against what the forward takes."
 
 
 def require_parameters(model: nn.Module) -> None:
@@ -135,7 +154,19 @@ def require_parameters(model: nn.Module) -> None:
         )
 
 
-def same_outputs(before: Tensor, after: Tensor) -> bool:
-    """Whether folding kept the outputs, within float32 rounding."""
+def same_outputs(before: Any, after: Any) -> bool:
+    """Whether two results are equal, their real numbers within float32 rounding of each output."""
+    first, second = tensors(before), tensors(after)
+    if first.keys() != second.keys():
+        return False
+    return all(_same(first[path], second[path]) for path in first)
+
+
+def _same(before: Tensor, after: Tensor) -> bool:
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    # Whole numbers may come of a comparison of real ones, which rounding can turn.
+    if not before.is_floating_point() or not before.numel():
+        return True
     scale = before.abs().max().clamp_min(1e-12)
     return bool((before - after).abs().max() <= 1e-3 * scale)

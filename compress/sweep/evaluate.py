@@ -1,11 +1,12 @@
-"""Judging many networks on the same images: decoded once, the original's logits computed once."""
+"""Judging many networks on the same images: decoded once, the original run once."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from compress.data import Batches, ImageSet
 from compress.inputs.functions import Metric
@@ -33,17 +34,17 @@ class Judge:
             self.yardstick = replace(yardstick, metric=measure)
 
     @cached_property
-    def logits(self) -> Tensor | None:
-        """The original's logits; None where the user's own metric is measured instead."""
+    def known(self) -> list[Any] | None:
+        """What the original returns; None for too much, or the user's own metric instead."""
         if self.yardstick.metric is not None:
             return None
         describe = f"{self.describe}: original"
-        return self.yardstick.logits(self.original, self.images, describe)
+        return self.yardstick.known(self.original, self.images, describe)
 
     def __call__(self, model: nn.Module) -> EndMetric:
         """Compare a network with the original; the lists of flipped images are left out."""
         return brief(
-            self.yardstick.compare(self.original, model, self.images, self.describe, self.logits)
+            self.yardstick.compare(self.original, model, self.images, self.describe, self.known)
         )
 
     def _measured_once(self, metric: Metric) -> Metric:

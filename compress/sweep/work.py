@@ -24,6 +24,7 @@ from compress.pipeline.outcome import current_versions
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.result import Cost, EndMetric, SweepPoint, SweepResult
+from compress.running.structure import like_weights
 from compress.sweep.evaluate import Judge
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick
@@ -55,7 +56,7 @@ class Options:
 
 
 class SweepWork:
-    """What the points of one sweep share: network, statistics, candidates, the original's logits.
+    """What the points of a sweep share: network, statistics, candidates, original results.
 
     Args:
         inputs: The network and its images.
@@ -178,7 +179,7 @@ class SweepWork:
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
         replaced = self.job.fitter.carry_out(plan, self.calibration)
         model = replaced.model.to(self.inputs.dtype)
-        cost = model_cost(model, self.network.example.to(next(model.parameters())))
+        cost = model_cost(model, like_weights(self.network.example, next(model.parameters())))
         measured = {name: judge(model) for name, judge in self.judges.items()}
         return SweepPoint(
             rule=self.grid.rule,
@@ -247,7 +248,9 @@ def _quality(metric: EndMetric | None) -> float:
     if metric.custom is not None:
         return metric.custom.after
     found = metric.agreement if metric.top1_after is None else metric.top1_after
-    return -math.inf if found is None else found
+    if found is not None:
+        return found
+    return -max((output.relative_mse or 0.0 for output in metric.outputs), default=math.inf)
 
 
 def warnings_of(points: list[SweepPoint], inputs: Inputs) -> tuple[str, ...]:

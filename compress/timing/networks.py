@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.running.memory_format import MEMORY_FORMATS, Layout, evaluating, in_format
+from compress.running.memory_format import MEMORY_FORMATS, Layout, evaluating
+from compress.running.structure import arguments, count, main_tensor, placed
 from compress.timing.turns import Case, Pace, sample
 
 
@@ -34,7 +36,7 @@ class Timing:
 
 def time_network(
     models: Mapping[str, nn.Module],
-    example: Tensor,
+    example: Any,
     memory_format: str = "contiguous",
     pace: Pace = Pace(),
 ) -> dict[str, float]:
@@ -49,7 +51,7 @@ def time_network(
 
 def time_network_formats(
     models: Mapping[str, nn.Module],
-    example: Tensor,
+    example: Any,
     memory_formats: Sequence[str] = tuple(MEMORY_FORMATS),
     pace: Pace = Pace(),
 ) -> dict[tuple[str, str], Timing]:
@@ -60,7 +62,7 @@ def time_network_formats(
 
     Args:
         models: Networks by name, on the device of ``example`` and in its dtype.
-        example: A batch ``[N, …]``.
+        example: A batch ``[N, …]``: a tensor, or a structure of several.
         memory_formats: Of weights and, where it has four dimensions, of the batch.
         pace: How thoroughly.
 
@@ -72,10 +74,12 @@ def time_network_formats(
     """
     pairs = [(name, form) for form in memory_formats for name in models]
     layout = Layout(models.values(), memory_formats)
-    inputs = {form: in_format(example, form) for form in memory_formats}
+    device = main_tensor(example).device
+    calls = {form: arguments(placed(example, device, form)) for form in memory_formats}
 
     def case(name: str, form: str) -> Case:
-        return Case(lambda: models[name](inputs[form]), lambda: layout.use(form))
+        by_position, by_name = calls[form]
+        return Case(lambda: models[name](*by_position, **by_name), lambda: layout.use(form))
 
     try:
         with evaluating(models.values()):
@@ -83,7 +87,7 @@ def time_network_formats(
                 [case(*pair) for pair in pairs],
                 pace.rounds,
                 pace.min_seconds,
-                synchroniser(example.device),
+                synchroniser(device),
                 pace.clock,
             )
     finally:
@@ -92,7 +96,7 @@ def time_network_formats(
         (name, form): Timing(
             seconds=statistics.median(turns),
             rounds=len(turns),
-            batch=example.shape[0],
+            batch=count(example),
             memory_format=form,
             threads=torch.get_num_threads(),
         )

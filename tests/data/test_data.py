@@ -17,7 +17,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from compress import demo_data
-from compress.data import Preprocessing, batches, check_channels, check_labels, open_dataset, split
+from compress.data import (
+    Loader,
+    Preprocessing,
+    batches,
+    check_channels,
+    check_labels,
+    first_inputs,
+    open_dataset,
+    split,
+)
+from compress.data.held import hold
 from compress.demo_data.network import width32
 from compress.errors import DataError
 from compress.inputs.checkpoint.loading import load_into
@@ -202,7 +212,18 @@ def test_corrupt_images_are_named(tmp_path: Path, damage: Any, workers: Any) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_batches_of_one_may_differ_in_size(tmp_path: Path) -> None:
+    write_folder(tmp_path, sizes=((8, 8), (9, 8), (8, 8), (8, 8), (9, 8), (8, 8)))
+    images = open_dataset(f"imagefolder:{tmp_path}", PLAIN)
+    found = [tuple(x.shape) for x, _ in batches(images, 1)]
+    assert found.count((1, 3, 8, 9)) == 2
+    assert found.count((1, 3, 8, 8)) == 4
+    assert hold(images, Loader(1)) is images
+    different = next(i for i in range(6) if images[i][0].shape != images[0][0].shape)
+    assert len(first_inputs(images, 6)) == different
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
 def test_different_sizes_name_both_files_and_the_flags(tmp_path: Path, batch_size: Any) -> None:
     write_folder(tmp_path, sizes=((8, 8), (8, 8), (8, 8), (8, 8), (9, 8), (8, 8)))
     images = open_dataset(f"imagefolder:{tmp_path}", PLAIN)

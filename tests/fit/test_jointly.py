@@ -73,8 +73,8 @@ def positions_of(network: Network) -> list[int]:
     assert network.graph is not None
     module = fx.GraphModule(network.model, network.graph)
     ShapeProp(module).propagate(network.example)
-    shapes = [node.meta["tensor_meta"].shape for node in module.graph.nodes]
-    return [shape.numel() // shape[1] for shape in shapes]  # of one image
+    shapes = [node.meta["tensor_meta"].shape for node in [*module.graph.nodes][:-1]]
+    return [*(shape.numel() // shape[1] for shape in shapes), 0]  # of one image
 
 
 def test_a_graph_is_cut_where_one_tensor_goes_on(network: Network) -> None:

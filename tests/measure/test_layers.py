@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from networks.tiny import tiny
 from torch import Tensor, nn
 from workbench import made_images
 
-from compress.data import Loader, as_images, batches
+from compress.data import Loader, as_images
 from compress.errors import DataError, ModelError
 from compress.inputs.functions import Metric
-from compress.measure.accuracy import Yardstick, all_logits, require_labels
+from compress.measure.accuracy import Yardstick, require_labels, require_ranked
 from compress.measure.layers import measure_layers, measured_losses
+from compress.network.baseline import prepare
+from compress.running.outputs import read_outputs
 
 
 def low_rank(layer: nn.Conv2d, rank: int) -> nn.Sequential:
@@ -104,7 +107,8 @@ def test_a_constant_output_has_no_relative_error() -> None:
 
 def test_the_loss_of_one_layer_is_its_divergence(pair: tuple[nn.Module, nn.Module]) -> None:
     before, after = pair
-    found = measured_losses(before, after, {"conv1": ("conv1",), "conv2": ("conv2",)}, inputs())
+    network = replace(prepare(before.float(), inputs()[:1].float()), model=before.double())
+    found = measured_losses(network, after, ["conv1", "conv2"], inputs())
     for name in ("conv1", "conv2"):
         single = copy.deepcopy(before)
         setattr(single, name, getattr(after, name))
@@ -133,9 +137,8 @@ def test_comparing_equal_and_unequal_models(pair: tuple[nn.Module, nn.Module]) -
     right = [float((p == truth).double().mean()) for p in (a, b)]
     assert (found.top1_before, found.top1_after) == pytest.approx(right)
     assert found.drop == pytest.approx(100 * (right[0] - right[1]))
-    loaded = batches(images, 5)
-    known = all_logits(before, loaded, "test")
-    assert FIVE.compare(before, after, images, before_logits=known) == found
+    known = FIVE.known(before, images, "test")
+    assert FIVE.compare(before, after, images, known=known) == found
     unlabelled = as_images(torch.tensor(pixels).unsqueeze(1).float() / 255)
     assert FIVE.compare(before, after, unlabelled).top1_before is None
     with pytest.raises(DataError, match="no labels"):
@@ -145,7 +148,7 @@ def test_comparing_equal_and_unequal_models(pair: tuple[nn.Module, nn.Module]) -
 def test_outputs_that_are_no_logits_ask_for_a_metric() -> None:
     images = as_images(torch.rand(4, 1, 8, 8))
     with pytest.raises(ModelError, match="--metric-fn"):
-        all_logits(nn.Conv2d(1, 2, 3), batches(images, 2), "test")
+        require_ranked(read_outputs(torch.rand(4, 2, 6, 6)))
     own = Metric("batches", lambda _, loaded: float(len(loaded)))
     found = Yardstick(Loader(2), own).compare(nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3), images)
     assert found.custom is not None

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from fractions import Fraction
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
 from compress.network.sites import Call, LayerSite, find_sites
-from compress.running.forward import evaluation_mode, forward_hooks, frozen, main_output, run_model
+from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
 from compress.running.modules import module_names
 
 
@@ -231,26 +228,13 @@ def test_hooks_and_gradients_come_back_after_an_error() -> None:
     assert not model[0]._forward_hooks
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda t: t,
-        lambda t: (t, 1),
-        lambda t: [None, t],
-        lambda t: {"aux": t + 1, "logits": t},
-        lambda t: {"aux": t + 1, "out": t},
-        lambda t: {"only": t},
-        lambda t: SimpleNamespace(logits=t),
-    ],
-)
-def test_the_main_output(wrap: Callable[[Tensor], Any]) -> None:
-    t = torch.randn(2, 3)
-    assert main_output(wrap(t)) is t
-
-
 def test_outputs_without_a_tensor() -> None:
+    class Names(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, list[str]]:
+            return {"names": [str(x.dtype)]}
+
     with pytest.raises(ModelError, match="returned dict"):
-        main_output({"names": ["a"]})
+        run_model(Names(), torch.rand(1))
 
 
 def test_a_forward_that_fails_says_what_it_was_given() -> None:

@@ -19,6 +19,7 @@ from compress.network.baseline import Network
 from compress.network.chains import random_chain, replaced
 from compress.plan import Choice
 from compress.rules.latency import BY_TIME
+from compress.running.structure import expanded, placed
 from compress.timing.layers import LatencyTable, LayerTimer, Setting
 from compress.timing.networks import Timing, time_network_formats
 from compress.timing.turns import Pace
@@ -90,8 +91,7 @@ class _Timer:
     def __init__(self, network: Network, dtype: torch.dtype, batch: int) -> None:
         self.sites = {site.name: site for site in network.sites}
         self.dense, self.dtype, self.batch = copy.deepcopy(network.model).to(dtype), dtype, batch
-        example = network.example.to(dtype)
-        self.images = example.expand(batch, *example.shape[1:]).contiguous()
+        self.images = expanded(placed(network.example, network.device, dtype=dtype), batch)
         timings = self._time({"dense": self.dense}, network.memory_formats)
         self.totals = {form: timings["dense", form].seconds for form in network.memory_formats}
         self.dense_format = min(self.totals, key=lambda form: self.totals[form])

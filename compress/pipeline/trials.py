@@ -1,0 +1,56 @@
+"""What a run needs at its end, tried on a few images before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress.config import RunConfig
+from compress.data import ImageSet, Loader
+from compress.errors import CompressError
+from compress.inputs.functions import Metric, loss_function, metric_function
+from compress.inputs.load import Inputs
+from compress.measure.accuracy import custom_value, require_ranked
+from compress.network.baseline import Network
+from compress.running.forward import evaluation_mode, frozen, run_model
+from compress.running.structure import with_gradients
+
+# Images that a measure of the user's own is tried on, spread over the set.
+TRIED = 32
+
+
+def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig) -> None:
+    """Measure and take gradients as the run will, on a few images.
+
+    Raises:
+        ModelError: Accuracy cannot be measured, or the user's own measure or loss fails.
+        DataError: Targets cannot be put into one batch.
+    """
+    metric = metric_function(config)
+    if metric is not None:
+        images = inputs.test if inputs.test is not None else inputs.split.fit
+        _try_metric(metric, network.original, images, loader)
+    elif inputs.test is not None:
+        require_ranked(network.reading)
+    if config.metric == "loss" and config.loss_fn:
+        _try_loss(network.model, inputs.split.fit, loader, config)
+
+
+def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Loader) -> None:
+    step = max(len(images) // TRIED, 1)
+    few = images.subset(range(0, len(images), step)[:TRIED])
+    try:
+        custom_value(metric, model, loader.batches(few))
+    except CompressError:
+        if len(few) == len(images):
+            raise
+        # A measure may need more, such as images of every class.
+        custom_value(metric, model, loader.batches(images))
+
+
+def _try_loss(model: nn.Module, images: ImageSet, loader: Loader, config: RunConfig) -> None:
+    own = loss_function(config)
+    few = images.subset(range(min(len(images), loader.batch_size)))
+    with evaluation_mode(model), frozen(model), torch.enable_grad():
+        for inputs, targets in loader.placed(few):
+            own(run_model(model, with_gradients(inputs)), targets)
