@@ -144,7 +144,7 @@ def torch_files(*, legacy: bool) -> list[bytes]:
     optimiser = torch.optim.Adam(model.parameters())
     model(torch.zeros(2, 1, 8, 8)).sum().backward()
     optimiser.step()
-    training = {"model": model.state_dict(), "optimizer": optimiser.state_dict()}
+    training: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimiser.state_dict()}
     training |= {"best": np.float64(0.5), "args": argparse.Namespace(lr=0.1, seen=np.zeros(3))}
     parameters = {k: torch.nn.Parameter(v) for k, v in state.items() if v.is_floating_point()}
     return [torch_file(c, legacy=legacy) for c in (state, wrapped, training, parameters)]
