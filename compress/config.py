@@ -37,6 +37,7 @@ class Role(Enum):
     PLACE = auto()  # names something to read or write: what is there counts, not its name
     SPEED = auto()  # how it computes, which changes nothing about the outcome
     PERMISSION = auto()  # what may be overwritten
+    ENTRIES = auto()  # which entries of the checkpoint are the weights
     PICTURES = auto()  # how pictures become inputs
     TIMING = auto()  # what is timed
     GATE = auto()  # what the result must satisfy before it is saved
@@ -100,6 +101,10 @@ class RunConfig:
     data: str = _setting(Role.PLACE, "")
     test: str = _setting(Role.PLACE, "")
     output: str = _setting(Role.PLACE, "")
+
+    # Which of several state dicts in the checkpoint, and which of its entries, are the weights.
+    checkpoint_key: str = _setting(Role.ENTRIES, "")
+    prefix: str = _setting(Role.ENTRIES, "")
 
     # How images become tensors; empty means the model's own preset, or only scaling to [0, 1].
     mean: tuple[float, ...] = _setting(Role.PICTURES, ())

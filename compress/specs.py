@@ -1,4 +1,4 @@
-"""From a model spec to a module: one of torchvision's, or what the user's own factory returns.
+"""Specs, and the user's own code that they name.
 
 The part after ``?`` holds the factory's arguments, ``&`` between them, each typed as a TOML value;
 what is not a TOML value is a string, so that paths need no quotes.
@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from compress.untrusted import Unreadable, parse_toml
 from compress.vision.torchvision import load_torchvision
 
 T = TypeVar("T")
+
+# What stands alone in front of a colon, in the forms that a spec may take.
+_PREFIX = re.compile(r"(?<![\w./])\w+(?=:)")
 
 
 # --- Specs and factories, for models and datasets alike ----------------------------------------
@@ -187,7 +191,7 @@ def _import_module(name: str, error: type[InputError], forms: str) -> ModuleType
     except ModuleNotFoundError as problem:
         if problem.name is None or not (name + ".").startswith(problem.name + "."):
             raise error(f"Importing {name} raised {what_raised(problem)}.") from problem
-        near = near_matches(name.partition(".")[0], ["torchvision", "imagefolder", "tensors"])
+        near = near_matches(name.partition(".")[0], _PREFIX.findall(forms))
         raise error(
             f"There is no module {problem.name!r} to import, neither installed nor in "
             f"{Path.cwd()}.{near} A spec is {forms}."

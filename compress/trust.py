@@ -1,8 +1,9 @@
 """What a file of somebody else's may ask for without the user's word: nothing that runs code.
 
 A result, a plan, or the configuration in a result folder names the model it belongs to. Building
-torchvision's plain networks and the demo's is harmless; everything else such a file may name is
-code, a download or a request for more memory than a network takes, and needs ``--trust-code``.
+the plain networks of installed libraries and the demo's is harmless; everything else such a file
+may name is code, a download or a request for more memory than a network takes, and needs
+``--trust-code``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compress.errors import CompressError, DataError, ModelError
+from compress.libraries import library_of
+from compress.libraries.library import without_memory
 from compress.specs import split_spec
-from compress.vision.torchvision import torchvision_model
 
 # Whole factories, not their module: compress.demo_data.network also holds what it imports, and
 # a prefix of it may go on as the name of a file.
@@ -35,13 +35,11 @@ def model_risk(spec: str) -> str:
     head, arguments = split_spec(spec, ModelError)
     if head in EMBEDDED_MODELS:
         return "" if _are_numbers(arguments) else f"passes {arguments} to {head}"
-    if not head.startswith("torchvision:"):
+    found = library_of(head)
+    if found is None:
         return f"imports and runs the code {head!r}"
-    if any(name.startswith("weights") for name in arguments):
-        return f"may download weights, by {spec!r}"
-    # Numbers say how wide a network is and how many classes it has. Lists and names reach further:
-    # a list of blocks a million long would be built block by block.
-    return "" if _are_numbers(arguments) else f"passes {arguments} to {head}"
+    risk = found[0].risk(arguments)
+    return f"{risk}, by {spec!r}" if risk else ""
 
 
 def _are_numbers(arguments: Mapping[str, Any]) -> bool:
@@ -110,12 +108,17 @@ def require_trusted_model(spec: str, source: str, error: type[CompressError]) ->
 
 
 def _size_risk(spec: str) -> str:
-    """Say whether a network of torchvision's would take more memory than any of its plain ones."""
+    """Say whether a library's network would take more memory than any of its plain ones."""
     head, arguments = split_spec(spec, ModelError)
-    if not head.startswith("torchvision:") or not arguments:
+    found = library_of(head)
+    if found is None or not found[0].sized_by_arguments or not arguments:
         return ""
-    with torch.device("meta"):
-        module = torchvision_model(head.removeprefix("torchvision:"), **arguments)
+    library, name = found
+    try:
+        with without_memory():
+            module = library.build(name, arguments).module
+    except ModelError as error:
+        return f"names a network whose size cannot be told before it is built ({error})"
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     if size <= LARGEST_UNTRUSTED:
         return ""

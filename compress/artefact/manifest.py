@@ -169,22 +169,32 @@ def is_artefact(path: str | Path) -> bool:
     """Whether a path is a result folder or a safetensors file with this package's manifest."""
     path = Path(path)
     if path.is_dir():
-        return (path / MODEL_FILE).is_file()
+        return _is_result_folder(path)
     try:
         return ARTEFACT_KEY in read_metadata(path)
     except (OSError, Unreadable):
         return False
 
 
+def _is_result_folder(path: Path) -> bool:
+    """Whether a folder holds a result; one that is damaged is one, plain weights are none."""
+    file = path / MODEL_FILE
+    try:
+        metadata = read_metadata(file)
+    except (OSError, Unreadable):
+        return file.is_file()
+    return ARTEFACT_KEY in metadata or SEAL_KEY in metadata
+
+
 def recorded_settings(manifest: Manifest) -> dict[str, Any]:
-    """What a result says of its images and limits, as defaults for measuring it again.
+    """What a result says of its checkpoint, images and limits, as defaults to measure it again.
 
     Raises:
         ArtefactError: It asks for pictures of a size that only the user may ask for.
     """
     settings = manifest.settings
-    names = settings_of(Role.PICTURES, Role.GATE)
-    recorded = {n: settings[n] for n in names if settings.get(n) not in (None, [], ())}
+    names = settings_of(Role.ENTRIES, Role.PICTURES, Role.GATE)
+    recorded = {n: settings[n] for n in names if settings.get(n) not in (None, "", [], ())}
     for name in ("resize", "crop"):
         side = recorded.get(name)
         if isinstance(side, int) and side > LARGEST_RECORDED_SIDE:

@@ -75,7 +75,12 @@ def _o(*names: str, text: str, **settings: Any) -> Decorator:
 
 _MODEL = (
     _o("--model", metavar="SPEC", text="How the network is built: torchvision:resnet18, "
-       "package.module:factory?width=32 or path/to/file.py:factory."),
+       "timm:NAME, smp:NAME, hf:FOLDER, onnx:FILE, package.module:factory?width=32 or "
+       "path/to/file.py:factory."),
+    _o("--checkpoint-key", metavar="KEY", text="Where the weights lie in a checkpoint with "
+       "several state dicts, dotted: ema, params_ema, model.state_dict."),
+    _o("--prefix", metavar="PREFIX", text="Take only the checkpoint's entries whose names begin "
+       "so, such as student., and strip that."),
 )  # fmt: skip
 _DATA = (
     _o("--data", metavar="SPEC", text="Images to calibrate on: imagefolder:DIR, tensors:FILE, "
@@ -261,7 +266,7 @@ class Settings:
         """
         config = make_config({**base, **_without_rules(self.file, self.flags), **self.flags})
         _set_up(config)
-        return config
+        return config if config.checkpoint else _with_own_checkpoint(config)
 
     def given(self, name: str) -> Any:
         """What flag or file say of a setting; None where neither does."""
@@ -273,6 +278,13 @@ def _without_rules(file: dict[str, Any], flags: Iterable[str]) -> dict[str, Any]
     if not any(rule in flags for rule in RULE_NAMES):
         return file
     return {key: value for key, value in file.items() if key not in RULE_NAMES}
+
+
+def _with_own_checkpoint(config: RunConfig) -> RunConfig:
+    """Take the weights that the model spec brings along, where it does."""
+    from compress.inputs.load import checkpoint_beside
+
+    return config.replace(checkpoint=checkpoint_beside(config.model))
 
 
 def _set_up(config: RunConfig) -> None:

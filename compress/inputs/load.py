@@ -5,26 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress.config import RunConfig
-from compress.data import (
-    ImageSet,
-    Preprocessing,
-    Split,
-    check_channels,
-    open_dataset,
-    split,
-)
-from compress.errors import ConfigError, DataError, ModelError
+from compress.data import ImageSet, Preprocessing, Split, check_channels, open_dataset, split
+from compress.errors import CheckpointError, ConfigError, DataError, ModelError
 from compress.inputs.checkpoint.loading import load_into
-from compress.inputs.checkpoint.reading import read_checkpoint
-from compress.inputs.models import build_model
+from compress.inputs.checkpoint.reading import (
+    Checkpoint,
+    Pick,
+    checkpoint_sha256,
+    files_of,
+    read_checkpoint,
+    weights_of,
+)
+from compress.inputs.checkpoint.shards import sha256_of
+from compress.inputs.models import BuiltModel, build_model
 from compress.layers import kind_of
+from compress.libraries import Library, library_of
 from compress.result import SplitRecord
 from compress.running.forward import evaluation_mode, require_parameters, run_model
 from compress.running.structure import batched, like_weights, main_tensor
@@ -107,6 +111,11 @@ def load_network(config: RunConfig) -> Inputs:
 def input_paths(config: RunConfig) -> list[str]:
     """The files and folders that a configuration reads, which no output may replace."""
     paths = [config.checkpoint, config.class_map, config.calibration, config.latency_table]
+    if config.checkpoint.endswith(".json") or os.path.isdir(config.checkpoint):
+        paths += map(str, files_of(Path(config.checkpoint)))
+    library = _library(config.model)
+    if library is not None:
+        paths.append(library[0].place(library[1]))
     for spec, error in (
         (config.model, ModelError),
         (config.data, DataError),
@@ -158,11 +167,81 @@ def _runs(model: nn.Module, images: ImageSet) -> bool:
 
 def load_model(config: RunConfig) -> tuple[nn.Module, str, torch.dtype, Preprocessing]:
     """Build the model and load the checkpoint; also its hash, dtype and preprocessing."""
-    checkpoint = read_checkpoint(config.checkpoint)
+    built, checkpoint = load_trained(config)
+    return built.module, checkpoint.sha256, checkpoint.dtype, preprocessing_of(config, built.preset)
+
+
+def load_trained(config: RunConfig) -> tuple[BuiltModel, Checkpoint]:
+    """Build the model and load the checkpoint into it.
+
+    Raises:
+        CheckpointError, ModelError: One of them cannot be used, or they do not belong together.
+    """
+    own = _own_files(config)
+    if own:
+        built = build_model(config.model)
+        require_parameters(built.module)
+        return built, weights_of(built.module, own, built.dtype)
+    checkpoint = read_checkpoint(config.checkpoint, pick_of(config))
     built = build_model(config.model)
     require_parameters(built.module)
+    if built.convert is not None and checkpoint.state.keys() != built.module.state_dict().keys():
+        checkpoint = dataclasses.replace(checkpoint, state=built.convert(checkpoint.state))
     load_into(built.module, checkpoint)
-    return built.module, checkpoint.sha256, checkpoint.dtype, preprocessing_of(config, built.preset)
+    return built, checkpoint
+
+
+def pick_of(config: RunConfig) -> Pick:
+    """Which entries of the checkpoint the user picks."""
+    return Pick(config.checkpoint_key, config.prefix)
+
+
+def source_sha256(config: RunConfig) -> str:
+    """Hash of the checkpoint that a configuration names, as results record it.
+
+    Raises:
+        OSError: A file cannot be read.
+        CheckpointError, ModelError: It consists of several files, and these cannot be found.
+    """
+    own = _own_files(config)
+    return sha256_of(own) if own else checkpoint_sha256(config.checkpoint, pick_of(config))
+
+
+def checkpoint_beside(spec: str) -> str:
+    """Where the weights of a model spec lie, if it says so itself; else ``""``."""
+    found = _library(spec)
+    return "" if found is None else found[0].checkpoint(found[1])
+
+
+def _library(spec: str) -> tuple[Library, str] | None:
+    return library_of(split_spec(spec, ModelError)[0]) if spec else None
+
+
+def _own_files(config: RunConfig) -> tuple[Path, ...]:
+    """The files of weights that the model spec brings along, where they are the checkpoint.
+
+    Raises:
+        CheckpointError: Entries of them are picked, which is not possible.
+    """
+    found = _library(config.model)
+    if found is None or not found[0].brings_weights:
+        return ()
+    library, name = found
+    if not _same_file(config.checkpoint, name):
+        return ()
+    if pick_of(config):
+        raise CheckpointError(
+            f"The checkpoint {name} holds one network, none of whose weights can be picked: leave "
+            "out --checkpoint-key and --prefix."
+        )
+    return library.files(name)
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return one == other  # reading it says what is wrong with it
 
 
 def preprocessing_of(config: RunConfig, preset: Preprocessing | None) -> Preprocessing:

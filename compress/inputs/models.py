@@ -1,21 +1,22 @@
-"""From a model spec to a module: one of torchvision's, or what the user's own factory returns."""
+"""From a model spec to a module: one of a library's, or what the user's own factory returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from compress.errors import ModelError
+from compress.libraries import LIBRARIES, FromLibrary, library_of
+from compress.libraries.library import Convert
+from compress.running.modules import dtype_of
 from compress.specs import call_factory, split_spec
 from compress.vision.preprocessing import Preprocessing
-from compress.vision.torchvision import torchvision_model, torchvision_preset
 
 MODEL_FORMS = (
-    "torchvision:resnet18, torchvision:vit_b_16?num_classes=10, "
+    f"{', '.join(library.example for library in LIBRARIES)}, "
     "package.module:factory?width=32 or path/to/file.py:factory"
 )
 
@@ -27,15 +28,19 @@ class BuiltModel:
     Attributes:
         module: The network.
         spec: The spec it was built from.
-        preset: The preprocessing of torchvision's default weights, None for other models.
-        input_shape: One input without the batch axis, ``(C, H, W)``: torchvision's preset, or the
+        preset: The preprocessing that a library has for the network, None for other models.
+        input_shape: One input without the batch axis, ``(C, H, W)``: what the library says, or the
             module's attribute ``input_shape``; None where neither is there.
+        dtype: The floating type that most of its numbers had when it was built.
+        convert: As that of `FromLibrary`.
     """
 
     module: nn.Module
     spec: str
     preset: Preprocessing | None
     input_shape: tuple[int, ...] | None
+    dtype: torch.dtype = torch.float32
+    convert: Convert | None = None
 
 
 def build_model(spec: str) -> BuiltModel:
@@ -48,10 +53,12 @@ def build_model(spec: str) -> BuiltModel:
             returns no ``nn.Module``. The message says which and names near matches.
     """
     head, arguments = split_spec(spec, ModelError)
+    found = library_of(head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if head.startswith("torchvision:"):
-            return _build_torchvision(spec, head.removeprefix("torchvision:"), arguments)
+        if found is not None:
+            library, name = found
+            return _built(spec, library.build(name, arguments))
         module = call_factory(head, arguments, ModelError, MODEL_FORMS)
     if isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule):
         # torch.compile runs a program it made of the layers, past the layers themselves.
@@ -63,12 +70,25 @@ def build_model(spec: str) -> BuiltModel:
         )
     _check_plain(module, head)
     hint = getattr(module, "input_shape", None)
-    return BuiltModel(
-        module=module.float().eval(),
-        spec=spec,
-        preset=None,
-        input_shape=tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None,
-    )
+    shape = tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None
+    return _built(spec, FromLibrary(module, None, shape))
+
+
+def preset_of(spec: str) -> Preprocessing | None:
+    """The preprocessing that a library has for the network of a spec; code of others has none.
+
+    Raises:
+        ModelError: The network cannot be built.
+    """
+    found = library_of(split_spec(spec, ModelError)[0])
+    return None if found is None else build_model(spec).preset
+
+
+def _built(spec: str, made: FromLibrary) -> BuiltModel:
+    entries = made.module.state_dict().values()
+    dtype = dtype_of(entry for entry in entries if isinstance(entry, Tensor))
+    module = made.module.float().eval()
+    return BuiltModel(module, spec, made.preset, made.input_shape, dtype, made.convert)
 
 
 def _check_plain(module: nn.Module, head: str) -> None:
@@ -88,16 +108,3 @@ def _check_plain(module: nn.Module, head: str) -> None:
             f"The factory {head} returned a network with layers that wait for their first input "
             f"({', '.join(lazy[:5])}); let it run one forward before it returns."
         )
-
-
-def _build_torchvision(spec: str, name: str, arguments: dict[str, Any]) -> BuiltModel:
-    module = torchvision_model(name, **arguments)
-    image_size = getattr(module, "image_size", None)
-    preset = torchvision_preset(name, image_size if isinstance(image_size, int) else None)
-    side = preset.crop or 224
-    return BuiltModel(
-        module=module.float().eval(),
-        spec=spec,
-        preset=replace(preset, channels=3),
-        input_shape=(3, side, side),
-    )

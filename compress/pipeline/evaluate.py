@@ -16,7 +16,7 @@ from compress.data import ImageSet, Loader, Preprocessing, check_labels
 from compress.errors import ConfigError
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, preprocessing_of
-from compress.inputs.models import build_model
+from compress.inputs.models import preset_of
 from compress.measure.accuracy import Yardstick, custom_value, require_labels, require_ranked
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
@@ -121,8 +121,7 @@ def evaluate_model(
 
 
 def _preprocessing(config: RunConfig, spec: str) -> Preprocessing:
-    preset = build_model(spec).preset if spec.startswith("torchvision:") else None
-    return preprocessing_of(config, preset)
+    return preprocessing_of(config, preset_of(spec) if spec else None)
 
 
 def measured(

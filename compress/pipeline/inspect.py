@@ -16,10 +16,7 @@ from compress.choose import break_even
 from compress.config import RunConfig
 from compress.data import Loader
 from compress.errors import ConfigError
-from compress.inputs.checkpoint.loading import load_into
-from compress.inputs.checkpoint.reading import read_checkpoint
-from compress.inputs.load import arity_of, batch_size_for, load_network
-from compress.inputs.models import build_model
+from compress.inputs.load import arity_of, batch_size_for, load_network, load_trained
 from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network, prepare
@@ -124,9 +121,7 @@ def inspect_checkpoint(
     for name in ("checkpoint", "model"):
         if not getattr(config, name):
             raise ConfigError(f"No {name} given; pass it, or set it with --config.")
-    checkpoint = read_checkpoint(config.checkpoint)
-    built = build_model(config.model)
-    load_into(built.module, checkpoint)
+    built, checkpoint = load_trained(config)
     hint = _cropped(built.input_shape, config.crop)
     wanted = input_shapes or ((hint,) if hint else ())
     if not wanted:

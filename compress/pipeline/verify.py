@@ -16,9 +16,8 @@ from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold
 from compress.errors import ArtefactError, ConfigError
-from compress.files import sha256_file
 from compress.inputs.functions import metric_function
-from compress.inputs.load import batch_size_for, load_model, open_images
+from compress.inputs.load import batch_size_for, load_model, open_images, source_sha256
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers
 from compress.measure.speed import costs
@@ -103,15 +102,16 @@ def _with_model(config: RunConfig, manifest: Manifest, *, trust_code: bool) -> R
     for name, value in (("checkpoint", config.checkpoint), ("test", config.test), ("model", spec)):
         if not value:
             raise ConfigError(f"No {name} given; pass --{name}.")
-    _check_checkpoint(config, manifest)
     if not config.model and not trust_code:
         require_trusted_model(spec, "The result", ArtefactError)
-    return config.replace(model=spec)
+    config = config.replace(model=spec)
+    _check_checkpoint(config, manifest)
+    return config
 
 
 def _check_checkpoint(config: RunConfig, manifest: Manifest) -> None:
     try:
-        found = sha256_file(config.checkpoint)
+        found = source_sha256(config)
     except OSError:
         return  # reading it says what is wrong with it
     if found != manifest.source_sha256:

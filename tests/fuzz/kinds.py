@@ -109,6 +109,16 @@ def _checkpoint(path: Path) -> None:
     load_into(tiny(), read_checkpoint(path))
 
 
+def _with_shards(path: Path) -> Path:
+    for name, data in makers.shards().items():
+        path.with_name(name).write_bytes(data)
+    return path
+
+
+def _index(path: Path) -> None:
+    _checkpoint(_with_shards(path))
+
+
 def _use(images: ImageSet) -> None:
     """What commands do with images before and while a network sees them."""
     check_channels(images, 1)
@@ -275,6 +285,10 @@ def _inspect(path: Path, _: Path) -> list[str]:
     return ["inspect", str(path), "--model", SPEC, "--input-shape", "1,8,8"]
 
 
+def _inspect_index(path: Path, folder: Path) -> list[str]:
+    return _inspect(_with_shards(path), folder)
+
+
 def _evaluate(spec: Callable[[Path], str], path: Path, folder: Path) -> list[str]:
     weights = folder / "weights.safetensors"
     return ["evaluate", str(weights), "--model", SPEC, "--test", spec(path)]
@@ -341,6 +355,8 @@ _ALL = (
          (partial(makers.crafted_torch, legacy=False),), arguments=_inspect, payload=_member),
     Kind("torch-legacy", ".pth", partial(makers.torch_files, legacy=True), _checkpoint,
          (partial(makers.crafted_torch, legacy=True), makers.hostile_pickle), arguments=_inspect),
+    Kind("index", ".json", makers.index_files, _index, (makers.crafted_json, makers.crafted_index),
+         TEXT_MUTATORS, _inspect_index),
     Kind("npz", ".npz", makers.npz_files, _arrays, (makers.crafted_npz,),
          arguments=partial(_evaluate, _tensors_of), payload=_member),
     Kind("arrays", ".safetensors", makers.array_safetensors_files, _arrays,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import gzip
@@ -96,6 +97,45 @@ def safetensors_files() -> list[bytes]:
     ]
 
 
+SHARDS = ("part-1.safetensors", "part-2.safetensors")
+
+
+def shards() -> dict[str, bytes]:
+    """The two files that hold the weights which an index divides among them."""
+    names = sorted(weights())
+    halves = (names[::2], names[1::2])
+    return {
+        shard: safetensors.torch.save({n: weights()[n] for n in half})
+        for shard, half in zip(SHARDS, halves, strict=True)
+    }
+
+
+def index_files() -> list[bytes]:
+    """Indices of a checkpoint in two files."""
+    names = sorted(weights())
+    places = {n: SHARDS[k % 2] for k, n in enumerate(names)}
+    size = sum(t.numel() * t.itemsize for t in weights().values())
+    whole = {"metadata": {"total_size": size}, "weight_map": places}
+    return [json.dumps(whole, indent=2).encode(), json.dumps({"weight_map": places}).encode()]
+
+
+def crafted_index(rng: random.Random, data: bytes) -> bytes:
+    """Let an index lead elsewhere, to nothing, or to the wrong file."""
+    tree = json.loads(data)
+    places = tree["weight_map"]
+    name = rng.choice(sorted(places))
+    places[name] = rng.choice(
+        (
+            "../part-1.safetensors", "/dev/zero", "..", ".", "", "a\\b", "part-3.safetensors",
+            "C:part-1.safetensors", "index.json", "\x1b[2J", "x" * 5000, 3, None, [SHARDS[0]],
+            *SHARDS, rng.choice(HOSTILE_TEXTS),
+        )
+    )  # fmt: skip
+    if rng.random() < 0.3:
+        places[rng.choice(HOSTILE_TEXTS)] = SHARDS[0]
+    return json.dumps(tree).encode("utf-8", "surrogatepass")
+
+
 def torch_files(*, legacy: bool) -> list[bytes]:
     """Checkpoints of torch.save."""
     state = OrderedDict(weights())
@@ -104,7 +144,8 @@ def torch_files(*, legacy: bool) -> list[bytes]:
     optimiser = torch.optim.Adam(model.parameters())
     model(torch.zeros(2, 1, 8, 8)).sum().backward()
     optimiser.step()
-    training = {"model": model.state_dict(), "optimizer": optimiser.state_dict()}
+    training: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimiser.state_dict()}
+    training |= {"best": np.float64(0.5), "args": argparse.Namespace(lr=0.1, seen=np.zeros(3))}
     parameters = {k: torch.nn.Parameter(v) for k, v in state.items() if v.is_floating_point()}
     return [torch_file(c, legacy=legacy) for c in (state, wrapped, training, parameters)]
 

@@ -21,8 +21,8 @@ from fuzz.cases import SECONDS, Failure
 
 TESTS = Path(__file__).resolve().parents[1]
 NAMES = (
-    "safetensors", "torch-zip", "torch-legacy", "npz", "arrays", "idx", "picture", "plan", "report",
-    "calibration", "latency", "sweep", "class-map", "toml", "result",
+    "safetensors", "torch-zip", "torch-legacy", "index", "npz", "arrays", "idx", "picture", "plan",
+    "report", "calibration", "latency", "sweep", "class-map", "toml", "result",
     "runtime",
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from compress.errors import CheckpointError
 from compress.inputs.checkpoint.reading import PREFIXES, Checkpoint, listed
+from compress.inputs.checkpoint.states import first_parts
+
+_MOST_HEADS = 100
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -21,7 +24,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     may be missing (files from before torch 0.4.1 lack it, and evaluation never reads it), one
     name of a tied tensor is enough, and torchvision's first DenseNet names (``norm.1``) are
     understood. Where the model's own names begin with a prefix that `read_checkpoint` stripped,
-    it is put back.
+    or all of them with one that the checkpoint lacks, such as ``backbone.``, it is put in front.
 
     Raises:
         CheckpointError: Entries are missing, unexpected, of another shape, or whole or complex
@@ -53,7 +56,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             problems.append(f"of a type that is not a real number's: {listed(types)}")
         raise CheckpointError(
             f"The checkpoint {checkpoint.path} does not belong to this model: "
-            f"{'; '.join(problems)}.{_hint(state, own, misshapen)}"
+            f"{'; '.join(problems)}.{_hint(state, own, misshapen)}{_other_states(checkpoint)}"
         )
     model.load_state_dict(versioned(state, own), strict=False)
 
@@ -84,10 +87,22 @@ def _fitting_names(checkpoint: Checkpoint, own: Mapping[str, Any]) -> dict[str, 
     parts = re.findall("|".join(re.escape(p) for p in PREFIXES), checkpoint.prefix)
     fronts = ["".join(parts[k:]) for k in range(len(parts), -1, -1)]
     front = max(fronts, key=lambda f: sum(f + n in own for n in checkpoint.state))
+    wrapped = (w for w in _wrappers(own) if all(w + n in own for n in checkpoint.state))
+    if not all(front + n in own for n in checkpoint.state):
+        front = next(wrapped, front)
     state = {front + n: t for n, t in checkpoint.state.items()}
     old_densenet = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
     renamed = {n: old_densenet.sub(r"\1", n) for n in state if n not in own}
     return {renamed.get(n, n): t for n, t in state.items()}
+
+
+def _wrappers(own: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what all names of a model begin with, the longest first: ``net.body.``, ``net.``."""
+    some = next(iter(own), "").split(".")[:-1]
+    for count in range(len(some), 0, -1):
+        front = "".join(f"{part}." for part in some[:count])
+        if all(name.startswith(front) for name in own):
+            yield front
 
 
 def _fill_tied(state: dict[str, Tensor], own: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -109,8 +124,14 @@ def _fill_tied(state: dict[str, Tensor], own: Mapping[str, Any], checkpoint: Che
 
 def _hint(state: Mapping[str, Tensor], own: Mapping[str, Any], misshapen: list[str]) -> str:
     """Say what is probably wrong, where the differences have one known cause."""
+    prefix = _fitting_prefix(state, own)
+    if prefix:
+        return f" The entries that begin with {prefix!r} fit: pass --prefix {prefix}."
     if not any(n in own for n in state):
-        return " No entry matches: this is another architecture, or the names carry a prefix."
+        return (
+            " No entry matches: this is another architecture, or the names carry a prefix; they "
+            f"begin with {listed(first_parts(state))}."
+        )
     pairs = {(_shape(state[n]), _shape(own[n])) for n in misshapen}
     sizes = {(a[0], b[0]) for a, b in pairs if a and b and a[1:] == b[1:]}
     last = [n for n in own if n.endswith("weight")][-1:]
@@ -124,3 +145,29 @@ def _hint(state: Mapping[str, Tensor], own: Mapping[str, Any], misshapen: list[s
     if extra and extra <= {"aux1", "aux2", "AuxLogits"}:
         return " The checkpoint has auxiliary classifiers: pass ?aux_logits=true in the model spec."
     return " Is it the right model spec?"
+
+
+def _fitting_prefix(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> str:
+    """What to pass as ``--prefix`` so that all of the model is there; ``""`` for nothing."""
+    needed = {n: _shape(t) for n, t in own.items() if not n.endswith("num_batches_tracked")}
+    heads = [h for h in first_parts(state)[:_MOST_HEADS] if h.endswith(".")]
+    return next(
+        (
+            head
+            for head in heads
+            if all(head + n in state and _shape(state[head + n]) == s for n, s in needed.items())
+        ),
+        "",
+    )
+
+
+def _other_states(checkpoint: Checkpoint) -> str:
+    """Say which other state dicts the file holds."""
+    if not checkpoint.others:
+        return ""
+    read = (
+        f"The state dict under {checkpoint.container!r} was read"
+        if checkpoint.container
+        else ("The entries of the file itself were read")
+    )
+    return f" {read}; choose another with --checkpoint-key: {listed(checkpoint.others)}."
