@@ -59,6 +59,10 @@ def _lines(found: Inspection) -> list[str]:
         lines.append(f"{text.plural(len(found.norms), 'norm')} folded into the layer before.")
     if found.unpacked:
         lines.append(f"{text.plural(len(found.unpacked), 'attention module')} taken apart.")
+    if found.baked:
+        lines.append(f"{text.plural(len(found.baked), 'module')} with computed weights made plain.")
+    if found.plain:
+        lines.append(f"{text.plural(len(found.plain), 'subclass', 'subclasses')} made plain.")
     if found.images:
         lines.append(f"Spectra of the outputs from {text.plural(found.images, 'image')}.")
     return [*lines, *(f"Warning: {w}" for w in found.warnings)]

@@ -1,10 +1,9 @@
-"""The dense baseline: the user's model with attention unpacked, norms folded and layers found."""
+"""The dense baseline: the user's model made plain, with norms folded and layers found."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.network.baking import Baked, Baker, copied
 from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.sites import LayerSite, find_sites
@@ -28,11 +28,13 @@ class Network:
 
     Attributes:
         original: The model as given, in float32 and eval mode; never changed.
-        model: Its copy with attention unpacked and norms folded: the dense baseline.
+        model: Its copy with weights and layers made plain, attention unpacked and norms folded:
+            the dense baseline.
         graph: The baseline's graph, or None where it cannot be traced.
         sites: The baseline's layers, in order of execution.
         folded: Which norms went into which layers.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
+        baked: What computed its weights, or padded, in its own way, and was made plain.
         example: One input ``[1, ...]``.
         memory_formats: Those that its forward takes: ``"contiguous"`` always, and
             ``"channels_last"`` unless a ``view`` or the like stands in the way.
@@ -47,6 +49,7 @@ class Network:
     sites: tuple[LayerSite, ...]
     folded: tuple[FoldedPair, ...]
     unpacked: tuple[str, ...]
+    baked: Baked
     example: Tensor
     memory_formats: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -81,30 +84,32 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     """
     require_parameters(model)
     original = _copied(model).float().eval()
-    baseline = copy.deepcopy(original)
+    before = _output(original, example)
+    check_finite(
+        original, example, before, "on the first image, before anything was changed",
+        "check the checkpoint and the normalisation (--mean, --std)",
+    )  # fmt: skip
     warnings = []
-    unpacked = unpack_attention(baseline)
+    baker = Baker(example, before)
+    baseline, baked, unpacked = _made_plain(original, baker)
     graph = trace(baseline, example)
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
             "an nn.Sequential were folded, and factors are not refitted."
         )
-    before = _output(original, example)
-    check_finite(
-        original, example, before, "on the first image, before anything was changed",
-        "check the checkpoint and the normalisation (--mean, --std)",
-    )  # fmt: skip
     with torch.no_grad():
         pairs = fold_batch_norms(baseline, graph)
-    if not _gives(baseline, example, before):
+    if not baker.gives(baseline):
         # Folding is exact where the graph is right; a forward that bypasses its modules is not.
-        baseline = copy.deepcopy(original)
-        unpacked, pairs, graph = (), (), None
+        baseline, baked, unpacked = copied(original), Baked(), ()
+        pairs, graph = (), None
         warnings.append("Folding the norms changed the outputs, so they were left in place.")
     if pairs:
         graph = trace(baseline, example)
-    sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
+    if baked.fixed:
+        warnings.append(_fixed_padding(baked.fixed, example))
+    sites = find_sites(baseline, example, keep=_Kept(baseline, baked))
     sites = without_read_layers(baseline, sites, example)
     long = [s.name for s in sites if s.skip is None and too_long(s.geometry) is not None]
     if long:
@@ -121,10 +126,26 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     by_module = macs_by_module(baseline, example)
     layers = {alias for site in sites for alias in site.aliases}
     return Network(
-        original, baseline, graph, sites, pairs, unpacked, example, formats, tuple(warnings),
+        original, baseline, graph, sites, pairs, unpacked, baked, example, formats, tuple(warnings),
         macs=sum(by_module.values()),
         elsewhere={name: macs for name, macs in by_module.items() if name not in layers},
     )  # fmt: skip
+
+
+def _made_plain(original: nn.Module, baker: Baker) -> tuple[nn.Module, Baked, tuple[str, ...]]:
+    """Return a copy with weights and layers made plain and attention unpacked, and what was."""
+    baseline, weights = baker.weights(copied(original))
+    unpacked = unpack_attention(baseline)
+    baseline, baked = baker.layers(baseline)
+    return baseline, replace(baked, weights=weights), unpacked
+
+
+def _fixed_padding(names: tuple[str, ...], example: Tensor) -> str:
+    size = "x".join(map(str, example.shape[2:]))
+    return (
+        f"The padding of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} depends on the "
+        f"size of the images and was fixed for {size}: give the result images of that size."
+    )
 
 
 def _runs_in(model: nn.Module, example: Tensor, memory_format: str) -> bool:
@@ -153,7 +174,7 @@ def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None
         return
     name = str(dtype).removeprefix("torch.")
     remedy = "convert the checkpoint to float32"
-    converted, given = copy.deepcopy(model).to(dtype), example.to(dtype)
+    converted, given = copied(model).to(dtype), example.to(dtype)
     try:
         output = _output(converted, given)
     except ModelError as error:
@@ -167,7 +188,7 @@ def check_runs_in(model: nn.Module, example: Tensor, dtype: torch.dtype) -> None
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what a module holds may refuse to be copied in any way
@@ -183,18 +204,11 @@ def _output(model: nn.Module, example: Tensor) -> Tensor:
         return run_model(model, example)
 
 
-def _gives(model: nn.Module, example: Tensor, expected: Tensor) -> bool:
-    try:
-        return same_outputs(expected, _output(model, example))
-    except ModelError:  # it reads what a folded norm no longer has
-        return False
-
-
-class _DirectReaders:
+class _Kept:
     """Reasons to keep layers whose parent reads their weight without calling them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.reasons: dict[nn.Module, str] = {}
+    def __init__(self, model: nn.Module, baked: Baked) -> None:
+        self.reasons = dict(baked.reasons)
         for name, parent in model.named_modules():
             for child in reads_child_weights(parent):
                 self.reasons[parent.get_submodule(child)] = (

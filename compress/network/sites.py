@@ -173,7 +173,8 @@ def _site(
     geometry = (kind or base).geometry(module)
     skip = reason
     if kind is None:
-        skip = f"a subclass of {base.name} ({type(module).__name__}) may compute something else"
+        general = f"a subclass of {base.name} ({type(module).__name__}) may compute something else"
+        skip = reason or general
     elif calls is None:
         skip = skip or "never called in a forward pass (its parent may read its weight directly)"
     elif module._forward_hooks or module._forward_pre_hooks:

@@ -83,6 +83,8 @@ class Inspection:
         original: Costs of the network as it came; ``folded`` with its norms folded.
         norms: Names of the norms that were folded.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
+        baked: Names of the modules whose parametrised weights became plain ones.
+        plain: Names of the subclasses of layers that plain layers replaced.
         layers: In order of execution.
         images: How many images the spectra are from; 0 without data.
         warnings: What the user should know.
@@ -96,6 +98,8 @@ class Inspection:
     folded: Cost
     norms: tuple[str, ...]
     unpacked: tuple[str, ...]
+    baked: tuple[str, ...]
+    plain: tuple[str, ...]
     layers: tuple[InspectedLayer, ...]
     images: int
     warnings: tuple[str, ...]
@@ -182,6 +186,8 @@ def _inspection(
         folded=model_cost(network.model, network.example, size),
         norms=tuple(pair.norm for pair in network.folded),
         unpacked=network.unpacked,
+        baked=network.baked.weights,
+        plain=tuple(layer.name for layer in network.baked.layers),
         layers=layers,
         images=0,
         warnings=network.warnings,
