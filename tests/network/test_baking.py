@@ -137,6 +137,22 @@ class OneDimensional(nn.Conv1d):
         return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
+class CausalInTime(nn.Conv3d):
+    """Pads the past alone, and height and width on both sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 0, 0, 0, self.kernel_size[0] - 1, 0)))
+
+
+def test_three_dimensions_are_padded_apart() -> None:
+    layer = CausalInTime(2, 4, (3, 2, 3), padding=(0, 1, 1)).eval()
+    found = prove(layer, [(1, 2, 5, 6, 7)])
+    assert found.padding == ((2, 0), (1, 1), (1, 1))
+    x = torch.randn(2, 2, 4, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(x), layer(x), **CLOSE)
+
+
 def test_causal_convolutions_are_a_padding_and_a_convolution() -> None:
     layer = OneDimensional(3, 4, 3, dilation=2).eval()
     found = prove(layer, [(1, 3, 11)])
