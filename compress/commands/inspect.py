@@ -79,7 +79,7 @@ def _row(layer: InspectedLayer, rules: list[str]) -> list[str]:
         ", ".join(layer.schemes) or "kept",
         text.count(layer.macs),
         text.whole(layer.params),
-        str(layer.full_rank),
+        str(layer.full_rank) if layer.full_rank else text.UNKNOWN,
         str(layer.break_even) if rewritable else text.UNKNOWN,
         *(str(layer.ranks[rule]) if layer.ranks else text.UNKNOWN for rule in rules),
     ]

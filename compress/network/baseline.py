@@ -14,6 +14,7 @@ from compress.modules.attention import reads_child_weights, unpack_attention
 from compress.network.baking import Baked, Baker, copied
 from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
+from compress.network.recurrent import RecurrentLayer, recurrent_layers
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
 from compress.network.tracing import ends_in_sigmoid, trace
@@ -41,6 +42,7 @@ class Network:
         warnings: What the user should know.
         macs: Of the whole baseline, per image.
         elsewhere: MACs of what is none of the layers, by module.
+        recurrent: Its recurrent layers, which are kept.
     """
 
     original: nn.Module
@@ -55,6 +57,7 @@ class Network:
     warnings: tuple[str, ...]
     macs: int = 0
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    recurrent: tuple[RecurrentLayer, ...] = ()
 
     @property
     def params(self) -> int:
@@ -129,6 +132,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         original, baseline, graph, sites, pairs, unpacked, baked, example, formats, tuple(warnings),
         macs=sum(by_module.values()),
         elsewhere={name: macs for name, macs in by_module.items() if name not in layers},
+        recurrent=recurrent_layers(baseline, example, by_module),
     )  # fmt: skip
 
 
