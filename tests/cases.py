@@ -37,6 +37,7 @@ def _case(name: str, make: Callable[[], nn.Module], *shape: int) -> Case:
 
 
 _conv, _conv1 = partial(partial, nn.Conv2d), partial(partial, nn.Conv1d)
+_conv3, _up3 = partial(partial, nn.Conv3d), partial(partial, nn.ConvTranspose3d)
 _up, _up1 = partial(partial, nn.ConvTranspose2d), partial(partial, nn.ConvTranspose1d)
 _linear = partial(partial, nn.Linear)
 
@@ -83,6 +84,32 @@ CASES: tuple[Case, ...] = (
     _case("up2d-groups", _up(4, 6, 3, stride=2, padding=1, groups=2), 6, 4, 5, 5),
     _case("up1d", _up1(3, 5, 4, stride=3, padding=1, output_padding=2), 8, 3, 16),
     _case("up1d-groups", _up1(4, 6, 3, stride=2, groups=2), 8, 4, 14),
+    _case("conv3d", _conv3(2, 4, 3, padding=1), 8, 2, 4, 4, 5),
+    _case("conv3d-1x1", _conv3(5, 4, 1, stride=2), 6, 5, 4, 5, 5),
+    _case("conv3d-strided", _conv3(2, 3, (3, 2, 3), (1, 2, 3), (1, 0, 2)), 12, 2, 5, 6, 7),
+    _case("conv3d-flat", _conv3(2, 4, (1, 3, 2), padding=(0, 1, 1)), 6, 2, 3, 5, 4),
+    _case("conv3d-deep", _conv3(3, 4, (3, 1, 1), padding=(1, 0, 0)), 6, 3, 5, 3, 4),
+    _case(
+        "conv3d-same", _conv3(2, 4, (2, 3, 2), 1, "same", (1, 2, 1), bias=False), 4, 2, 4, 6, 5
+    ),
+    _case("conv3d-valid", _conv3(2, 3, 2, padding="valid"), 6, 2, 4, 5, 4),
+    _case("conv3d-groups", _conv3(4, 6, (2, 2, 3), padding=1, groups=2), 4, 4, 4, 4, 5),
+    _case(
+        "conv3d-reflect",
+        _conv3(2, 3, (2, 3, 2), padding=(1, 2, 1), padding_mode="reflect"), 6, 2, 4, 5, 4,
+    ),
+    _case(
+        "conv3d-replicate", _conv3(2, 3, 2, padding=(2, 1, 0), padding_mode="replicate"),
+        6, 2, 4, 4, 4,
+    ),
+    _case(
+        "conv3d-circular",
+        _conv3(2, 3, 2, padding=(1, 0, 2), dilation=(2, 1, 2), padding_mode="circular"),
+        6, 2, 4, 4, 5,
+    ),
+    _case("up3d", _up3(2, 3, (3, 2, 3), 2, 1, (1, 0, 1)), 4, 2, 3, 4, 3),
+    _case("up3d-dilated", _up3(2, 4, 2, (1, 2, 3), (0, 1, 2), dilation=(3, 2, 1)), 6, 2, 3, 3, 4),
+    _case("up3d-groups", _up3(4, 6, (2, 3, 2), 2, groups=2, bias=False), 4, 4, 3, 3, 3),
     _case("linear", _linear(7, 5), 90, 7),
     _case("linear-wide", _linear(4, 9, bias=False), 60, 4),
     _case("linear-tokens", _linear(6, 5), 5, 14, 6),
@@ -94,6 +121,8 @@ KEPT: tuple[tuple[Case, str], ...] = (
     (_case("depthwise-multiplier", _conv(4, 8, 3, groups=4), 2, 4, 6, 6), "depthwise"),
     (_case("depthwise-1d", _conv1(4, 4, 3, groups=4), 2, 4, 9), "depthwise"),
     (_case("depthwise-up", _up(4, 4, 2, stride=2, groups=4), 2, 4, 6, 6), "depthwise"),
+    (_case("depthwise-3d", _conv3(3, 6, 2, groups=3), 2, 3, 4, 4, 4), "depthwise"),
+    (_case("depthwise-up-3d", _up3(3, 3, 2, groups=3), 2, 3, 3, 3, 3), "depthwise"),
     (_case("one-output", _conv(3, 1, 3), 2, 3, 6, 6), "rank 1"),
     (_case("linear-one-input", _linear(1, 4), 8, 1), "rank 1"),
 )

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def weight_index(layer: nn.Module, group: int, out: int, feature: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from compress.config import Role, settings_of
 from compress.errors import ArtefactError
 from compress.files import MODEL_FILE, SEAL_KEY, BrokenSeal, check_tensors
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
+from compress.network.baking import PlainLayer
 from compress.untrusted import Unreadable, parse_json, read_record
 from compress.untrusted.tensors import read_metadata
 
@@ -49,7 +50,9 @@ class Manifest:
         model: The model spec; ``""`` where the model was passed in by a program.
         source_sha256: Hash of the checkpoint file.
         dtype: The floating type of the tensors.
+        baked: Modules whose parametrised weights became plain ones.
         unpacked: Attention modules rebuilt of linear layers.
+        plain: Subclasses of layers that plain ones replaced.
         folded: Pairs of (layer, norm) names.
         replacements: Chains by layer.
         tied: Names of tensors that share another's storage, with that name.
@@ -63,7 +66,9 @@ class Manifest:
     model: str
     source_sha256: str
     dtype: str
+    baked: tuple[str, ...] = ()
     unpacked: tuple[str, ...] = ()
+    plain: tuple[PlainLayer, ...] = ()
     folded: tuple[tuple[str, str], ...] = ()
     replacements: tuple[Replacement, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)

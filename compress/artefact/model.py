@@ -27,6 +27,7 @@ from compress.inputs.models import build_model
 from compress.layers import kind_of
 from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
+from compress.network.baking import bake_weights, put_plain
 from compress.network.chains import empty_chain
 from compress.network.norms import after_norm
 from compress.running.finite import not_finite
@@ -183,7 +184,9 @@ def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[list
 
 def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
     """Give an original architecture the structure of the compressed one; values are left over."""
+    bake_weights(model, manifest.baked)
     model = unpack(model, manifest.unpacked)
+    model = put_plain(model, manifest.plain)
     for layer, norm in manifest.folded:
         module = model.get_submodule(layer)
         if module._parameters.get("bias") is None:

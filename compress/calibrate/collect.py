@@ -165,7 +165,7 @@ class _Collector:
     def _taken(self, y: Tensor) -> Tensor | None:
         if y.shape[0] % self.batch:  # the batch is not the leading axis: take every row
             return None
-        positions = y.shape[0] // self.batch * y.shape[2] * y.shape[3]
+        positions = y.shape[0] // self.batch * math.prod(y.shape[2:])
         taken = self.positions.take(self.call, self.start, self.batch, positions)
         return None if taken is None else taken.to(y.device)
 

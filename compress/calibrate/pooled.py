@@ -13,6 +13,7 @@ Koroko et al. 2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class Pool:
 
         Args:
             activation: The layer's input where ``patches``, else its output; ``[batch, ...]``.
-            gradient: At the layer's output ``[batch, out_channels, height, width]``.
+            gradient: At the layer's output ``[batch, out_channels, *size]``.
             images: How many images the batch holds; what else its axis counts is pooled.
 
         Yields:
@@ -83,7 +84,7 @@ class Pool:
         geometry = self.geometry
         each = gradient.shape[0] // images
         length = geometry.in_features if self.patches else geometry.out_features
-        size = each * gradient.shape[2] * gradient.shape[3] * geometry.groups * length
+        size = each * math.prod(gradient.shape[2:]) * geometry.groups * length
         step = max(_CHUNK // max(size, 1), 1)
         for start in range(0, images, step):
             part = slice(start * each, (start + step) * each)

@@ -72,6 +72,10 @@ def _lines(found: Inspection) -> list[str]:
         lines.append(f"{text.plural(len(found.norms), 'norm')} folded into the layer before.")
     if found.unpacked:
         lines.append(f"{text.plural(len(found.unpacked), 'attention module')} taken apart.")
+    if found.baked:
+        lines.append(f"{text.plural(len(found.baked), 'module')} with computed weights made plain.")
+    if found.plain:
+        lines.append(f"{text.plural(len(found.plain), 'subclass', 'subclasses')} made plain.")
     if found.images:
         lines.append(f"Spectra of the outputs from {text.plural(found.images, 'image')}.")
     return [*lines, *(f"Warning: {w}" for w in found.warnings)]
@@ -88,7 +92,7 @@ def _row(layer: InspectedLayer, rules: list[str]) -> list[str]:
         ", ".join(layer.schemes) or "kept",
         text.count(layer.macs),
         text.whole(layer.params),
-        str(layer.full_rank),
+        str(layer.full_rank) if layer.full_rank else text.UNKNOWN,
         str(layer.break_even) if rewritable else text.UNKNOWN,
         *(str(layer.ranks[rule]) if layer.ranks else text.UNKNOWN for rule in rules),
     ]

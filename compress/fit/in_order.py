@@ -10,6 +10,7 @@ all factors are refitted, not only the last. Layers that were kept stay as they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,7 +169,7 @@ class _InOrder(Walk):
 
 def _sample(target: Tensor, batches: int, seed: int) -> Tensor | None:
     """Positions ``[batch, samples]``, one in each equal stretch; None for all of them."""
-    places = target.shape[2] * target.shape[3]
+    places = math.prod(target.shape[2:])
     wanted = max(1, ROWS // (batches * target.shape[0]))
     if places <= wanted:
         return None

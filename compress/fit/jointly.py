@@ -112,7 +112,8 @@ def refit_jointly(
 
 def _suits(shape: torch.Size, layers: list[LayerSite]) -> bool:
     """Whether axis 1 of a stretch's output is sure to be its channels."""
-    return len(shape) == 2 or (len(shape) == 4 and all(s.kind == "Conv2d" for s in layers))
+    kind = {4: "Conv2d", 5: "Conv3d"}.get(len(shape))
+    return len(shape) == 2 or (kind is not None and all(s.kind == kind for s in layers))
 
 
 def _improve(stretch: Stretch, factors: Mapping[str, Factors], seed: int) -> Improved:

@@ -17,11 +17,11 @@ class LayerKind:
     Attributes:
         module_type: The exact type; a subclass may change ``forward`` and is kept.
         geometry: Reads the geometry of a module.
-        weight: Reads its weight as ``[groups, out, in, k_h, k_w]`` (a view where possible).
+        weight: Reads its weight as ``[groups, out, in, *kernel]`` (a view where possible).
         build: Builds a layer of this kind from a geometry, such a weight and a bias or None.
         unsupported: Says why a module cannot be rewritten, or None.
-        images: Brings an activation of the layer to ``[batch, channels, height, width]``, where
-            ``batch`` counts the images and every further position is spatial.
+        images: Brings an activation of the layer to ``[batch, channels, *size]`` with the axes of
+            the geometry, where ``batch`` counts the images and every further position is spatial.
     """
 
     module_type: type[nn.Module]
@@ -78,6 +78,8 @@ _TYPE_NAMES = {
     "linear": "Linear",
     "conv1d": "Conv1d",
     "conv2d": "Conv2d",
+    "conv3d": "Conv3d",
     "conv_transpose1d": "ConvTranspose1d",
     "conv_transpose2d": "ConvTranspose2d",
+    "conv_transpose3d": "ConvTranspose3d",
 }

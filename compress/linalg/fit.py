@@ -41,7 +41,7 @@ class Fit:
     Attributes:
         scheme: The scheme's name.
         ranks: Ranks per group.
-        weights: One ``[groups, out, in, k_h, k_w]`` per stage, float64, without bias.
+        weights: One ``[groups, out, in, *kernel]`` per stage, float64, without bias.
         loss: ``tr(G Δ C Δᵀ)`` summed over the groups.
         mse: ``tr(Δ C Δᵀ) / c_out``: mean squared error per output element.
         matrix: ``Ŵ [groups, out, d]``.
@@ -121,7 +121,7 @@ def with_weights(geometry: Geometry, old: Fit, weights: tuple[Tensor, ...]) -> F
     Args:
         geometry: The layer that the chain replaces.
         old: Scheme and ranks.
-        weights: One ``[groups, out, in, k_h, k_w]`` per stage.
+        weights: One ``[groups, out, in, *kernel]`` per stage.
     """
     first, last = weights[0].flatten(2), weights[1].flatten(3)
     up = weights[2].flatten(2) if len(weights) > 2 else None

@@ -38,7 +38,7 @@ class Problem:
 
     Args:
         geometry: The layer's geometry.
-        weight: ``[groups, out, in, k_h, k_w]``.
+        weight: ``[groups, out, in, *kernel]``.
         covariances: Of the layer's rows.
         weighting: ``G [groups, out, out]``; None for the plain mean squared error.
         roots: `roots` of another problem with the same weighting, which take a while to compute.

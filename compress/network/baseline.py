@@ -1,10 +1,9 @@
-"""The dense baseline: the user's model with attention unpacked, norms folded and layers found."""
+"""The dense baseline: the user's model made plain, with norms folded and layers found."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from torch import fx, nn
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.network.baking import Baked, Baker, copied
 from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
+from compress.network.recurrent import RecurrentLayer, recurrent_layers
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
 from compress.network.tracing import ends_in_sigmoid, trace
@@ -31,11 +32,13 @@ class Network:
 
     Attributes:
         original: The model as given, in float32 and eval mode; never changed.
-        model: Its copy with attention unpacked and norms folded: the dense baseline.
+        model: Its copy with weights and layers made plain, attention unpacked and norms folded:
+            the dense baseline.
         graph: The baseline's graph, or None where it cannot be traced.
         sites: The baseline's layers, in order of execution.
         folded: Which norms went into which layers.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
+        baked: What computed its weights, or padded, in its own way, and was made plain.
         example: One image's inputs ``[1, ...]``: a tensor, or a structure of several.
         result: What the baseline's forward returns for it.
         reading: What the outputs stand for.
@@ -44,6 +47,7 @@ class Network:
         warnings: What the user should know.
         macs: Of the whole baseline, per image.
         elsewhere: MACs of what is none of the layers, by module.
+        recurrent: Its recurrent layers, which are kept.
     """
 
     original: nn.Module
@@ -52,6 +56,7 @@ class Network:
     sites: tuple[LayerSite, ...]
     folded: tuple[FoldedPair, ...]
     unpacked: tuple[str, ...]
+    baked: Baked
     example: Any
     result: Any
     reading: Reading
@@ -59,6 +64,7 @@ class Network:
     warnings: tuple[str, ...]
     macs: int = 0
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    recurrent: tuple[RecurrentLayer, ...] = ()
 
     @property
     def params(self) -> int:
@@ -110,30 +116,32 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
     """
     require_parameters(model)
     original = _copied(model).float().eval()
-    baseline = copy.deepcopy(original)
+    before = _output(original, example)
+    check_finite(
+        original, example, before, "on the first image, before anything was changed",
+        "check the checkpoint and the normalisation (--mean, --std)",
+    )  # fmt: skip
     warnings = []
-    unpacked = unpack_attention(baseline)
+    baker = Baker(example, before)
+    baseline, baked, unpacked = _made_plain(original, baker)
     graph = trace(baseline, example, evidence.sizes)
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
             "an nn.Sequential were folded, and factors are not refitted."
         )
-    before = _output(original, example)
-    check_finite(
-        original, example, before, "on the first image, before anything was changed",
-        "check the checkpoint and the normalisation (--mean, --std)",
-    )  # fmt: skip
     with torch.no_grad():
         pairs = fold_batch_norms(baseline, graph)
-    if not _gives(baseline, example, before):
+    if not baker.gives(baseline):
         # Folding is exact where the graph is right; a forward that bypasses its modules is not.
-        baseline = copy.deepcopy(original)
-        unpacked, pairs, graph = (), (), None
+        baseline, baked, unpacked = copied(original), Baked(), ()
+        pairs, graph = (), None
         warnings.append("Folding the norms changed the outputs, so they were left in place.")
     if pairs:
         graph = trace(baseline, example, evidence.sizes)
-    sites = find_sites(baseline, example, keep=_DirectReaders(baseline))
+    if baked.fixed:
+        warnings.append(_fixed_padding(baked.fixed, example))
+    sites = find_sites(baseline, example, keep=_Kept(baseline, baked))
     sites = without_read_layers(baseline, sites, example)
     long = [s.name for s in sites if s.skip is None and too_long(s.geometry) is not None]
     if long:
@@ -152,10 +160,11 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
     by_module = macs_by_module(baseline, example)
     layers = {alias for site in sites for alias in site.aliases}
     return Network(
-        original, baseline, graph, sites, pairs, unpacked, example, before, reading, formats,
+        original, baseline, graph, sites, pairs, unpacked, baked, example, before, reading, formats,
         tuple(warnings),
         macs=sum(by_module.values()),
         elsewhere={name: macs for name, macs in by_module.items() if name not in layers},
+        recurrent=recurrent_layers(baseline, example, by_module),
     )  # fmt: skip
 
 
@@ -164,6 +173,22 @@ def _read(original: nn.Module, result: Any, evidence: Evidence, *, sigmoid: bool
     if len(floating(result)) > 1 and evidence.targets and evidence.batch is not None:
         result = _output(original, evidence.batch())
     return read_outputs(result, evidence.targets, sigmoid=sigmoid)
+
+
+def _made_plain(original: nn.Module, baker: Baker) -> tuple[nn.Module, Baked, tuple[str, ...]]:
+    """Return a copy with weights and layers made plain and attention unpacked, and what was."""
+    baseline, weights = baker.weights(copied(original))
+    unpacked = unpack_attention(baseline)
+    baseline, baked = baker.layers(baseline)
+    return baseline, replace(baked, weights=weights), unpacked
+
+
+def _fixed_padding(names: tuple[str, ...], example: Any) -> str:
+    size = "x".join(map(str, main_tensor(example).shape[2:]))
+    return (
+        f"The padding of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} depends on the "
+        f"size of the images and was fixed for {size}: give the result images of that size."
+    )
 
 
 def _runs_in(model: nn.Module, example: Any, memory_format: str) -> bool:
@@ -192,7 +217,7 @@ def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
         return
     name = str(dtype).removeprefix("torch.")
     remedy = "convert the checkpoint to float32"
-    converted = copy.deepcopy(model).to(dtype)
+    converted = copied(model).to(dtype)
     given = like_weights(example, next(converted.parameters()))
     try:
         output = _output(converted, given)
@@ -207,7 +232,7 @@ def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what a module holds may refuse to be copied in any way
@@ -223,18 +248,11 @@ def _output(model: nn.Module, example: Any) -> Any:
         return run_model(model, example)
 
 
-def _gives(model: nn.Module, example: Any, expected: Any) -> bool:
-    try:
-        return same_outputs(expected, _output(model, example))
-    except ModelError:  # it reads what a folded norm no longer has
-        return False
-
-
-class _DirectReaders:
+class _Kept:
     """Reasons to keep layers whose parent reads their weight without calling them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.reasons: dict[nn.Module, str] = {}
+    def __init__(self, model: nn.Module, baked: Baked) -> None:
+        self.reasons = dict(baked.reasons)
         for name, parent in model.named_modules():
             for child in reads_child_weights(parent):
                 self.reasons[parent.get_submodule(child)] = (

@@ -23,7 +23,7 @@ class Chain:
     Attributes:
         scheme: The scheme's name.
         ranks: Ranks per group.
-        weights: One ``[groups, out, in, k_h, k_w]`` per stage.
+        weights: One ``[groups, out, in, *kernel]`` per stage.
         bias: ``[c_out]`` of the last stage, the only one that has a bias.
     """
 

@@ -55,7 +55,7 @@ def fold_into(layer: nn.Module, norm: nn.Module) -> None:
     assert norm.running_var is not None
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
-    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     statistics = BatchNorm(
         norm.running_mean,
         norm.running_var,

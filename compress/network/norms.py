@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from compress.running.forward import evaluation_mode, forward_hooks
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def after_norm(module: nn.Module) -> nn.Module | None:
@@ -50,19 +51,19 @@ def after_norm(module: nn.Module) -> nn.Module | None:
     return rest if same and torch.allclose(found, expected, rtol=1e-5, atol=1e-6) else None
 
 
-def _example(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
+def _example(norm: Norm) -> Tensor:
     """Numbers on both sides of every channel's mean ``[4, channels, ...]``."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
-    sides = (3, 3) if isinstance(norm, nn.BatchNorm2d) else (3,)
+    sides = (3,) * (NORMS.index(next(k for k in NORMS if isinstance(norm, k))) + 1)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(4, len(mean), *sides, generator=generator).to(mean)
     axes = (-1, *[1] * len(sides))
     return mean.view(axes) + 2 * variance.sqrt().view(axes) * numbers
 
 
-def _normalised(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _normalised(norm: Norm, x: Tensor) -> Tensor:
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
     )

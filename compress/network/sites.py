@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import kind_of, registered
-from compress.linalg.geometry import Geometry, Pair
+from compress.linalg.geometry import Geometry, Sizes
 from compress.linalg.schemes import SCHEMES
 from compress.running.forward import evaluation_mode, forward_hooks, run_model
 from compress.running.modules import module_names
@@ -25,11 +25,11 @@ class Call:
     """One use of a layer in a forward pass over one image.
 
     Attributes:
-        size: Height and width of its input.
+        size: Height and width of its input, in three dimensions the depth before them.
         repeats: How many such inputs an image gives (windows, tokens folded into the batch).
     """
 
-    size: Pair
+    size: Sizes
     repeats: Fraction
 
 
@@ -96,14 +96,10 @@ class LayerSite:
         g = self.geometry
         text = f"{g.in_channels}→{g.out_channels}"
         if g.kind != "linear":
-            text += f" {g.kernel_size[0]}x{g.kernel_size[1]}"
-        if g.stride != (1, 1):
-            same = g.stride[0] == g.stride[1]
-            text += (
-                f" s{g.stride[1]}"
-                if same or g.kind.endswith("1d")
-                else f" s{g.stride[0]}x{g.stride[1]}"
-            )
+            text += f" {'x'.join(map(str, g.kernel_size))}"
+        if any(step != 1 for step in g.stride):
+            same = len(set(g.stride)) == 1 or g.kind.endswith("1d")
+            text += f" s{g.stride[-1] if same else 'x'.join(map(str, g.stride))}"
         if g.groups > 1:
             text += f" g{g.groups}"
         return text
@@ -140,7 +136,7 @@ def find_sites(
         elif kind is not None:
             images = kind.images(inputs[0])
             repeats = Fraction(images.shape[0], count(example))
-            seen.append(Call((images.shape[2], images.shape[3]), repeats))
+            seen.append(Call(tuple(images.shape[2:]), repeats))
 
     with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):
         run_model(model, example)
@@ -175,7 +171,8 @@ def _site(
     geometry = (kind or base).geometry(module)
     skip = reason
     if kind is None:
-        skip = f"a subclass of {base.name} ({type(module).__name__}) may compute something else"
+        general = f"a subclass of {base.name} ({type(module).__name__}) may compute something else"
+        skip = reason or general
     elif calls is None:
         skip = skip or "never called in a forward pass (its parent may read its weight directly)"
     elif module._forward_hooks or module._forward_pre_hooks:

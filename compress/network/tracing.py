@@ -334,10 +334,35 @@ def _factories(tracer: _Tracer) -> Iterator[None]:
     try:
         for name, function in originals.items():
             setattr(torch, name, wrapped(function))
-        yield
+        with _own_functions(wrapped):
+            yield
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+@contextmanager
+def _own_functions(wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Make nodes of the user's own autograd functions, whose C++ would crash on a proxy."""
+    parent = torch.autograd.Function
+    original = vars(parent)["apply"]
+    known: dict[type, Callable[..., Any]] = {}
+
+    def applied(own: type) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return original.__get__(None, own)(*args, **kwargs)
+
+        call.__name__ = call.__qualname__ = f"{own.__name__}_apply"
+        return call
+
+    def apply(own: type, *args: Any, **kwargs: Any) -> Any:
+        return wrapped(known.setdefault(own, applied(own)))(*args, **kwargs)
+
+    setattr(parent, "apply", classmethod(apply))  # noqa: B010 - plainly, types forbid it
+    try:
+        yield
+    finally:
+        setattr(parent, "apply", original)  # noqa: B010
 
 
 def _holds_proxy(values: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from compress.config import RunConfig
 from compress.data import ImageSet
 from compress.errors import ArtefactError
 from compress.files import MODEL_FILE, atomic_folder, write_atomically
+from compress.network.baking import copied
 from compress.pipeline.outcome import Compressed
 from compress.report import build_report, write_report
 from compress.result import Result
@@ -55,7 +55,7 @@ def check_reload(compressed: Compressed, path: Path) -> None:
     Raises:
         ArtefactError: They differ.
     """
-    reloaded = load(path, model=copy.deepcopy(compressed.network.original).cpu())
+    reloaded = load(path, model=copied(compressed.network.original).cpu())
     example = compressed.network.example
     reference = next(compressed.model.parameters())
     images = like_weights(example, reference)

@@ -20,6 +20,7 @@ from compress.inputs.load import arity_of, batch_size_for, load_network, load_tr
 from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network, prepare
+from compress.network.recurrent import RecurrentLayer
 from compress.network.sites import LayerSite
 from compress.pipeline.places import check_files
 from compress.progress import Track, silent
@@ -42,7 +43,8 @@ class InspectedLayer:
         calls: How often it runs in one forward pass.
         macs: Multiply-accumulates per image, over all calls.
         params: Parameters, bias included.
-        full_rank: Largest rank of the weight matrix, per group.
+        full_rank: Largest rank of the weight matrix, per group; 0 for recurrent layers, which have
+            several.
         break_even: Largest rank at which the output scheme saves MACs and parameters; 0 where
             none does.
         schemes: What it can be rewritten as.
@@ -82,7 +84,9 @@ class Inspection:
         original: Costs of the network as it came; ``folded`` with its norms folded.
         norms: Names of the norms that were folded.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
-        layers: In order of execution.
+        baked: Names of the modules whose parametrised weights became plain ones.
+        plain: Names of the subclasses of layers that plain layers replaced.
+        layers: In order of execution; recurrent ones, which are kept, come last.
         images: How many images the spectra are from; 0 without data.
         warnings: What the user should know.
     """
@@ -95,6 +99,8 @@ class Inspection:
     folded: Cost
     norms: tuple[str, ...]
     unpacked: tuple[str, ...]
+    baked: tuple[str, ...]
+    plain: tuple[str, ...]
     layers: tuple[InspectedLayer, ...]
     images: int
     warnings: tuple[str, ...]
@@ -188,7 +194,9 @@ def _inspection(
         folded=model_cost(network.model, network.example, size),
         norms=tuple(pair.norm for pair in network.folded),
         unpacked=network.unpacked,
-        layers=layers,
+        baked=network.baked.weights,
+        plain=tuple(layer.name for layer in network.baked.layers),
+        layers=layers + tuple(map(_recurrent, network.recurrent)),
         images=0,
         warnings=network.warnings,
     )
@@ -213,6 +221,22 @@ def _layer(site: LayerSite) -> InspectedLayer:
         break_even=limit,
         schemes=site.schemes,
         reason=site.skip,
+    )
+
+
+def _recurrent(layer: RecurrentLayer) -> InspectedLayer:
+    return InspectedLayer(
+        name=layer.name,
+        aliases=layer.aliases,
+        kind=layer.kind,
+        shape=layer.shape,
+        calls=layer.calls,
+        macs=layer.macs,
+        params=layer.params,
+        full_rank=0,
+        break_even=0,
+        schemes=(),
+        reason=layer.reason,
     )
 
 

@@ -106,7 +106,9 @@ class Record:
             model=job.inputs.spec,
             source_sha256=job.inputs.sha256,
             dtype=str(job.inputs.dtype).removeprefix("torch."),
+            baked=job.network.baked.weights,
             unpacked=job.network.unpacked,
+            plain=job.network.baked.layers,
             folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
             replacements=tuple(
                 Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)

@@ -21,6 +21,7 @@ from compress.inputs.load import batch_size_for, load_model, open_images, source
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers
 from compress.measure.speed import costs
+from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
@@ -54,7 +55,7 @@ def verify_result(
     manifest = read_manifest(artefact)
     config = _with_model(config, manifest, trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
-    compressed = rebuilt(artefact, copy.deepcopy(original)).to(config.device)
+    compressed = rebuilt(artefact, copied(original)).to(config.device)
     test = open_images(config.test, config, original, preprocessing)
     metric = metric_function(config)
     if metric is None:

@@ -337,6 +337,14 @@ def test_the_manifest_is_read_back(result: tuple[Path, nn.Module]) -> None:
         (lambda m: m.update(folded=[]), "does not fit"),
         (lambda m: m.update(folded=[["conv1", "conv9"]]), "does not fit"),
         (lambda m: m.update(unpacked=["conv1"]), "does not fit"),
+        (lambda m: m.update(baked=["conv1"]), "does not fit"),
+        (lambda m: m.update(baked=["conv9"]), "does not fit"),
+        (
+            lambda m: m.update(plain=[{"name": "conv1", "padding": [[0, 1], [0, 1]]}]),
+            "does not fit",
+        ),
+        (lambda m: m.update(plain=[{"name": "conv1", "padding": [[0, -1], [0, 1]]}]), "damaged"),
+        (lambda m: m.update(plain=["conv1"]), "damaged"),
         (lambda m: m.update(tied={"conv1.0.weight": "nothing"}), ""),
     ],
 )

@@ -20,6 +20,9 @@ LAYERS = [
     nn.Conv2d(4, 6, (2, 3), padding="valid"),
     nn.ConvTranspose1d(4, 6, 3, stride=3, padding=1, output_padding=2, groups=2),
     nn.ConvTranspose2d(4, 6, (2, 3), (3, 2), (1, 0), (2, 1), 2, dilation=(1, 3), bias=False),
+    nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (0, 1, 2), (3, 1, 1), 2, padding_mode="replicate"),
+    nn.Conv3d(4, 6, 2, padding="same", bias=False),
+    nn.ConvTranspose3d(4, 6, (2, 3, 1), (3, 2, 1), (1, 0, 0), (2, 1, 0), 2, dilation=(1, 3, 1)),
 ]
 SHAPES: dict[type[nn.Module], list[tuple[int, ...]]] = {
     nn.Linear: [(3, 5), (3, 2, 5), (3, 2, 4, 5), (5,)],
@@ -27,6 +30,8 @@ SHAPES: dict[type[nn.Module], list[tuple[int, ...]]] = {
     nn.Conv2d: [(3, 4, 9, 8), (4, 9, 8)],
     nn.ConvTranspose1d: [(3, 4, 6), (4, 6)],
     nn.ConvTranspose2d: [(3, 4, 6, 5), (4, 6, 5)],
+    nn.Conv3d: [(3, 4, 5, 6, 4), (4, 5, 6, 4)],
+    nn.ConvTranspose3d: [(3, 4, 3, 4, 2), (4, 3, 4, 2)],
 }
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
@@ -78,14 +83,14 @@ def test_activations_become_images(layer: Any) -> None:
     for shape in SHAPES[type(layer)]:
         x = torch.randn(shape)
         images, y = found.images(x), layer(x)
-        assert images.dim() == 4
+        assert images.dim() == 2 + len(geometry.kernel_size)
         assert images.shape[1] == geometry.in_channels
         assert images.numel() == x.numel()
         lone = len(shape) == len(SHAPES[type(layer)][-1]) and shape == SHAPES[type(layer)][-1]
         assert images.shape[0] == (1 if lone else 3)
         out = found.images(y)
-        height, width = geometry.output_size((images.shape[2], images.shape[3]))
-        assert out.shape == (images.shape[0], geometry.out_channels, height, width)
+        size = geometry.output_size(tuple(images.shape[2:]))
+        assert out.shape == (images.shape[0], geometry.out_channels, *size)
         first = x if lone else x[0]
         wanted = first.reshape(-1, 5).T if isinstance(layer, nn.Linear) else first
         assert torch.equal(images[0].flatten(), wanted.flatten())
@@ -100,7 +105,8 @@ def test_exact_types_alone_are_known() -> None:
     assert kind_of(nn.Bilinear(2, 3, 4)) is None
     assert kind_of(nn.Conv2d(3, 4, 3)) is not None
     assert [found.name for found in registered()] == [
-        "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Linear"
+        "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+        "Linear",
     ]  # fmt: skip
 
 

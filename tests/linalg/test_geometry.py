@@ -133,3 +133,41 @@ def test_sizes_of_a_group() -> None:
     assert geometry.full_rank == 3
     assert geometry.weight_numel == nn.Conv2d(8, 12, (3, 5), groups=4).weight.numel()
     assert geometry.with_(groups=2).in_features == 4 * 15
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patches_in_three_dimensions_are_those_that_torch_multiplies(
+    mode: str, groups: int
+) -> None:
+    """Taken by ``Tensor.unfold`` axis by axis, and multiplied as ``nn.Conv3d`` does."""
+    layer = nn.Conv3d(
+        4,
+        6,
+        (2, 3, 2),
+        (2, 1, 3),
+        (1, 2, 0),
+        (1, 1, 2),
+        groups,
+        padding_mode=mode,  # type: ignore[arg-type]
+    ).double()
+    geometry = Geometry(
+        "conv3d", 4, 6, (2, 3, 2), (2, 1, 3), (1, 2, 0), (1, 1, 2), groups, padding_mode=mode
+    )
+    x = image(2, 4, 5, 6, 8)
+    padded = F.pad(x, (0, 0, 2, 2, 1, 1), mode="constant" if mode == "zeros" else mode)
+    taps = padded.unfold(2, 2, 2).unfold(3, 3, 1).unfold(4, 3, 3)[..., ::2]
+    wanted = taps.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, groups, geometry.in_features)
+    rows = patch_rows(x, geometry)
+    assert torch.equal(rows, wanted.transpose(0, 1))
+    assert torch.equal(patch_view(x, geometry), taps)
+    matrix = layer.weight.detach().reshape(groups, 6 // groups, -1)
+    y = layer(x).detach()
+    assert y.shape[2:] == geometry.output_size((5, 6, 8))
+    bias = layer.bias.detach().reshape(groups, 1, -1)  # type: ignore[union-attr]
+    torch.testing.assert_close(rows @ matrix.mT + bias, output_rows(y, geometry))
+    places = torch.tensor([[0, 5, 17], [3, 3, 11]])
+    count = y[0, 0].numel()
+    chosen = [*places[0].tolist(), *(count + places[1]).tolist()]
+    assert torch.equal(patch_rows(x, geometry, places), rows[:, chosen])
+    assert torch.equal(output_rows(y, geometry, places), output_rows(y, geometry)[:, chosen])

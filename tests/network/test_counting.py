@@ -39,8 +39,8 @@ def test_everything_that_runs_is_counted() -> None:
 
 def test_what_is_no_layer_is_named() -> None:
     network = prepare(Mixed(), torch.rand(1, 3, 4, 8, 8))
-    assert [site.name for site in network.sites] == ["head"]
-    assert network.elsewhere == {"video": VIDEO, "rows": ROWS, "": FREE}
+    assert [site.name for site in network.sites] == ["video", "head"]
+    assert network.elsewhere == {"rows": ROWS, "": FREE}
     assert network.macs == VIDEO + ROWS + HEAD + FREE
 
 

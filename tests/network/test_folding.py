@@ -67,6 +67,10 @@ FOLDING: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple
         lambda: nn.BatchNorm2d(6), (3, 7, 8),
     ),
     "conv1d": (lambda: nn.Conv1d(3, 6, 3), lambda: nn.BatchNorm1d(6), (3, 9)),
+    "conv3d": (lambda: nn.Conv3d(3, 6, 2), lambda: nn.BatchNorm3d(6), (3, 4, 5, 4)),
+    "up3d": (
+        lambda: nn.ConvTranspose3d(4, 6, 2, 2, groups=2), lambda: nn.BatchNorm3d(6), (4, 3, 3, 3)
+    ),
     "up": (
         lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, bias=False),
         lambda: nn.BatchNorm2d(6, eps=0.1), (4, 5, 6),

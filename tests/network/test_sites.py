@@ -162,6 +162,8 @@ def test_a_layer_on_windows_folded_into_the_batch() -> None:
         (nn.Conv2d(4, 6, (1, 3), stride=(1, 2)), torch.zeros(1, 4, 5, 5), "4→6 1x3 s1x2"),
         (nn.Conv2d(4, 6, 3, stride=2, groups=2), torch.zeros(1, 4, 5, 5), "4→6 3x3 s2 g2"),
         (nn.Conv1d(4, 6, 3, stride=2), torch.zeros(1, 4, 5), "4→6 1x3 s2"),
+        (nn.Conv3d(4, 6, 3, (1, 2, 2)), torch.zeros(1, 4, 5, 5, 5), "4→6 3x3x3 s1x2x2"),
+        (nn.Conv3d(4, 6, 3, 2, groups=2), torch.zeros(1, 4, 5, 5, 5), "4→6 3x3x3 s2 g2"),
         (nn.Linear(4, 6), torch.zeros(1, 4), "4→6"),
     ],
 )

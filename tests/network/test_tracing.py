@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,36 @@ class Attention(nn.Module):
         return self.body(x[:, :1].flatten(2).transpose(1, 2).expand(-1, -1, 12))
 
 
+class _Swish(torch.autograd.Function):
+    """As networks write it that want to save memory in training."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return gradients[0] * s * (1 + x * (1 - s))
+
+
+class OwnFunction(nn.Module):
+    """Its activation is an autograd function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(_Swish.apply(self.first(x)))
+        return found
+
+
 TRACED: list[Callable[[], nn.Module]] = [
     ChecksSize, Chunks, Unpacks, Resizes, Tokens, Loops, Nested, Structured, Parameter, Attention,
+    OwnFunction,
 ]  # fmt: skip
 
 

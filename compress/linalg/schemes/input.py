@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from compress.linalg.schemes.record import CHANNEL, COLUMN, ROW, Scheme
+from compress.linalg.schemes.record import CHANNEL, FIRST, REST, Scheme
 
 if TYPE_CHECKING:
     from compress.linalg.geometry import Geometry
@@ -21,7 +21,7 @@ INPUT = Scheme(
     name="input",
     summary="1 x 1 to r channels, then k x k",
     inner=(CHANNEL,),
-    outer=(ROW, COLUMN),
+    outer=(FIRST, REST),
     cored=False,
     unsuited=_unsuited,
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from compress.linalg.schemes.record import CHANNEL, COLUMN, ROW, Scheme
+from compress.linalg.schemes.record import CHANNEL, FIRST, REST, Scheme
 
 OUTPUT = Scheme(
     name="output",
     summary="k x k to r channels, then 1 x 1",
-    inner=(CHANNEL, ROW, COLUMN),
+    inner=(CHANNEL, FIRST, REST),
     outer=(),
     cored=False,
     unsuited=lambda _: None,

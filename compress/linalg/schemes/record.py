@@ -1,8 +1,8 @@
 """What a scheme is: how the chain of narrower layers that stands for one layer is put together.
 
-A scheme splits the layer's patch index ``(channel, row, column)`` into an *inner* part, which the
-first factor ``A [r, inner]`` reads, and an *outer* part, the taps of the last factor
-``B [out, r, outer]``.
+A scheme splits the layer's patch index ``(channel, row, column)`` (in three dimensions
+``(channel, depth, row, column)``) into an *inner* part, which the first factor ``A [r, inner]``
+reads, and an *outer* part, the taps of the last factor ``B [out, r, outer]``.
 Everything else follows from that: the chain's layers, its full ranks, and where the weights go.
 
 Nothing here imports torch, so that the command line can name the schemes without it.
@@ -10,6 +10,7 @@ Nothing here imports torch, so that the command line can name the schemes withou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +19,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.linalg.geometry import Geometry, Pair
+    from compress.linalg.geometry import Geometry, Sizes
 
 Ranks = tuple[int, ...]
 # The covariance of longer patches would take more than half a gigabyte a layer, and its
 # factorisations minutes; closed forms need only that of the outputs.
 LONGEST_PATCH = 8192
-# The axes of a patch, in the order in which a weight ``[groups, out, in, k_h, k_w]`` has them.
-CHANNEL, ROW, COLUMN = 0, 1, 2
-_WHOLE = (CHANNEL, ROW, COLUMN)
+# The axes of a patch, in the order in which a weight ``[groups, out, in, *kernel]`` has them: the
+# channel, the first axis of the kernel, and all others, which stay together: rows and columns, or
+# the depth and what is left of three dimensions.
+CHANNEL, FIRST, REST = 0, 1, 2
 
 
 def too_long(geometry: Geometry) -> str | None:
@@ -91,25 +93,27 @@ class Scheme:
         return first, core, _stage(geometry, (), wide[1], outputs)
 
     def split_weight(self, weight: Tensor) -> Tensor:
-        """Reorder a weight ``[groups, out, in, k_h, k_w]`` to ``[groups, out, outer, inner]``."""
+        """Reorder a weight ``[groups, out, in, *kernel]`` to ``[groups, out, outer, inner]``."""
         groups, out, *sizes = weight.shape
-        order = (*self.outer, *self.inner)
-        outer, inner = (math.prod(sizes[a] for a in axes) for axes in (self.outer, self.inner))
-        return weight.permute(0, 1, *(2 + a for a in order)).reshape(groups, out, outer, inner)
+        parts = [_expanded(axes, len(sizes)) for axes in (self.outer, self.inner)]
+        outer, inner = (math.prod(sizes[a] for a in axes) for axes in parts)
+        order = (2 + a for a in itertools.chain(*parts))
+        return weight.permute(0, 1, *order).reshape(groups, out, outer, inner)
 
     def split_covariance(self, covariance: Tensor, geometry: Geometry) -> Tensor:
         """Reorder ``[groups, d, d]`` over patches to ``[groups, outer, inner, outer, inner]``."""
         groups, sizes = covariance.shape[0], self._sizes(geometry)
-        order = (*self.outer, *self.inner)
+        order = self._order(geometry)
         outer, inner = (self._size(geometry, axes) for axes in (self.outer, self.inner))
         full = covariance.reshape(groups, *sizes, *sizes)
-        ordered = full.permute(0, *(1 + a for a in order), *(4 + a for a in order))
+        second = 1 + len(sizes)
+        ordered = full.permute(0, *(1 + a for a in order), *(second + a for a in order))
         return ordered.reshape(groups, outer, inner, outer, inner)
 
     def stage_weights(
         self, geometry: Geometry, first: Tensor, last: Tensor, up: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Turn factors into the layers' weights ``[groups, out, in, k_h, k_w]``.
+        """Turn factors into the layers' weights ``[groups, out, in, *kernel]``.
 
         Args:
             geometry: The layer that the chain replaces.
@@ -121,9 +125,11 @@ class Scheme:
             ValueError: The scheme is cored and there is no ``up``.
         """
         groups, rank, _ = first.shape
-        channels, k_h, k_w = self._sizes(geometry)
+        channels, *taps = self._sizes(geometry)
         kernels = [
-            tuple(k if axis in axes else 1 for axis, k in ((ROW, k_h), (COLUMN, k_w)))
+            tuple(
+                k if axis in _expanded(axes, len(taps) + 1) else 1 for axis, k in enumerate(taps, 1)
+            )
             for axes in (self.inner, self.outer)
         ]
         weights = (
@@ -134,54 +140,63 @@ class Scheme:
             return weights
         if up is None:
             raise ValueError(f"{self.name} needs its last projection")
-        return *weights, up.reshape(*up.shape, 1, 1)
+        return *weights, up.reshape(*up.shape, *(1 for _ in taps))
 
     def joined(self, geometry: Geometry, full: Tensor) -> Tensor:
         """Reorder ``Ŵ [groups, out, outer, inner]`` to rows of patches, ``[groups, out, d]``."""
-        sizes, order = self._sizes(geometry), (*self.outer, *self.inner)
+        sizes, order = self._sizes(geometry), self._order(geometry)
         apart = full.reshape(*full.shape[:2], *(sizes[a] for a in order))
-        return apart.permute(0, 1, *(2 + order.index(a) for a in _WHOLE)).flatten(2)
+        return apart.permute(0, 1, *(2 + order.index(a) for a in range(len(sizes)))).flatten(2)
 
     @staticmethod
-    def _sizes(geometry: Geometry) -> tuple[int, int, int]:
+    def _sizes(geometry: Geometry) -> tuple[int, ...]:
         return geometry.in_channels // geometry.groups, *geometry.kernel_size
+
+    def _order(self, geometry: Geometry) -> tuple[int, ...]:
+        """The axes of a patch, the outer ones first."""
+        count = len(self._sizes(geometry))
+        return _expanded(self.outer, count) + _expanded(self.inner, count)
 
     def _size(self, geometry: Geometry, axes: tuple[int, ...]) -> int:
         sizes = self._sizes(geometry)
-        return math.prod(sizes[axis] for axis in axes)
+        return math.prod(sizes[axis] for axis in _expanded(axes, len(sizes)))
+
+
+def _expanded(axes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The axes of a patch that has ``count`` of them, `REST` written out."""
+    rest = tuple(range(REST, count)) if REST in axes else ()
+    return tuple(axis for axis in axes if axis != REST) + rest
 
 
 def _stage(geometry: Geometry, axes: tuple[int, ...], inputs: int, outputs: int) -> Geometry:
     """Return the layer that acts along some axes of the kernel and is pointwise elsewhere."""
-    rows, columns = ROW in axes, COLUMN in axes
-    if rows and columns:
+    first, rest = FIRST in axes, REST in axes
+    if first and rest:
         return geometry.with_(in_channels=inputs, out_channels=outputs)
 
-    def only(pair: Pair, otherwise: int) -> Pair:
-        return (pair[0] if rows else otherwise, pair[1] if columns else otherwise)
+    def only(sizes: Sizes, otherwise: int) -> Sizes:
+        kept = (first, *(rest for _ in sizes[1:]))
+        return tuple(size if keep else otherwise for size, keep in zip(sizes, kept, strict=True))
 
-    plain = not (rows or columns)
+    plain = not (first or rest)
     padding = geometry.padding
-    kind = {"conv_transpose1d": "conv1d", "conv_transpose2d": "conv2d"}.get(geometry.kind)
+    none = tuple(0 for _ in geometry.kernel_size)
+    amounts = none if isinstance(padding, str) else padding
     return geometry.with_(
-        kind=(kind or geometry.kind) if plain else geometry.kind,
+        kind=geometry.kind.replace("_transpose", "") if plain else geometry.kind,
         in_channels=inputs,
         out_channels=outputs,
         kernel_size=only(geometry.kernel_size, 1),
         stride=only(geometry.stride, 1),
-        padding=padding if isinstance(padding, str) and not plain else only(_pair(padding), 0),
+        padding=padding if isinstance(padding, str) and not plain else only(amounts, 0),
         dilation=only(geometry.dilation, 1),
         padding_mode="zeros" if plain else geometry.padding_mode,
         output_padding=only(geometry.output_padding, 0),
     )
 
 
-def _pair(padding: Pair | str) -> Pair:
-    return (0, 0) if isinstance(padding, str) else padding
-
-
-def chain_macs(chain: tuple[Geometry, ...], size: Pair) -> int:
-    """Multiply-accumulates of a chain for one input of height and width ``size``."""
+def chain_macs(chain: tuple[Geometry, ...], size: Sizes) -> int:
+    """Multiply-accumulates of a chain for one input whose axes have ``size``."""
     total = 0
     for stage in chain:
         total += stage.macs(size)
