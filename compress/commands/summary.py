@@ -9,7 +9,13 @@ from typing import Any
 from compress.commands.terminal import table
 from compress.plan import DENSE
 from compress.report import gate_sentence, text
-from compress.report.build import Report, accuracy_sentence, layers_sentence, verdict_text
+from compress.report.build import (
+    Report,
+    accuracy_sentence,
+    layers_sentence,
+    refit_sentence,
+    verdict_text,
+)
 from compress.result import GateResult
 
 # Reasons for keeping layers that are listed before the rest is left to the report.
@@ -29,7 +35,8 @@ def run_summary(
     result = report["result"]
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
-    lines += [layers_sentence(report), accuracy_sentence(report)]
+    said = (layers_sentence(report), refit_sentence(report), accuracy_sentence(report))
+    lines += [sentence for sentence in said if sentence]
     for gate in report["gates"]:
         lines.append(
             f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(GateResult(**gate))}"

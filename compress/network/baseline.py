@@ -64,6 +64,11 @@ class Network:
         last = self.example.device.type == "cpu" and "channels_last" in self.memory_formats
         return "channels_last" if last else "contiguous"
 
+    @property
+    def refit_path(self) -> str:
+        """What a refit goes along: the ``"graph"``, or without one the ``"modules"``."""
+        return "modules" if self.graph is None else "graph"
+
     def site(self, name: str) -> LayerSite:
         """The site of a name."""
         return next(s for s in self.sites if s.name == name)
@@ -88,7 +93,7 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
-            "an nn.Sequential were folded, and factors are not refitted."
+            "an nn.Sequential were folded, and a refit goes layer by layer only, not jointly."
         )
     before = _output(original, example)
     check_finite(
@@ -101,7 +106,10 @@ def prepare(model: nn.Module, example: Tensor) -> Network:
         # Folding is exact where the graph is right; a forward that bypasses its modules is not.
         baseline = copy.deepcopy(original)
         unpacked, pairs, graph = (), (), None
-        warnings.append("Folding the norms changed the outputs, so they were left in place.")
+        warnings.append(
+            "Folding the norms changed the outputs, so they were left in place, and a refit goes "
+            "layer by layer only, not jointly."
+        )
     if pairs:
         graph = trace(baseline, example)
     sites = find_sites(baseline, example, keep=_DirectReaders(baseline))

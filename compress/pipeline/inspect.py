@@ -84,6 +84,7 @@ class Inspection:
         norms: Names of the norms that were folded.
         unpacked: Names of the attention modules that were rebuilt of linear layers.
         layers: In order of execution.
+        refit_path: What a refit goes along: the ``"graph"``, or without one the ``"modules"``.
         images: How many images the spectra are from; 0 without data.
         warnings: What the user should know.
     """
@@ -97,6 +98,7 @@ class Inspection:
     norms: tuple[str, ...]
     unpacked: tuple[str, ...]
     layers: tuple[InspectedLayer, ...]
+    refit_path: str
     images: int
     warnings: tuple[str, ...]
 
@@ -183,6 +185,7 @@ def _inspection(
         norms=tuple(pair.norm for pair in network.folded),
         unpacked=network.unpacked,
         layers=layers,
+        refit_path=network.refit_path,
         images=0,
         warnings=network.warnings,
     )

@@ -159,6 +159,8 @@ class Record:
             warnings=(*inputs.warnings, *network.warnings, *assessed.warnings),
             folded=tuple(pair.norm for pair in network.folded),
             rank_correlation=assessed.rank_correlation,
+            refit_path=self.rewritten.replaced.refit.path,
+            refit_reason=self.rewritten.replaced.refit.reason,
             seconds=clock.seconds,
         )
         return judged(result, limits_of(job.config))

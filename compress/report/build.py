@@ -169,6 +169,19 @@ def layers_sentence(report: Report) -> str:
     return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten.{rule}"
 
 
+def refit_sentence(report: Report) -> str:
+    """Say how layers were refitted and how many changed, or why not; empty where it is unknown."""
+    result = report["result"]
+    path, reason = result["refit_path"], result["refit_reason"]
+    if path not in ("graph", "modules"):
+        return f"Not refitted: {reason}." if reason else ""
+    changed = sum(layer["refitted"] for layer in result["layers"])
+    outcome = f"new weights kept in {text.plural(changed, 'layer')}."
+    if path == "graph":
+        return f"Refitted along the graph, layer by layer and then jointly: {outcome}"
+    return f"Refitted layer by layer only, since {reason or 'there is no graph'}: {outcome}"
+
+
 def verdict_text(report: Report) -> str:
     """The badge's words."""
     gates = report["gates"]

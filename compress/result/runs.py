@@ -85,7 +85,12 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything one run has to say. A test metric of None means the run is unverified."""
+    """Everything one run has to say. A test metric of None means the run is unverified.
+
+    ``refit_path`` is ``"graph"`` where layers were refitted along the network's graph, then
+    jointly; ``"modules"`` where they were by watching them in order of execution; ``"none"`` where
+    they were not; and empty where that is not known. ``refit_reason`` says why not along the graph.
+    """
 
     versions: Versions
     model: str
@@ -109,6 +114,8 @@ class Result:
     warnings: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
     rank_correlation: float | None = None
+    refit_path: str = ""
+    refit_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     format: int = RESULT_FORMAT
 
