@@ -14,6 +14,7 @@ from compress.report.build import (
     accuracy_sentence,
     layers_sentence,
     refit_sentence,
+    timing_sentence,
     verdict_text,
 )
 from compress.result import GateResult
@@ -35,7 +36,10 @@ def run_summary(
     result = report["result"]
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
-    said = (layers_sentence(report), refit_sentence(report), accuracy_sentence(report))
+    said = (
+        layers_sentence(report), refit_sentence(report), accuracy_sentence(report),
+        timing_sentence(report),
+    )  # fmt: skip
     lines += [sentence for sentence in said if sentence]
     for gate in report["gates"]:
         lines.append(

@@ -151,6 +151,30 @@ def cost_sentence(report: Report) -> str:
     return "; ".join(parts) + "."
 
 
+def timing_sentence(report: Report) -> str:
+    """Say how thoroughly times were taken, and what was not timed; empty where it is unknown."""
+    result = report["result"]
+    cost = result["cost"]
+    if not cost["latency"]:
+        return "Times were not measured (--no-latency)." if switched_off(report) else ""
+    rounds = [
+        f"{text.plural(row['runs'], 'round')} at batch {row['batch_size']}"
+        for row in cost["latency"]
+        if row["runs"] is not None
+    ]
+    said = [f"Timed in {' and '.join(rounds)}."] if rounds else []
+    said += [
+        f"Batches of {batch} were not timed: one round would have taken longer than timing may."
+        for batch in cost["too_slow"]
+    ]
+    return " ".join(said)
+
+
+def switched_off(report: Report) -> bool:
+    """Whether times were left out on request."""
+    return report["result"]["config"].get("no_latency") is True
+
+
 def faster(value: float) -> str:
     """Say in a word whether a latency ratio is a gain."""
     if value < 0.97:

@@ -79,13 +79,7 @@ def time_network_formats(
 
     try:
         with evaluating(models.values()):
-            samples = sample(
-                [case(*pair) for pair in pairs],
-                pace.rounds,
-                pace.min_seconds,
-                synchroniser(example.device),
-                pace.clock,
-            )
+            samples = sample([case(*pair) for pair in pairs], pace, synchroniser(example.device))
     finally:
         layout.restore()
     return {
