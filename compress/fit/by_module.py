@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.fit.factors import Factors
-from compress.fit.lockstep import Frontier, Pair, spill_folder
-from compress.fit.regression import ROWS, Layer, Refit, Rows, Sampling
+from compress.fit.frontier import Frontier, Pair, spill_folder
+from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
@@ -208,7 +208,7 @@ class ModuleWalk:
         used = 0
         for name in names:
             site = self.watched.sites[name]
-            rows = min(site.positions * self.images, max(ROWS, self.images))
+            rows = min(site.positions * self.images, max(most_rows(site.geometry), self.images))
             size = 4 * rows * site.geometry.out_channels
             if stretch and used + size > cap:
                 yield stretch
@@ -255,9 +255,9 @@ class ModuleWalk:
 
         def see(batch: int, name: str, given: Tensor, output: Tensor) -> None:
             del given
-            places = output.shape[2] * output.shape[3]
-            positions = sampling.positions(batch, output.shape[0], places)
-            rows = output_rows(output, self.watched.sites[name].geometry, positions)
+            geometry = self.watched.sites[name].geometry
+            positions = sampling.positions(batch, output.shape, most_rows(geometry))
+            rows = output_rows(output, geometry, positions)
             # A copy: what follows may change the output in place.
             taken[name][batch] = _Target(rows.clone(), positions, output.shape)
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from compress.fit.factors import Factors
-from compress.fit.lockstep import Frontier, Pair, residual_partner, spill_folder
-from compress.fit.regression import Layer, Refit, Rows, Sampling
+from compress.fit.frontier import Frontier, Pair, spill_folder
+from compress.fit.lockstep import residual_partner
+from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows
 from compress.fit.walk import RefitImages, RefitSettings, Traced, Walk
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
@@ -81,12 +82,13 @@ class _InOrder(Walk):
         partner = residual_partner(node, set(nodes[:index]), self.lockstep.modules)
         found = Rows.of(site, self.device)
         sampling = Sampling(len(self.held_out), seed, self.device)
+        needed = {source.name for n in (*segment, node) for source in n.all_input_nodes}
+        needed |= set() if partner is None else {partner.name}
         for batch, held_out in enumerate(self.held_out):
-            environment = self.frontier.take(batch)
+            environment = self.frontier.take(batch, needed)
             self.lockstep.run(environment, segment)
             given, target = self._target(node, environment, partner, site)
-            places = target.shape[2] * target.shape[3]
-            positions = sampling.positions(batch, target.shape[0], places)
+            positions = sampling.positions(batch, target.shape, most_rows(site.geometry))
             patches = patch_rows(given, site.geometry, positions)
             targets = output_rows(target, site.geometry, positions)
             found.add(patches, targets, held_out=held_out)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.fit.factors import LEAST_GAIN, Factors
 from compress.layers import registered_kind
 from compress.linalg.fit import Covariances, Problem, refine
+from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
 from compress.linalg.schemes import scheme_named
@@ -26,6 +27,25 @@ from compress.network.sites import LayerSite
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Rows that a layer is fitted to, over all batches.
 ROWS = 1 << 16
+# The work of a fit grows with the square of a patch's length for every row, and with its cube for
+# every ridge. Beyond this length there are as many rows as cost no more than `ROWS` of it, though
+# at least so many per number of a patch; every second ridge is tried, in float32, of which the
+# weakest ridge is ten times the rounding.
+LONG_PATCH = 1200
+ROWS_PER_NUMBER = 8
+
+
+def most_rows(geometry: Geometry) -> int:
+    """How many rows a layer is fitted to, over all batches."""
+    length = geometry.in_features
+    if length <= LONG_PATCH:
+        return ROWS
+    return min(ROWS, max(ROWS_PER_NUMBER * length, ROWS * LONG_PATCH**2 // length**2))
+
+
+def ridges(geometry: Geometry) -> tuple[float, ...]:
+    """The strengths that are tried for a layer."""
+    return RIDGES if geometry.in_features <= LONG_PATCH else RIDGES[::2]
 
 
 @dataclass(frozen=True)
@@ -99,15 +119,16 @@ class Sampling:
     seed: int
     device: torch.device
 
-    def positions(self, batch: int, images: int, places: int) -> Tensor | None:
+    def positions(self, batch: int, shape: torch.Size, most: int) -> Tensor | None:
         """Positions ``[images, samples]``, one in each equal stretch; None for all of them.
 
         Args:
             batch: The batch's number, which the draw depends on.
-            images: How many images the layer sees in it.
-            places: How many output positions each has.
+            shape: Of the layer's output, ``[images, channels, height, width]``.
+            most: How many rows are wanted, over all batches.
         """
-        wanted = max(1, ROWS // (self.batches * images))
+        images, places = shape[0], shape[2] * shape[3]
+        wanted = max(1, most // (self.batches * images))
         if places <= wanted:
             return None
         generator = torch.Generator().manual_seed(self.seed + batch)
@@ -137,7 +158,7 @@ class Layer:
         before = rows.held_out.error(old.weighting, old.fit.matrix, bias)
         best, least = old, before * (1 - LEAST_GAIN)
         attempt = self._attempts(rows)
-        trials = {ridge: attempt(ridge, 0) for ridge in RIDGES}
+        trials = {ridge: attempt(ridge, 0) for ridge in ridges(self.site.geometry)}
         ridge = min(trials, key=lambda r: trials[r][0])
         alternates = iterations and not scheme_named(old.fit.scheme).closed_form
         for error, found in (
@@ -156,11 +177,13 @@ class Layer:
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
         missing = tx - weight @ xx
         roots = square_roots(regularise(old.weighting))
+        long = self.site.geometry.in_features > LONG_PATCH
+        dtype = torch.float32 if long else torch.float64
 
         def attempt(ridge: float, rounds: int) -> tuple[float, Factors]:
             padded = xx.clone()
             padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
-            wanted = weight + solve_psd(padded, missing)
+            wanted = weight + solve_psd(padded.to(dtype), missing.to(dtype)).double()
             covariances = Covariances(wanted @ padded @ wanted.mT, padded)
             problem = Problem(
                 self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots

@@ -18,8 +18,8 @@ from compress.errors import ModelError
 from compress.fit import by_module, regression
 from compress.fit.by_module import ModuleWalk, Watched, refit_by_module
 from compress.fit.factors import Factors
+from compress.fit.frontier import Frontier
 from compress.fit.in_order import _InOrder, refit
-from compress.fit.lockstep import Frontier
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.network.baseline import Network, prepare
 from compress.report import build_report, render_html, render_markdown
