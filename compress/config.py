@@ -140,6 +140,7 @@ class RunConfig:
     round_to: int | None = _setting(Role.OUTCOME, None, _positive)
     refit: bool = _setting(Role.OUTCOME, True)
     latency_batch: int = _setting(Role.TIMING, 8, _positive)
+    no_latency: bool = _setting(Role.TIMING, False)
     latency_table: str = _setting(Role.PLACE, "")
 
     # What the result must satisfy on the test set before it is saved.
@@ -235,6 +236,11 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
     if len(config.rules) > 1:
         given = " and ".join(name for name in RULE_NAMES if name in config.rules)
         yield f"{given} contradict each other: give one rank rule"
+    if config.no_latency and "latency" in config.rules:
+        yield (
+            "no_latency and latency contradict each other: a budget of time is measured; give "
+            "another budget, or let the time be measured"
+        )
     for name in config.rules:
         if name not in RULE_NAMES:
             yield f"there is no rank rule {name!r}{near_matches(name, RULE_NAMES)}"

@@ -76,6 +76,11 @@ def _lines(found: Inspection) -> list[str]:
         lines.append(f"{text.plural(len(found.baked), 'module')} with computed weights made plain.")
     if found.plain:
         lines.append(f"{text.plural(len(found.plain), 'subclass', 'subclasses')} made plain.")
+    lines.append(
+        "A refit goes along the graph, layer by layer and then jointly."
+        if found.refit_path == "graph"
+        else "A refit goes layer by layer only, since there is no graph."
+    )
     if found.images:
         lines.append(f"Spectra of the outputs from {text.plural(found.images, 'image')}.")
     return [*lines, *(f"Warning: {w}" for w in found.warnings)]

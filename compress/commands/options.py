@@ -144,6 +144,9 @@ _EVALUATION = (
        "for networks that are not classifiers."),
     _o("--latency-batch", type=int, metavar="N", text="Time batches of N, besides batches of one "
        "(default 8)."),
+    _o("--no-latency", is_flag=True, text="Time nothing. By default timing takes at most a tenth "
+       "of the time spent before, or 5 seconds where that is more, with fewer rounds where the "
+       "network is slow."),
 )  # fmt: skip
 _GATES = (
     _o("--max-drop", type=FINITE, metavar="P", text="Fail where test accuracy falls by more than "

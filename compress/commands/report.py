@@ -71,6 +71,11 @@ def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
     (a test set, a latency) keeps no limit.
     """
     limits = _limits(settings, {n: flags.pop(n) for n in LIMIT_HELP if n in flags})
+    if settings.given("no_latency") and "max_latency_ratio" in limits:
+        raise ConfigError(
+            "no_latency and max_latency_ratio contradict each other: what is not measured keeps no "
+            "limit. Leave one of them out."
+        )
     asked = Asked(**flags)
     _check_places(settings, asked.junit)
     thumbnails: Mapping[int, bytes] = {}

@@ -9,7 +9,14 @@ from typing import Any
 from compress.commands.terminal import table
 from compress.plan import DENSE
 from compress.report import gate_sentence, text
-from compress.report.build import Report, accuracy_sentence, layers_sentence, verdict_text
+from compress.report.build import (
+    Report,
+    accuracy_sentence,
+    layers_sentence,
+    refit_sentence,
+    timing_sentence,
+    verdict_text,
+)
 from compress.result import GateResult
 
 # Reasons for keeping layers that are listed before the rest is left to the report.
@@ -29,9 +36,11 @@ def run_summary(
     result = report["result"]
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
-    lines += [layers_sentence(report), accuracy_sentence(report)]
-    if result["outputs"] and not _plain(result):
-        lines.append(f"Read as {result['outputs']}.")
+    said = (
+        layers_sentence(report), refit_sentence(report), accuracy_sentence(report),
+        _read_as(result), timing_sentence(report),
+    )  # fmt: skip
+    lines += [sentence for sentence in said if sentence]
     for gate in report["gates"]:
         lines.append(
             f"Limit {'kept' if gate['passed'] else 'broken'}: {gate_sentence(GateResult(**gate))}"
@@ -42,10 +51,11 @@ def run_summary(
     return lines
 
 
-def _plain(result: dict[str, Any]) -> bool:
-    """Whether a network is the usual classifier with one output, of which nothing need be said."""
+def _read_as(result: dict[str, Any]) -> str:
+    """Say what the outputs were taken for, unless it is the usual classifier with one output."""
     metric = result["test"] or result["validation"]
-    return metric is not None and metric["top1_before"] is not None and len(metric["outputs"]) == 1
+    usual = metric and metric["top1_before"] is not None and len(metric["outputs"]) == 1
+    return "" if usual or not result["outputs"] else f"Read as {result['outputs']}."
 
 
 def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from compress.fit.cuts import find_segments, join
 from compress.fit.factors import LEAST_GAIN, Factors
-from compress.fit.lockstep import Frontier, spill_folder
+from compress.fit.frontier import Frontier, spill_folder
 from compress.fit.stretches import Stretch, StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings, Traced
 from compress.layers import registered_kind
@@ -93,25 +93,34 @@ def refit_jointly(
         if not images.whole:
             images = RefitImages(pieces(images.fit), pieces(images.validation))
         walk.start(images)
-        positions = walk.positions()
+        shapes = walk.shapes()
+        positions = walk.positions(shapes)
         cuts = find_segments(traced.graph, traced.model, names, positions)
-        segments = join(cuts, BLOCKS, positions)
+        # Before any work: most of a U-Net is one stretch, and often one that does not suit.
+        segments = [
+            segment
+            for segment in join(cuts, BLOCKS, positions)
+            if _suits(shapes[segment.end], [sites[n] for n in segment.layers])
+        ]
         for name in (n for segment in segments for n in segment.layers if n not in factors):
             walk.free(sites[name])
         metrics = walk.metrics(segments, settings) if settings.weigh and segments else {}
         for segment in track(segments, "refit jointly", len(segments)):
-            shape = walk.advance(segment)
-            if _suits(shape, [sites[n] for n in segment.layers]):
-                root = metrics.get(segment.end, torch.eye(shape[1])).to(walk.device)
-                better = _improve(Stretch(walk, segment, root), current.factors, settings.seed)
-                current.factors.update(better.factors)
-                current.kept.update(better.kept)
+            walk.advance(segment)
+            shape = shapes[segment.end]
+            assert shape is not None  # or it would not suit
+            root = metrics.get(segment.end, torch.eye(shape[1])).to(walk.device)
+            better = _improve(Stretch(walk, segment, root), current.factors, settings.seed)
+            current.factors.update(better.factors)
+            current.kept.update(better.kept)
             walk.finish(segment)
     return current
 
 
-def _suits(shape: torch.Size, layers: list[LayerSite]) -> bool:
+def _suits(shape: torch.Size | None, layers: list[LayerSite]) -> bool:
     """Whether axis 1 of a stretch's output is sure to be its channels."""
+    if shape is None:
+        return False
     kind = {4: "Conv2d", 5: "Conv3d"}.get(len(shape))
     return len(shape) == 2 or (kind is not None and all(s.kind == kind for s in layers))
 

@@ -13,6 +13,7 @@ from compress.calibrate.problems import absorbed_bias, fit_problem, layer_proble
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 from compress.data import ImageSet, Loader, Split
+from compress.fit.by_module import Watched, refit_by_module
 from compress.fit.factors import Factors
 from compress.fit.in_order import refit
 from compress.fit.jointly import Improved, Movable, refit_jointly
@@ -34,6 +35,20 @@ from compress.running.memory_format import in_memory_format
 
 
 @dataclass(frozen=True)
+class RefitPath:
+    """How layers were refitted.
+
+    Attributes:
+        path: ``"graph"`` along the network's graph, ``"modules"`` by watching its layers, or
+            ``"none"``.
+        reason: Why not along the graph; empty where they were.
+    """
+
+    path: str = "none"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Replaced:
     """A rewritten model and what was predicted for it.
 
@@ -42,12 +57,14 @@ class Replaced:
         fitted: The same before the refit, whose per-layer errors the prediction is about.
         predicted: By layer name, for every layer with statistics.
         refitted: Names of the layers whose refit was kept, dense ones included.
+        refit: How that was done.
     """
 
     model: nn.Module
     fitted: nn.Module
     predicted: dict[str, PredictedError]
     refitted: tuple[str, ...] = ()
+    refit: RefitPath = RefitPath()
 
 
 @dataclass(frozen=True)
@@ -141,24 +158,36 @@ class Fitter:
         network, factors = self.network, fitted.factors
         sites = {site.name: site for site in network.sites}
         first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
-        graph = network.graph if self.refit and len(self.split.validation) else None
-        if not factors or graph is None:
-            return Replaced(first, first, fitted.predicted)
-        new = self._refitted(Traced(network.model, graph, sites, network.result), fitted)
+        path = self._refit_path(fitted)
+        if path.path == "none":
+            return Replaced(first, first, fitted.predicted, refit=path)
+        new = self._refitted(fitted)
         changed = tuple(name for name in factors if new.factors[name] is not factors[name])
         chains = {n: f.chain for n, f in new.factors.items()}
         model = rewrite(network.model, sites, chains, new.kept)
         changed += tuple(new.kept)
-        return Replaced(model, first, fitted.predicted, changed)
+        return Replaced(model, first, fitted.predicted, changed, path)
 
     def _given(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
         """The batches of a set, with their targets where a loss looks at them."""
         for inputs, targets in self.loader.placed(images):
             yield inputs, None if self.recipe.loss is None else targets
 
-    def _refitted(self, traced: Traced, fitted: Fitted) -> Improved:
+    def _refit_path(self, fitted: Fitted) -> RefitPath:
+        if not self.refit:
+            return RefitPath("none", "it was switched off")
+        if not fitted.factors:
+            return RefitPath("none", "no layer was rewritten")
+        if not len(self.split.validation):
+            return RefitPath("none", "there are no validation images to judge it on")
+        if self.network.graph is None:
+            return RefitPath("modules", "the network has no graph")
+        return RefitPath("graph")
+
+    def _refitted(self, fitted: Fitted) -> Improved:
         """Refit layer by layer in execution order, then jointly between cuts of the graph."""
-        recipe = self.recipe
+        network, recipe = self.network, self.recipe
+        sites = {site.name: site for site in network.sites}
         settings = RefitSettings(
             seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading
         )
@@ -169,7 +198,13 @@ class Fitter:
             whole = recipe.loss is not None and self.split.fit.source.collates
             return RefitImages(fit, validation, whole)
 
-        with in_memory_format(traced.model, self.loader.memory_format):
+        with in_memory_format(network.model, self.loader.memory_format):
+            if network.graph is None:
+                watched = Watched(network.model, sites)
+                factors = fitted.factors
+                found, _ = refit_by_module(watched, factors, images(), settings, self.track)
+                return Improved(found, {})
+            traced = Traced(network.model, network.graph, sites, network.result)
             found, _ = refit(traced, fitted.factors, images(), settings, self.track)
             movable = Movable(found, fitted.free)
             return refit_jointly(traced, movable, images(), settings, self.track)

@@ -2,99 +2,23 @@
 
 All batches stand at the same node, so that a layer can be fitted to what the compressed network
 really feeds it and the pass goes on from there: refitting every layer costs one pass in all. What
-is still needed of each batch is kept in memory up to a cap, then on disk.
+is still needed of each batch waits in a `compress.fit.frontier.Frontier`.
 """
 
 from __future__ import annotations
 
 import operator
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from compress.errors import ArtefactError
-from compress.running.structure import cloned, size
+from compress.fit.frontier import Environment, Pair
+from compress.running.structure import cloned
 
 # In-place functions: their first argument must not be shared between the two networks.
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-@dataclass
-class Pair:
-    """One value in the dense and in the compressed network; one object while they agree."""
-
-    dense: Any
-    compressed: Any
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing before this value was replaced."""
-        return self.dense is self.compressed
-
-
-Environment = dict[str, Pair]
-
-
-class Frontier:
-    """What each batch still needs, in memory up to ``cap`` bytes, the rest in a folder."""
-
-    def __init__(self, cap: int, folder: Path) -> None:
-        self.cap, self.folder = cap, folder
-        self.kept: dict[int, Environment] = {}
-        self.spilled: set[int] = set()
-        self.used = 0
-        self.sizes: dict[int, int] = {}
-
-    def put(self, batch: int, environment: Environment) -> None:
-        """Keep a batch's values.
-
-        Raises:
-            ArtefactError: They cannot be written.
-        """
-        taken = sum(
-            size(p.dense) + (0 if p.same else size(p.compressed)) for p in environment.values()
-        )
-        if self.used + taken > self.cap:
-            flat = {
-                name: (p.dense, None if p.same else p.compressed) for name, p in environment.items()
-            }
-            try:
-                torch.save(flat, self.folder / f"{batch}.pt")
-            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-                raise ArtefactError(
-                    f"The refit puts what memory does not hold into {self.folder}, and that cannot "
-                    f"be written: {' '.join(str(error).split())}; set TMPDIR to a folder with more "
-                    "space, take fewer --calibration-images, or pass --no-refit."
-                ) from error
-            self.spilled.add(batch)
-            return
-        self.kept[batch] = environment
-        self.sizes[batch] = taken
-        self.used += taken
-
-    def look(self, batch: int) -> Environment:
-        """Return a batch's values, which stay where they are."""
-        if batch in self.spilled:
-            flat = torch.load(self.folder / f"{batch}.pt", weights_only=True)
-            return {n: Pair(d, d if c is None else c) for n, (d, c) in flat.items()}
-        return dict(self.kept[batch])
-
-    def take(self, batch: int) -> Environment:
-        """Take a batch's values out."""
-        environment = self.look(batch)
-        if batch in self.spilled:
-            self.spilled.discard(batch)
-            (self.folder / f"{batch}.pt").unlink()
-        else:
-            self.used -= self.sizes.pop(batch)
-            del self.kept[batch]
-        return environment
 
 
 class Lockstep:
@@ -203,24 +127,6 @@ def _changes_input(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_")
     return node.target in _IN_PLACE or bool(node.kwargs.get("inplace"))
-
-
-@contextmanager
-def spill_folder() -> Iterator[Path]:
-    """A temporary folder for what memory does not hold.
-
-    Raises:
-        ArtefactError: It cannot be made.
-    """
-    try:
-        made = tempfile.TemporaryDirectory(prefix="compress-")
-    except OSError as error:
-        raise ArtefactError(
-            f"The refit's temporary folder cannot be made: {error.strerror}; set TMPDIR to a "
-            "folder that you may write in, or pass --no-refit."
-        ) from error
-    with made as folder:
-        yield Path(folder)
 
 
 def residual_partner(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from compress.calibrate.fisher import Objective
 from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
 from compress.fit.cuts import Segment
-from compress.fit.lockstep import Frontier, Pair
+from compress.fit.frontier import Frontier, Pair
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import regularise, square_roots
@@ -50,21 +50,26 @@ class StretchWalk(Walk):
         """Let a dense layer differ between the networks."""
         self.place(site, copy.deepcopy(self.lockstep.modules[site.name]))
 
-    def positions(self) -> list[int]:
-        """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
+    def shapes(self) -> list[torch.Size | None]:
+        """Of each node, the shape of what it gives for the first batch; None of no tensor."""
         nodes = self.lockstep.nodes
         first = nodes[0].name
         images = cloned(self.frontier.look(0)[first].dense)
         environment = {first: Pair(images, images)}
-        found = []
+        found: list[torch.Size | None] = []
         with torch.no_grad():
             for node in nodes:
                 if node.name not in environment:
                     self.lockstep.run(environment, [node])
                 value = environment[node.name].dense
-                known = isinstance(value, Tensor) and value.dim() > 1
-                found.append(value[:, 0].numel() // count(images) if known else 0)
+                found.append(value.shape if isinstance(value, Tensor) else None)
         return found
+
+    def positions(self, shapes: Sequence[torch.Size | None]) -> list[int]:
+        """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
+        images = self.sizes[0]
+        known = [s if s is not None and len(s) > 1 else None for s in shapes]
+        return [0 if s is None else s[0] * math.prod(s[2:]) // images for s in known]
 
     def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
         """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
@@ -101,9 +106,8 @@ class StretchWalk(Walk):
             if gradient is not None and gradient.dim() in (2, 4):
                 yield end, gradient
 
-    def advance(self, segment: Segment) -> torch.Size:
-        """Bring all batches to a stretch's start with what it should give; return its shape."""
-        shape = torch.Size()
+    def advance(self, segment: Segment) -> None:
+        """Bring all batches to a stretch's start with what it should give."""
         with torch.no_grad():
             for batch in range(len(self.held_out)):
                 (pair,) = self.frontier.take(batch).values()
@@ -112,10 +116,8 @@ class StretchWalk(Walk):
                     for value, second in ((pair.dense, False), (pair.compressed, True))
                 )
                 target = self.lockstep.across(dense, segment.start, segment.end, compressed=False)
-                shape = target.shape
                 self.frontier.put(batch, {"stretch": Pair(target, given)})
         self.position = segment.start
-        return shape
 
     def finish(self, segment: Segment) -> None:
         """Take all batches to the end of a stretch."""

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from compress.fit.factors import Factors
-from compress.fit.lockstep import Frontier, Lockstep, Pair
+from compress.fit.frontier import Frontier, Pair
+from compress.fit.lockstep import Lockstep
 from compress.network.chains import build_chain
 from compress.network.sites import LayerSite
 from compress.running.outputs import LossFunction, Reading

@@ -82,6 +82,11 @@ class Network:
         last = self.device.type == "cpu" and "channels_last" in self.memory_formats
         return "channels_last" if last else "contiguous"
 
+    @property
+    def refit_path(self) -> str:
+        """What a refit goes along: the ``"graph"``, or without one the ``"modules"``."""
+        return "modules" if self.graph is None else "graph"
+
     def site(self, name: str) -> LayerSite:
         """The site of a name."""
         return next(s for s in self.sites if s.name == name)
@@ -128,7 +133,7 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
     if graph is None:
         warnings.append(
             "The model's forward cannot be traced, so only norms that directly follow a layer in "
-            "an nn.Sequential were folded, and factors are not refitted."
+            "an nn.Sequential were folded, and a refit goes layer by layer only, not jointly."
         )
     with torch.no_grad():
         pairs = fold_batch_norms(baseline, graph)
@@ -136,7 +141,10 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
         # Folding is exact where the graph is right; a forward that bypasses its modules is not.
         baseline, baked, unpacked = copied(original), Baked(), ()
         pairs, graph = (), None
-        warnings.append("Folding the norms changed the outputs, so they were left in place.")
+        warnings.append(
+            "Folding the norms changed the outputs, so they were left in place, and a refit goes "
+            "layer by layer only, not jointly."
+        )
     if pairs:
         graph = trace(baseline, example, evidence.sizes)
     if baked.fixed:

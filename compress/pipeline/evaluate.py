@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +22,13 @@ from compress.inputs.models import preset_of
 from compress.measure.accuracy import Yardstick, custom_value, require_labels, require_ranked
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
+from compress.measure.speed import most_seconds
 from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
 from compress.running.outputs import read_outputs
 from compress.running.structure import batched, expanded, like_weights
 from compress.timing.networks import time_network
+from compress.timing.turns import Pace
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Evaluation:
         ece: Expected calibration error.
         custom: What the user's own metric gave (``before`` and ``after`` are equal).
         cost: MACs, parameters, bytes.
-        latency: Measured times.
+        latency: Measured times; empty with ``no_latency``.
         device: Where it was measured, with ``threads`` CPU threads.
         warnings: What the user should know.
     """
@@ -135,6 +139,7 @@ def measured(
         config: Batches, the user's own metric, what to time.
         track: Progress.
     """
+    begun = time.perf_counter()
     module = model.module
     reference = next(module.parameters())
     example = like_weights(batched(images[0][0]), reference)
@@ -142,6 +147,7 @@ def measured(
         Loader(batch_size_for(config, example), config.workers), metric_function(config), track
     )
     found = _end_metric(module, images, yardstick)
+    timed = _timed(model, example, config, time.perf_counter() - begun)
     return Evaluation(
         model=model.spec,
         file=config.checkpoint,
@@ -153,13 +159,10 @@ def measured(
         ece=found.ece,
         custom=found.custom,
         cost=model_cost(module, example),
-        latency=tuple(
-            _timed(module, example, n, model.runtime.memory_format)
-            for n in sorted({1, config.latency_batch})
-        ),
+        latency=timed,
         device=str(reference.device),
         threads=torch.get_num_threads(),
-        warnings=(*found.warnings, *([model.runtime.problem] if model.runtime.problem else [])),
+        warnings=(*found.warnings, *_timing_warnings(model.runtime, config, timed)),
     )
 
 
@@ -200,6 +203,33 @@ def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _E
     )
 
 
-def _timed(model: nn.Module, example: Any, batch: int, form: str) -> Timed:
-    timed = time_network({"model": model}, expanded(example, batch), form)
-    return Timed(batch, timed["model"])
+def _timed(model: Finished, example: Any, config: RunConfig, so_far: float) -> tuple[Timed, ...]:
+    """Times by batch, within a share of the seconds so far; what is too slow is left out."""
+    if config.no_latency:
+        return ()
+    timed: list[Timed] = []
+    batches, left = sorted({1, config.latency_batch}), most_seconds(so_far)
+    for index, batch in enumerate(batches):
+        if timed and batch * timed[0].seconds > left:
+            break
+        begun = time.perf_counter()
+        pace = Pace(most_seconds=left / (len(batches) - index))
+        form = model.runtime.memory_format
+        seconds = time_network({"model": model.module}, expanded(example, batch), form, pace)[
+            "model"
+        ]
+        timed.append(Timed(batch, seconds))
+        left -= time.perf_counter() - begun
+    return tuple(timed)
+
+
+def _timing_warnings(
+    runtime: Runtime, config: RunConfig, timed: tuple[Timed, ...]
+) -> Iterator[str]:
+    if runtime.problem:
+        yield runtime.problem
+    if timed and timed[-1].batch_size < config.latency_batch:
+        yield (
+            f"Batches of {config.latency_batch} were not timed: one of them would have taken "
+            "longer than timing may take. Pass a smaller --latency-batch."
+        )

@@ -87,6 +87,7 @@ class Inspection:
         baked: Names of the modules whose parametrised weights became plain ones.
         plain: Names of the subclasses of layers that plain layers replaced.
         layers: In order of execution; recurrent ones, which are kept, come last.
+        refit_path: What a refit goes along: the ``"graph"``, or without one the ``"modules"``.
         images: How many images the spectra are from; 0 without data.
         warnings: What the user should know.
     """
@@ -102,6 +103,7 @@ class Inspection:
     baked: tuple[str, ...]
     plain: tuple[str, ...]
     layers: tuple[InspectedLayer, ...]
+    refit_path: str
     images: int
     warnings: tuple[str, ...]
 
@@ -197,6 +199,7 @@ def _inspection(
         baked=network.baked.weights,
         plain=tuple(layer.name for layer in network.baked.layers),
         layers=layers + tuple(map(_recurrent, network.recurrent)),
+        refit_path=network.refit_path,
         images=0,
         warnings=network.warnings,
     )

@@ -31,6 +31,11 @@ class Clock:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def total(self) -> float:
+        """Seconds of all stages that are finished."""
+        return sum(self.seconds.values())
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a block."""
@@ -162,6 +167,8 @@ class Record:
             folded=tuple(pair.norm for pair in network.folded),
             outputs=network.reading.why,
             rank_correlation=assessed.rank_correlation,
+            refit_path=self.rewritten.replaced.refit.path,
+            refit_reason=self.rewritten.replaced.refit.reason,
             seconds=clock.seconds,
         )
         return judged(result, limits_of(job.config))

@@ -24,7 +24,7 @@ from compress.inputs.load import (
 )
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.measure.assess import Rewritten, assess
-from compress.measure.speed import costs
+from compress.measure.speed import Stopwatch, costs
 from compress.network.baseline import check_runs_in
 from compress.network.chains import as_saved
 from compress.pipeline.folder import save_result
@@ -101,7 +101,8 @@ def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritt
     final = as_saved(replaced.model, job.inputs.dtype)
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
     with clock.stage("latency"), evaluation_mode(final):
-        cost = costs(job.network, final, job.inputs.dtype, job.config.latency_batch)
+        stopwatch = Stopwatch.of(job.config, clock.total)
+        cost = costs(job.network, final, job.inputs.dtype, stopwatch)
     return Rewritten(plan, replaced, final, cost)
 
 

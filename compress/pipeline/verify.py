@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, source_sha256
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers
-from compress.measure.speed import costs
+from compress.measure.speed import Stopwatch, costs
 from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
@@ -52,6 +53,7 @@ def verify_result(
         ArtefactError: The checkpoint is not the one that the result was made from.
         CompressError: Something is missing or cannot be used.
     """
+    begun = time.perf_counter()
     manifest = read_manifest(artefact)
     config = _with_model(config, manifest, trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
@@ -68,18 +70,21 @@ def verify_result(
     test = hold(test, loader, track)
     found = yardstick.compare(network.original, compressed, test)
     runtime = read_runtime(artefact)
+    layers = _verified_layers(network, manifest, compressed, _tracked(yardstick, test))
+    so_far = time.perf_counter() - begun
+    stopwatch = Stopwatch.of(config, so_far, (runtime.memory_format,))
     result = Result(
         versions=current_versions(),
         model=config.model,
-        config={"test": config.test, "device": config.device},
+        config={"test": config.test, "device": config.device, "no_latency": config.no_latency},
         source=config.checkpoint,
         source_sha256=sha256,
         model_fingerprint=sha256,
         test_fingerprint=test.fingerprint,
         dtype=manifest.dtype,
-        layers=_verified_layers(network, manifest, compressed, _tracked(yardstick, test)),
+        layers=layers,
         test=found,
-        cost=costs(network, compressed, dtype, config.latency_batch, (runtime.memory_format,)),
+        cost=costs(network, compressed, dtype, stopwatch),
         warnings=(*_runtime_warnings(runtime), *_test_warnings(manifest, test, found)),
         folded=tuple(pair.norm for pair in network.folded),
         outputs=network.reading.why,

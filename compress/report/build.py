@@ -160,6 +160,30 @@ def cost_sentence(report: Report) -> str:
     return "; ".join(parts) + "."
 
 
+def timing_sentence(report: Report) -> str:
+    """Say how thoroughly times were taken, and what was not timed; empty where it is unknown."""
+    result = report["result"]
+    cost = result["cost"]
+    if not cost["latency"]:
+        return "Times were not measured (--no-latency)." if switched_off(report) else ""
+    rounds = [
+        f"{text.plural(row['runs'], 'round')} at batch {row['batch_size']}"
+        for row in cost["latency"]
+        if row["runs"] is not None
+    ]
+    said = [f"Timed in {' and '.join(rounds)}."] if rounds else []
+    said += [
+        f"Batches of {batch} were not timed: one round would have taken longer than timing may."
+        for batch in cost["too_slow"]
+    ]
+    return " ".join(said)
+
+
+def switched_off(report: Report) -> bool:
+    """Whether times were left out on request."""
+    return report["result"]["config"].get("no_latency") is True
+
+
 def faster(value: float) -> str:
     """Say in a word whether a latency ratio is a gain."""
     if value < 0.97:
@@ -176,6 +200,19 @@ def layers_sentence(report: Report) -> str:
         value = "" if result["value"] is None else f" {text.number(result['value'], 6)}"
         rule = f" Rule: {result['rule'].replace('_', ' ')}{value}."
     return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten.{rule}"
+
+
+def refit_sentence(report: Report) -> str:
+    """Say how layers were refitted and how many changed, or why not; empty where it is unknown."""
+    result = report["result"]
+    path, reason = result["refit_path"], result["refit_reason"]
+    if path not in ("graph", "modules"):
+        return f"Not refitted: {reason}." if reason else ""
+    changed = sum(layer["refitted"] for layer in result["layers"])
+    outcome = f"new weights kept in {text.plural(changed, 'layer')}."
+    if path == "graph":
+        return f"Refitted along the graph, layer by layer and then jointly: {outcome}"
+    return f"Refitted layer by layer only, since {reason or 'there is no graph'}: {outcome}"
 
 
 def verdict_text(report: Report) -> str:

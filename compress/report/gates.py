@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from compress.errors import UsageError, near_matches
 from compress.report import text
-from compress.report.build import Report, build_report
+from compress.report.build import Report, build_report, switched_off
 from compress.result import GateResult, Result
 
 
@@ -129,7 +129,8 @@ def _worst_layer(report: Report) -> tuple[float | None, str]:
 def _worst_latency(report: Report) -> tuple[float | None, str]:
     rows = report["result"]["cost"]["latency"]
     if not rows:
-        return None, "latency was not measured"
+        asked = ", as --no-latency asks" if switched_off(report) else ""
+        return None, f"latency was not measured{asked}"
     worst = max(rows, key=lambda r: float(r["ratio"]))
     return float(worst["ratio"]), f"batch {worst['batch_size']}"
 

@@ -15,6 +15,8 @@ from compress.report.build import (
     cost_sentence,
     end_metric,
     layers_sentence,
+    refit_sentence,
+    timing_sentence,
     verdict_text,
 )
 from compress.report.gates import gate_sentence
@@ -49,7 +51,10 @@ def _run(report: Report) -> list[str]:
     lines = [f"## {mark} {verdict_text(report)}: {escape(result['model'])}", ""]
     lines += _banners([*report["notes"], *result["warnings"]])
     lines += [f"**{escape(accuracy_sentence(report))}**", ""]
-    lines += [escape(cost_sentence(report)), "", escape(layers_sentence(report)), ""]
+    costs = (cost_sentence(report), timing_sentence(report))
+    lines += [escape(" ".join(sentence for sentence in costs if sentence)), ""]
+    said = (layers_sentence(report), refit_sentence(report))
+    lines += [escape(" ".join(sentence for sentence in said if sentence)), ""]
     if report["gates"]:
         lines += ["### Limits", ""]
         lines += [

@@ -25,7 +25,7 @@ class Latency:
     """Median seconds per batch, folded dense original against compressed, runs alternating.
 
     The dense network runs in whichever memory format suits it at this batch, the result in the one
-    that it is saved with.
+    that it is saved with. ``runs`` are the rounds that the medians are over.
     """
 
     batch_size: int
@@ -40,7 +40,8 @@ class Latency:
 class CostSummary:
     """The original as it came, with its norms folded (the baseline), and compressed.
 
-    ``memory_format`` is the result's, ``"contiguous"`` or ``"channels_last"``.
+    ``memory_format`` is the result's, ``"contiguous"`` or ``"channels_last"``. ``too_slow`` are
+    batch sizes that were not timed since one round of them would have taken too long.
     """
 
     original: Cost | None = None
@@ -50,6 +51,7 @@ class CostSummary:
     memory_format: str = "contiguous"
     device: str = "cpu"
     threads: int | None = None
+    too_slow: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,12 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything one run has to say. A test metric of None means the run is unverified."""
+    """Everything one run has to say. A test metric of None means the run is unverified.
+
+    ``refit_path`` is ``"graph"`` where layers were refitted along the network's graph, then
+    jointly; ``"modules"`` where they were by watching them in order of execution; ``"none"`` where
+    they were not; and empty where that is not known. ``refit_reason`` says why not along the graph.
+    """
 
     versions: Versions
     model: str
@@ -110,6 +117,8 @@ class Result:
     folded: tuple[str, ...] = ()
     outputs: str = ""
     rank_correlation: float | None = None
+    refit_path: str = ""
+    refit_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     format: int = RESULT_FORMAT
 

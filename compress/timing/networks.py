@@ -83,13 +83,7 @@ def time_network_formats(
 
     try:
         with evaluating(models.values()):
-            samples = sample(
-                [case(*pair) for pair in pairs],
-                pace.rounds,
-                pace.min_seconds,
-                synchroniser(device),
-                pace.clock,
-            )
+            samples = sample([case(*pair) for pair in pairs], pace, synchroniser(device))
     finally:
         layout.restore()
     return {

@@ -40,7 +40,8 @@ def measure(
     Raises:
         ValueError: ``rounds`` is not positive.
     """
-    samples = sample([Case(run) for run in callables], rounds, min_seconds, synchronise, clock)
+    pace = Pace(rounds, min_seconds, clock)
+    samples = sample([Case(run) for run in callables], pace, synchronise)
     return [statistics.median(turns) for turns in samples]
 
 
@@ -52,11 +53,14 @@ class Pace:
         rounds: Turns of each, at least.
         min_seconds: How long each is timed in all, at least.
         clock: Seconds since some moment.
+        most_seconds: How long all of it together may take. Where turns are too slow for that there
+            are fewer rounds, down to a single one; only that each is called once is not spared.
     """
 
     rounds: int = ROUNDS
     min_seconds: float = 0.5
     clock: Clock = time.perf_counter
+    most_seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -68,44 +72,64 @@ class Case:
 
 
 def sample(
-    cases: Sequence[Case],
-    rounds: int,
-    min_seconds: float,
-    synchronise: Callable[[], object] | None,
-    clock: Clock,
+    cases: Sequence[Case], pace: Pace, synchronise: Callable[[], object] | None
 ) -> list[list[float]]:
     """Return the seconds per call of each case in each round; see `measure`."""
-    if rounds < 1:
-        raise ValueError(f"rounds = {rounds} is not a positive number")
+    if pace.rounds < 1:
+        raise ValueError(f"rounds = {pace.rounds} is not a positive number")
     if not cases:
         return []
-
-    def turn(case: Case, calls: int) -> float:
-        case.prepare()
-        if synchronise:
-            synchronise()
-        start = clock()
-        for _ in range(calls):
-            case.run()
-        if synchronise:
-            synchronise()
-        return clock() - start
-
-    calls = []
-    for case in cases:
-        turn(case, 1)  # allocations, kernel choice, first touch of the weights
-        calls.append(_calls_per_turn(turn(case, 1), min_seconds / rounds))
+    stopwatch = _Stopwatch(pace, synchronise)
+    # Where one call is long, what only the first call does is little beside it.
+    patience = pace.most_seconds / (4 * len(cases))
+    warm = [stopwatch.warmed(case, patience) for case in cases]
+    calls = [_calls_per_turn(seconds, pace.min_seconds / pace.rounds) for seconds in warm]
+    a_round = sum(seconds * number for seconds, number in zip(warm, calls, strict=True))
+    if not stopwatch.has_time_for(a_round):
+        return [[seconds] for seconds in warm]
     samples: list[list[float]] = [[] for _ in cases]
     totals = [0.0] * len(cases)
     done = 0
-    while done < rounds or (min(totals) < min_seconds and done < 4 * rounds):
+    while done < pace.rounds or (min(totals) < pace.min_seconds and done < 4 * pace.rounds):
         for offset in range(len(cases)):
             index = (done + offset) % len(cases)
-            seconds = turn(cases[index], calls[index])
+            seconds = stopwatch.turn(cases[index], calls[index])
             totals[index] += seconds
             samples[index].append(seconds / calls[index])
         done += 1
+        if not stopwatch.has_time_for(a_round):
+            break
     return samples
+
+
+class _Stopwatch:
+    """Takes the time of turns, and sees to it that they end in time."""
+
+    def __init__(self, pace: Pace, synchronise: Callable[[], object] | None) -> None:
+        self.clock, self.synchronise = pace.clock, synchronise or (lambda: None)
+        self.end = pace.clock() + pace.most_seconds
+
+    def turn(self, case: Case, calls: int) -> float:
+        """Seconds that so many calls take."""
+        case.prepare()
+        self.synchronise()
+        start = self.clock()
+        for _ in range(calls):
+            case.run()
+        self.synchronise()
+        return self.clock() - start
+
+    def warmed(self, case: Case, patience: float) -> float:
+        """Seconds of a call after the first, which allocates, chooses kernels, loads weights.
+
+        Of the first itself, where that takes longer than ``patience``.
+        """
+        first = self.turn(case, 1)
+        return first if first > patience else self.turn(case, 1)
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether so much more would end in time."""
+        return self.clock() + seconds <= self.end
 
 
 def _calls_per_turn(seconds: float, wanted: float) -> int:

@@ -489,3 +489,39 @@ def test_the_demo_runs_from_an_empty_folder(
         assert command("demo", "--quiet").exit_code == 0
     assert (asked[0].output, asked[0].force) == ("demo-result", True)  # its own is replaced
     assert "already holds a result" in paragraph(command("demo", "--output", "demo-result"), 3)
+
+
+def test_without_timing_nothing_says_a_time_and_no_limit_on_it_is_kept(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr("compress.measure.speed.time_network_formats", never)
+    monkeypatch.setattr("compress.pipeline.evaluate.time_network", never)
+    made = bench.run("--rank", "conv2=4", "--no-latency")
+    assert made.exit_code == 0, made.stderr
+    assert "Times were not measured (--no-latency)." in made.stdout
+    assert "time, batch" not in made.stdout
+    result = bench.report()["result"]
+    assert result["cost"]["latency"] == []
+    assert result["config"]["no_latency"] is True
+    for name in ("report.md", "report.html"):
+        assert "Times were not measured" in (bench.output() / name).read_text()
+    runtime = json.loads((bench.output() / "runtime.json").read_text())
+    assert runtime["memory_format"] == "contiguous"
+    common = ("--test", bench.test, "--trust-code", "--no-latency")
+    assert command("evaluate", str(bench.output()), *common).exit_code == 0
+    saved = str(bench.output() / "model.safetensors")
+    assert command("verify", saved, "--checkpoint", bench.checkpoint, *common).exit_code == 0
+    broken = command("report", str(bench.output()), "--max-latency-ratio", "2")
+    assert broken.exit_code == 1
+    assert "latency was not measured, as --no-latency asks" in broken.stderr
+
+
+def test_a_time_that_is_not_measured_can_be_no_budget_and_no_limit(bench: Workbench) -> None:
+    text = paragraph(bench.run("--latency", "0.5", "--no-latency"), 2)
+    assert "no_latency and latency contradict each other" in text
+    limit = command("report", str(bench.folder), "--max-latency-ratio", "1", "--no-latency")
+    assert "no_latency and max_latency_ratio contradict" in paragraph(limit, 2)
+    assert bench.leftovers() == []

@@ -11,10 +11,13 @@ from refitting import Residual, factors_of, labelled, rewritten, traced_of
 from torch import Tensor, nn
 
 from compress.errors import ArtefactError
+from compress.fit import regression
+from compress.fit.frontier import Environment, Frontier, Pair
 from compress.fit.in_order import _InOrder, refit
-from compress.fit.lockstep import Frontier, Lockstep, Pair, residual_partner
+from compress.fit.lockstep import Lockstep, residual_partner
+from compress.fit.regression import RIDGES, ROWS, most_rows, ridges
 from compress.fit.walk import RefitImages, RefitSettings
-from compress.linalg.geometry import output_rows, patch_rows
+from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.network.baseline import Network, prepare
 
 
@@ -169,6 +172,101 @@ def test_a_frontier_keeps_to_its_cap(tmp_path: Path) -> None:
         assert environment["y"].compressed == i + 1
     assert frontier.used == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_needed_later_stays_where_it_is(tmp_path: Path) -> None:
+    frontier = Frontier(cap=0, folder=tmp_path)
+    x, skip = torch.ones(4), torch.zeros(4)
+    frontier.put(0, {"x": Pair(x, x), "skip": Pair(skip, skip + 1)})
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    taken = frontier.take(0, {"x"})
+    assert set(taken) == {"x"}
+    (left,) = tmp_path.iterdir()
+    frontier.put(0, {"y": taken["x"]})
+    assert left.stat().st_mtime_ns == files[left]
+    assert set(frontier.look(0)) == {"y", "skip"}
+    assert torch.equal(frontier.take(0)["skip"].compressed, skip + 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cap", [0, 1 << 20])
+def test_values_that_share_memory_go_on_sharing_it(tmp_path: Path, cap: int) -> None:
+    frontier = Frontier(cap, tmp_path)
+    base, other = torch.zeros(6), torch.zeros(2)
+    halves = Pair(base.split(3), base.split(3))
+    values = {"parts": halves, "other": Pair(other, other), "part": Pair(base[:3], base[3:])}
+    frontier.put(0, values)
+    taken = frontier.take(0, {"part"})
+    assert set(taken) == {"parts", "part"}
+    taken["part"].dense.add_(1)
+    assert taken["parts"].dense[0].tolist() == [1, 1, 1]
+    assert taken["parts"].dense[1].tolist() == [0, 0, 0]
+    assert set(frontier.take(0)) == {"other"}
+
+
+class Skipping(nn.Module):
+    """A shortcut over everything, as a U-Net has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = skip = self.first(x).relu()
+        for layer in self.inner:
+            x = layer(x).relu()
+        return self.head(torch.cat([skip, x], 1)).mean((2, 3))
+
+
+def test_a_shortcut_is_not_written_again_for_every_layer(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real = Frontier._write
+
+    def write(self: Frontier, values: Environment) -> Path:
+        written.extend(values)
+        return real(self, values)
+
+    monkeypatch.setattr(Frontier, "_write", write)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = prepare(Skipping().eval(), torch.randn(1, 3, 9, 9))
+    names = [f"inner.{i}" for i in range(6)]
+    factors = factors_of(network, images, dict.fromkeys(names, ("output", 3)))
+    given = RefitImages(labelled(images[:36]), labelled(images[36:]))
+    refit(traced_of(network), factors, given, RefitSettings(cache_bytes=0))
+    # For each of the two batches: when it is made, and when the first of the layers has read it.
+    assert written.count("relu") == 2 * 2
+    assert len(written) == 2 * (1 + 2 + 5)  # with the images, and what the other layers read
+
+
+def test_long_patches_are_fitted_to_fewer_rows_at_fewer_strengths() -> None:
+    def patch(channels: int) -> Geometry:
+        return Geometry("conv2d", channels, 64, (3, 3))
+
+    assert most_rows(patch(128)) == ROWS  # 1,152 numbers, as in the networks of the benchmarks
+    assert ridges(patch(128)) == RIDGES
+    assert most_rows(patch(256)) == 8 * 2304
+    assert most_rows(patch(512)) == 8 * 4608
+    assert most_rows(patch(150)) == int(ROWS * (1200 / 1350) ** 2)
+    assert set(ridges(patch(256))) < set(RIDGES)
+
+
+def test_a_long_patch_is_fitted_as_well_as_a_short_one(
+    network: Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = factors_of(network, images[:36], RANKS)
+    given = RefitImages(labelled(images[:36], 9), labelled(images[36:], 12))
+    _, expected = refit(traced_of(network), factors, given)
+    monkeypatch.setattr(regression, "LONG_PATCH", 1)
+    monkeypatch.setattr(regression, "ROWS_PER_NUMBER", 1 << 16)
+    _, found = refit(traced_of(network), factors, given)
+    for name in RANKS:
+        assert found[name].after == pytest.approx(expected[name].after, rel=0.02)
+    assert any(change.after < change.before for change in found.values())
 
 
 def test_a_full_disk_while_spilling_is_an_error_that_says_where(tmp_path: Path) -> None:

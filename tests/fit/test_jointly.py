@@ -14,8 +14,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from compress.fit import stretches
 from compress.fit.cuts import Segment, find_segments, join
 from compress.fit.factors import Factors
+from compress.fit.frontier import Frontier
 from compress.fit.jointly import Improved, Movable, refit_jointly
-from compress.fit.lockstep import Frontier
 from compress.fit.stretches import StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.linalg.fit import Covariances, Problem, chain_matrix, fit, with_weights
@@ -108,7 +108,7 @@ def test_a_stretch_ends_before_a_pooling(network: Network) -> None:
 def test_positions_are_those_of_one_image(network: Network, images: Tensor, tmp_path: Path) -> None:
     walk = StretchWalk(traced_of(network), Frontier(1 << 30, tmp_path))
     walk.start(RefitImages(labelled(images[:5]), []))
-    *found, output = walk.positions()
+    *found, output = walk.positions(walk.shapes())
     assert found == positions_of(network)[:-1]
     assert output == 0
 

@@ -18,7 +18,7 @@ from compress.files import sealed_record
 from compress.running.memory_format import in_memory_format
 from compress.timing.layers import LatencyTable, Setting, describe_layer
 from compress.timing.networks import Timing, time_network, time_network_formats
-from compress.timing.turns import Pace, measure
+from compress.timing.turns import Case, Pace, measure, sample
 
 
 class FakeTime:
@@ -85,6 +85,39 @@ def test_rounds_are_added_where_the_warm_up_was_slow() -> None:
     fake = FakeTime()
     measure([fake.work("a", 1.0, 1.0, 0.0)], rounds=10, min_seconds=1.0, clock=fake.clock)
     assert fake.calls.count("a") == 2 + 40
+
+
+def turns_of(fake: FakeTime, names: dict[str, float], **pace: float) -> list[list[float]]:
+    cases = [Case(fake.work(name, seconds)) for name, seconds in names.items()]
+    return sample(cases, Pace(clock=fake.clock, **pace), None)
+
+
+def test_slow_candidates_get_fewer_rounds_and_stay_within_their_time() -> None:
+    fake, slow = FakeTime(), {"a": 2.0, "b": 1.0}
+    assert turns_of(fake, slow, most_seconds=100.0) == [[2.0] * 7, [1.0] * 7]
+    for most in (20.0, 12.0, 30.0):
+        fake = FakeTime()
+        found = turns_of(fake, slow, most_seconds=most)
+        rounds = min(7, int((most - 6) // 3))  # after two calls of each
+        assert found == [[2.0] * rounds, [1.0] * rounds]
+        assert fake.now <= most
+
+
+def test_what_has_no_time_for_a_round_is_called_once() -> None:
+    fake = FakeTime()
+    assert turns_of(fake, {"a": 5.0, "b": 4.0}, most_seconds=10.0) == [[5.0], [4.0]]
+    assert fake.calls == ["a", "b"]
+    fake = FakeTime()
+    assert turns_of(fake, {"a": 1.0, "b": 0.25}, most_seconds=2.0) == [[1.0], [0.25]]
+    assert fake.calls == ["a", "b", "b"], "the one that is quick is warmed up"
+
+
+def test_no_rounds_are_added_beyond_the_time() -> None:
+    fake = FakeTime()
+    run = Case(fake.work("a", 1.0, 1.0, 0.06))
+    (found,) = sample([run], Pace(10, 2.0, fake.clock, 4.0), None)
+    assert len(found) == 17  # a round is taken to last a second, as the warm-up did
+    assert fake.now <= 4.0
 
 
 def test_the_device_is_waited_for_before_each_reading() -> None:

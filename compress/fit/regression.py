@@ -1,0 +1,197 @@
+"""Fitting one layer anew to rows of what it is given and of what it should give.
+
+Where the rows come from is the business of the walks: along the graph (`compress.fit.in_order`), or
+by watching the layers of both networks (`compress.fit.by_module`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from compress.fit.factors import LEAST_GAIN, Factors
+from compress.layers import registered_kind
+from compress.linalg.fit import Covariances, Problem, refine
+from compress.linalg.geometry import Geometry
+from compress.linalg.moments import Moments
+from compress.linalg.problem import solve_psd
+from compress.linalg.schemes import scheme_named
+from compress.linalg.spectrum import regularise, square_roots
+from compress.network.sites import LayerSite
+
+# Ridge strengths tried, in units of the mean eigenvalue of the patches' covariance.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Rows that a layer is fitted to, over all batches.
+ROWS = 1 << 16
+# The work of a fit grows with the square of a patch's length for every row, and with its cube for
+# every ridge. Beyond this length there are as many rows as cost no more than `ROWS` of it, though
+# at least so many per number of a patch; every second ridge is tried, in float32, of which the
+# weakest ridge is ten times the rounding.
+LONG_PATCH = 1200
+ROWS_PER_NUMBER = 8
+
+
+def most_rows(geometry: Geometry) -> int:
+    """How many rows a layer is fitted to, over all batches."""
+    length = geometry.in_features
+    if length <= LONG_PATCH:
+        return ROWS
+    return min(ROWS, max(ROWS_PER_NUMBER * length, ROWS * LONG_PATCH**2 // length**2))
+
+
+def ridges(geometry: Geometry) -> tuple[float, ...]:
+    """The strengths that are tried for a layer."""
+    return RIDGES if geometry.in_features <= LONG_PATCH else RIDGES[::2]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What became of one layer: held-out weighted error per row, before and after."""
+
+    before: float
+    after: float
+
+
+class Regression:
+    """Moments of rows ``[patch, target]`` of one layer."""
+
+    def __init__(self, site: LayerSite, device: torch.device) -> None:
+        g = site.geometry
+        self.d = g.in_features
+        self.moments = Moments(g.groups, g.in_features + g.out_features, device)
+
+    def add(self, patches: Tensor, targets: Tensor) -> None:
+        """Add ``[groups, rows, in_features]`` and ``[groups, rows, out_features]``."""
+        self.moments.update(torch.cat([patches, targets], dim=2))
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances of patches, of targets with patches, of targets, once all rows are added."""
+        covariance, d = self.moments.covariance, self.d
+        return covariance[:, :d, :d], covariance[:, d:, :d], covariance[:, d:, d:]
+
+    def error(self, weighting: Tensor, matrix: Tensor, bias: Tensor) -> float:
+        """``E[(t - Ŵx - b)ᵀ G (t - Ŵx - b)]`` with bias ``[groups, out]``."""
+        xx, tx, tt = self.parts
+        gram = tt - matrix @ tx.mT - tx @ matrix.mT + matrix @ xx @ matrix.mT
+        rest = self.bias(matrix) - bias
+        gram = gram + rest.unsqueeze(2) * rest.unsqueeze(1)
+        return float((weighting * gram).sum())
+
+    def bias(self, matrix: Tensor) -> Tensor:
+        """The bias that makes the mean exact, ``[groups, out]``."""
+        mean = self.moments.mean
+        return mean[:, self.d :] - (matrix @ mean[:, : self.d].unsqueeze(2)).squeeze(2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer sees on the images to fit on, and on those that decide."""
+
+    train: Regression
+    held_out: Regression
+
+    @classmethod
+    def of(cls, site: LayerSite, device: torch.device) -> Rows:
+        """No rows yet."""
+        return cls(Regression(site, device), Regression(site, device))
+
+    def add(self, patches: Tensor, targets: Tensor, *, held_out: bool) -> None:
+        """Add ``[groups, rows, in_features]`` and ``[groups, rows, out_features]``."""
+        (self.held_out if held_out else self.train).add(patches, targets)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which output positions of a batch are looked at: the same in every walk.
+
+    Attributes:
+        batches: How many batches there are, those that decide included.
+        seed: Of the draw.
+        device: Where the positions are used.
+    """
+
+    batches: int
+    seed: int
+    device: torch.device
+
+    def positions(self, batch: int, shape: torch.Size, most: int) -> Tensor | None:
+        """Positions ``[images, samples]``, one in each equal stretch; None for all of them.
+
+        Args:
+            batch: The batch's number, which the draw depends on.
+            shape: Of the layer's output, ``[images, channels, ...]``.
+            most: How many rows are wanted, over all batches.
+        """
+        images, places = shape[0], math.prod(shape[2:])
+        wanted = max(1, most // (self.batches * images))
+        if places <= wanted:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + batch)
+        jitter = torch.rand(images, wanted, generator=generator)
+        stretch = places / wanted
+        places_taken = ((torch.arange(wanted) + jitter) * stretch).long().clamp_(max=places - 1)
+        return places_taken.to(self.device)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One replaced layer with the factors that it has before the refit."""
+
+    site: LayerSite
+    module: nn.Module
+    old: Factors
+
+    def solve(self, rows: Rows, iterations: int) -> tuple[Factors, Refit]:
+        """Fit the layer anew; the old factors stay unless the held-out error falls.
+
+        The ridge pulls towards the original weight, not towards zero, and its strength is chosen on
+        the held-out rows with only the last factor; then all factors are refitted at that strength.
+        """
+        old = self.old
+        groups, out = self.site.geometry.groups, self.site.geometry.out_features
+        bias = old.bias.double().view(groups, out)
+        before = rows.held_out.error(old.weighting, old.fit.matrix, bias)
+        best, least = old, before * (1 - LEAST_GAIN)
+        attempt = self._attempts(rows)
+        trials = {ridge: attempt(ridge, 0) for ridge in ridges(self.site.geometry)}
+        ridge = min(trials, key=lambda r: trials[r][0])
+        alternates = iterations and not scheme_named(old.fit.scheme).closed_form
+        for error, found in (
+            trials[ridge],
+            attempt(ridge, iterations) if alternates else trials[ridge],
+        ):
+            if error < least:
+                best, least = found, error
+        return best, Refit(before, before if best is old else least)
+
+    def _attempts(self, rows: Rows) -> Callable[[float, int], tuple[float, Factors]]:
+        """Return what fits the layer at a ridge's strength, with rounds of alternation."""
+        old, weight = self.old, registered_kind(self.module).weight(self.module)
+        shape, weight = weight.shape, weight.double().flatten(2)
+        xx, tx, _ = rows.train.parts
+        scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
+        missing = tx - weight @ xx
+        roots = square_roots(regularise(old.weighting))
+        long = self.site.geometry.in_features > LONG_PATCH
+        dtype = torch.float32 if long else torch.float64
+
+        def attempt(ridge: float, rounds: int) -> tuple[float, Factors]:
+            padded = xx.clone()
+            padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
+            wanted = weight + solve_psd(padded.to(dtype), missing.to(dtype)).double()
+            covariances = Covariances(wanted @ padded @ wanted.mT, padded)
+            problem = Problem(
+                self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots
+            )
+            found = refine(problem, old.fit, rounds)
+            bias = rows.train.bias(found.matrix)
+            error = rows.held_out.error(old.weighting, found.matrix, bias)
+            return error, Factors(found, bias.flatten(), old.weighting)
+
+        return attempt
