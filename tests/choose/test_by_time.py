@@ -46,7 +46,7 @@ def parameters(module: nn.Module) -> int:
 def parameters_cost_time(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     del bench  # which stops the clock, and has to do so first
 
-    def by_parameters(models: Any, images: Tensor, formats: Any, *_: Any) -> Any:
+    def by_parameters(models: Any, images: Tensor, formats: Any, *_: Any, **__: Any) -> Any:
         return {
             (name, form): Timing(1e-6 * len(images) * parameters(model), 1, len(images), form, 1)
             for name, model in models.items()
