@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.errors import CompressError, DataError, ModelError
 from compress.libraries import library_of
-from compress.libraries.library import without_memory
+from compress.libraries.record import without_memory
 from compress.specs import split_spec
 
 # Whole factories, not their module: compress.demo_data.network also holds what it imports, and

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from compress.errors import ModelError
 from compress.libraries import LIBRARIES, FromLibrary, library_of
-from compress.libraries.library import Convert
+from compress.libraries.record import Convert
 from compress.running.modules import dtype_of
 from compress.specs import call_factory, split_spec
 from compress.vision.preprocessing import Preprocessing

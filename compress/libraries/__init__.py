@@ -6,8 +6,8 @@ To add one, write a file with a `Library` in it and add it to `LIBRARIES`.
 from __future__ import annotations
 
 from compress.libraries.hf import HF
-from compress.libraries.library import FromLibrary, Library
 from compress.libraries.onnx import ONNX
+from compress.libraries.record import FromLibrary, Library
 from compress.libraries.smp import SMP
 from compress.libraries.timm import TIMM
 from compress.libraries.torchvision import TORCHVISION

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import DataError, ModelError, near_matches, one_line
-from compress.libraries.library import Convert, FromLibrary, Library, quiet, require, without_memory
+from compress.libraries.record import Convert, FromLibrary, Library, quiet, require, without_memory
 from compress.untrusted import Unreadable, read_json
 from compress.vision.preprocessing import Preprocessing
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import ModelError, one_line
-from compress.libraries.library import FromLibrary, Library, few_modules, quiet, require
+from compress.libraries.record import FromLibrary, Library, few_modules, quiet, require
 
 _NO_NAME = re.compile(r"\W+", re.ASCII)
 _LONGEST_NAME = 200

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import ModelError, near_matches, one_line
-from compress.libraries.library import FromLibrary, Library, plain_arguments, quiet, require
+from compress.libraries.record import FromLibrary, Library, plain_arguments, quiet, require
 from compress.libraries.timm import check_timm_name
 
 _SIDE = 256  # a multiple of 32, which all of them take

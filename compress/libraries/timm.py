@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.errors import ModelError, near_matches, one_line
-from compress.libraries.library import FromLibrary, Library, quiet, require
+from compress.libraries.record import FromLibrary, Library, quiet, require
 from compress.vision.preprocessing import Preprocessing
 
 _FILTERS = ("bilinear", "bicubic", "nearest")

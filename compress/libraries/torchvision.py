@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.libraries.library import FromLibrary, Library
+from compress.libraries.record import FromLibrary, Library
 from compress.vision.torchvision import torchvision_model, torchvision_preset
 
 

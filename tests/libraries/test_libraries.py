@@ -21,7 +21,7 @@ from compress.errors import ArtefactError, CheckpointError, ModelError
 from compress.inputs.load import checkpoint_beside, input_paths, load_model
 from compress.inputs.models import MODEL_FORMS, build_model
 from compress.libraries import LIBRARIES, library_of
-from compress.libraries.library import require, without_memory
+from compress.libraries.record import require, without_memory
 from compress.trust import model_risk, require_trusted_model
 from compress.vision.torchvision import load_torchvision
 
