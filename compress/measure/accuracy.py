@@ -110,37 +110,17 @@ class Yardstick:
             DataError: Labels that do not fit the outputs, or a set that accuracy says nothing
                 about.
         """
-        if self.metric is None:
-            return self._compared(before, after, images, describe, known)
-        loaded = self.loader.batches(images)
-        values = [custom_value(self.metric, model, loaded) for model in (before, after)]
-        some = images.subset(range(min(len(images), IMAGES_BESIDE)))
-        outputs = self._compared(before, after, some, describe, None, accuracy=False).outputs
-        custom = CustomMetric(self.metric.name, values[0], values[1])
-        return EndMetric(
-            images=len(images), custom=custom, drop=values[0] - values[1], outputs=outputs
-        )
-
-    def _compared(  # noqa: PLR0913 - those of `compare`, and whether labels count
-        self,
-        before: nn.Module,
-        after: nn.Module,
-        images: ImageSet,
-        describe: str,
-        known: Iterable[Any] | None,
-        *,
-        accuracy: bool = True,
-    ) -> EndMetric:
+        if self.metric is not None:
+            return self._measured(self.metric, before, after, images, describe)
         first = self.results(before, images, f"{describe}: original") if known is None else known
         second = self.results(after, images, f"{describe}: compressed")
         comparison = _Comparison(self.reading)
-        for expected, found in zip(first, second, strict=True):
-            comparison.add(expected, found)
+        comparison.add_all(first, second)
         if not comparison.ranked:
             return comparison.metric()
         logits = comparison.logits()
         classes = logits[0].shape[1]
-        labelled = accuracy and min(images.labels) >= 0
+        labelled = min(images.labels) >= 0
         if labelled:
             check_labels(images, classes)
         found = compare_logits(
@@ -149,16 +129,48 @@ class Yardstick:
             images.classes if len(images.classes) == classes else None,
             [images.name(i) for i in range(len(images))],
         )
-        return replace(found, outputs=comparison.metric().outputs)
+        return replace(found, outputs=comparison.outputs())
+
+    def _measured(
+        self,
+        metric: Metric,
+        before: nn.Module,
+        after: nn.Module,
+        images: ImageSet,
+        describe: str,
+    ) -> EndMetric:
+        """Compare two models by a measure of the user's own."""
+        loaded = self.loader.batches(images)
+        values = [custom_value(metric, model, loaded) for model in (before, after)]
+        some = images.subset(range(min(len(images), IMAGES_BESIDE)))
+        comparison = _Comparison(self.reading, beside=True)
+        comparison.add_all(
+            self.results(before, some, f"{describe}: original"),
+            self.results(after, some, f"{describe}: compressed"),
+        )
+        return EndMetric(
+            images=len(images),
+            custom=CustomMetric(metric.name, values[0], values[1]),
+            drop=values[0] - values[1],
+            outputs=comparison.outputs(),
+        )
 
 
 @dataclass
 class _Comparison:
-    """Two networks' results, batch by batch."""
+    """Two networks' results, batch by batch.
+
+    Attributes:
+        reading: What the outputs stand for; by default what the original's first look like.
+        beside: Whether a measure of the user's own decides, so that outputs that cannot be
+            compared, as of detectors that find more or fewer things, are left out.
+    """
 
     reading: Reading | None
+    beside: bool = False
     images: int = 0
     changes: dict[str, _Change] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)
     rows: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
     divergence: float = 0.0
 
@@ -167,44 +179,61 @@ class _Comparison:
         """Whether the outputs are logits, of which accuracy can be measured."""
         return self.reading is not None and self.reading.ranked
 
-    def add(self, before: Any, after: Any) -> None:
-        """Compare one batch.
+    def add_all(self, first: Iterable[Any], second: Iterable[Any]) -> None:
+        """Compare all batches.
 
         Raises:
             ModelError: The networks return different structures.
         """
-        self.reading = self.reading or read_outputs(before)
-        parts = {part.path: part for part in self.reading.parts}
-        expected, found = self.reading.outputs(before), self.reading.outputs(after)
+        for before, after in zip(first, second, strict=True):
+            self.reading = self.reading or read_outputs(before)
+            if not self.beside:
+                self._judge(self.reading, before, after)
+            self._compare(self.reading, floating(before), floating(after))
+
+    def _judge(self, reading: Reading, before: Any, after: Any) -> None:
+        expected, found = reading.outputs(before), reading.outputs(after)
         self.images += len(expected[0])
-        if self.ranked:
-            self.rows[0].append(self.reading.scores(before))
-            self.rows[1].append(self.reading.scores(after))
-        elif self.reading.kind != "values":
-            self.divergence += float(self.reading.parts[0].divergence(expected[0], found[0]).sum())
-        others = floating(after)
-        for path, output in floating(before).items():
-            if path not in others or others[path].shape != output.shape:
-                raise ModelError(
-                    f"The compressed model's output {path or 'tensor'} has another shape than the "
-                    "original's, so the two cannot be compared."
-                )
+        if reading.ranked:
+            self.rows[0].append(reading.scores(before))
+            self.rows[1].append(reading.scores(after))
+        elif reading.kind != "values":
+            self.divergence += float(reading.parts[0].divergence(expected[0], found[0]).sum())
+
+    def _compare(
+        self, reading: Reading, before: dict[str, Tensor], after: dict[str, Tensor]
+    ) -> None:
+        parts = {part.path: part for part in reading.parts}
+        for path, output in before.items():
+            if path not in after or after[path].shape != output.shape:
+                if not self.beside:
+                    raise ModelError(
+                        f"The compressed model's output {path or 'tensor'} has another shape than "
+                        "the original's, so the two cannot be compared. Pass --metric-fn for a "
+                        "measure of your own."
+                    )
+                self.apart.add(path)
+                continue
             change = self.changes.setdefault(path, _Change(parts.get(path, Part(path, "values"))))
-            change.add(output, others[path])
+            change.add(output, after[path])
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Return the logits of both ``[images, classes]``."""
         return torch.cat(self.rows[0]), torch.cat(self.rows[1])
 
+    def outputs(self) -> tuple[OutputChange, ...]:
+        """Return how each output changed that could be compared in every batch."""
+        known = [change for path, change in self.changes.items() if path not in self.apart]
+        return tuple(change.record() for change in known if change.elements)
+
     def metric(self) -> EndMetric:
-        """What is known without labels."""
-        outputs = tuple(change.record() for change in self.changes.values() if change.elements)
-        known = self.reading is not None and self.reading.kind != "values"
-        main = next((o for o in outputs if o.agreement is not None), None)
+        """Return what is known without labels."""
+        outputs = self.outputs()
+        probable = self.reading is not None and self.reading.kind != "values"
         return EndMetric(
             images=self.images,
-            agreement=main.agreement if main else None,
-            mean_kl=self.divergence / self.images if known and not self.ranked else None,
+            agreement=next((o.agreement for o in outputs if o.agreement is not None), None),
+            mean_kl=self.divergence / self.images if probable else None,
             outputs=outputs,
         )
 

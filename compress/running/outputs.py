@@ -19,6 +19,8 @@ from compress.errors import ModelError
 from compress.running.structure import floating, tensors
 
 Kind = Literal["classes", "answers", "values"]
+# A loss of the user's own: ``(result, targets) -> summed loss``.
+LossFunction = Callable[[Any, Any], Tensor]
 
 _SUM = 1e-3
 _LEAST = 1e-12
@@ -148,8 +150,9 @@ def _single(path: str, output: Tensor, targets: Sequence[Any], *, sigmoid: bool)
     if _are_yes_or_no(output, targets) or (sigmoid and classes is None):
         why = "a sigmoid gives it" if sigmoid else "each image has as many yes-or-no labels"
         return Reading((Part(path, "answers", sigmoid),), f"{what}: answers, as {why}", False)
-    if output.dim() > 2 and classes is not None:
-        why = f"{what}: logits of classes, as every position has a class for a label"
+    if (output.dim() > 2 and classes is not None) or _are_one_hot(output, targets):
+        each = "image" if output.dim() == 2 else "position"
+        why = f"{what}: logits of classes, as every {each} has a class for a label"
         return Reading((Part(path, "classes", are_probabilities(output)),), why, False)
     if not are_class_scores(output) or (targets and not _are_class_numbers(targets)):
         why = (
@@ -224,16 +227,26 @@ def _class_numbers(output: Tensor, targets: Sequence[Any]) -> Tensor | None:
     return stacked if fitting and judged.numel() and int(judged.max()) < output.shape[1] else None
 
 
+def _zeros_and_ones(output: Tensor, targets: Sequence[Any]) -> Tensor | None:
+    """Return targets of zeros and ones in the shape of an output, ``[images, ...]``."""
+    if not targets or output.dim() < 2:
+        return None
+    if not all(isinstance(t, Tensor) and t.shape == output.shape[1:] for t in targets):
+        return None
+    stacked = torch.stack(list(targets))
+    return stacked if bool(((stacked == 0) | (stacked == 1)).all()) else None
+
+
+def _are_one_hot(output: Tensor, targets: Sequence[Any]) -> bool:
+    """Whether of all classes exactly one is marked, everywhere."""
+    marked = _zeros_and_ones(output, targets)
+    return marked is not None and output.shape[1] > 1 and bool((marked.sum(1) == 1).all())
+
+
 def _are_yes_or_no(output: Tensor, targets: Sequence[Any]) -> bool:
     """Whether every output of an image has a label of zero or one, and not just one of them."""
-    if not targets or output.dim() < 2:
-        return False
-    if not all(isinstance(t, Tensor) and t.shape == output.shape[1:] for t in targets):
-        return False
-    stacked = torch.stack(list(targets))
-    binary = bool(((stacked == 0) | (stacked == 1)).all())
-    single = output.shape[1] > 1 and bool((stacked.sum(1) == 1).all())
-    return binary and not single
+    marked = _zeros_and_ones(output, targets)
+    return marked is not None and not _are_one_hot(output, targets)
 
 
 def _clearly_right(output: Tensor, targets: Sequence[Any]) -> str:
@@ -248,6 +261,3 @@ def _clearly_right(output: Tensor, targets: Sequence[Any]) -> str:
     if right <= guess * total + _CLEARLY * math.sqrt(total * guess * (1 - guess)) or total < 8:
         return ""
     return f"logits, as its largest is the label of {right} of {total}"
-
-
-LossFunction = Callable[[Any, Any], Tensor]

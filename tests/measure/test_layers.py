@@ -149,6 +149,22 @@ def test_outputs_that_are_no_logits_ask_for_a_metric() -> None:
     images = as_images(torch.rand(4, 1, 8, 8))
     with pytest.raises(ModelError, match="--metric-fn"):
         require_ranked(read_outputs(torch.rand(4, 2, 6, 6)))
+
+    class Finds(nn.Module):
+        """As many boxes as there are bright pixels, more after than before."""
+
+        def __init__(self, least: float) -> None:
+            super().__init__()
+            self.least = nn.Parameter(torch.tensor(least))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x[x > self.least], x.mean((1, 2, 3))
+
+    count = Metric("batches", lambda _, loaded: float(len(loaded)))
+    left = Yardstick(Loader(2), count).compare(Finds(0.5), Finds(0.1), images).outputs
+    assert [output.path for output in left] == ["[1]"]
+    with pytest.raises(ModelError, match="another shape"):
+        Yardstick(Loader(2)).compare(Finds(0.5), Finds(0.1), images)
     own = Metric("batches", lambda _, loaded: float(len(loaded)))
     found = Yardstick(Loader(2), own).compare(nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3), images)
     assert found.custom is not None
