@@ -86,7 +86,9 @@ def open_dataset(
             call_factory(head, arguments, DataError, DATA_FORMS), spec, wanted, arity
         )
     names, order = source.classes, None
-    if class_map:
+    # Pictures without labels, which calibration takes too, have no classes to put in order.
+    unlabelled = isinstance(source, FolderSource) and not source.classes
+    if class_map and not unlabelled:
         names, order = _mapped(source, Path(class_map))
     return ImageSet(source, preprocessing, _slice(source, bounds), names, order)
 

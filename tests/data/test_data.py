@@ -557,6 +557,17 @@ def test_class_maps_that_cannot_be_used(tmp_path: Path, content: Any, message: A
         open_dataset(f"imagefolder:{tmp_path / 'data'}", PLAIN, str(tmp_path / "gone"))
 
 
+def test_a_class_map_leaves_pictures_without_labels_alone(tmp_path: Path) -> None:
+    write_folder(tmp_path / "labelled")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, picture in enumerate(sorted((tmp_path / "labelled").rglob("*.png"))):
+        picture.rename(flat / f"{number}.png")
+    (tmp_path / "map").write_text("whatever\n")
+    images = open_dataset(f"imagefolder:{flat}", PLAIN, str(tmp_path / "map"))
+    assert len(images) and set(images.labels) == {-1}
+
+
 @pytest.mark.parametrize(
     "settings_",
     [
