@@ -18,7 +18,7 @@ import tomli_w
 
 from compress.errors import ConfigError, near_matches, printable
 from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
-from compress.plan import DENSE
+from compress.plan import DENSE, NARROW
 from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, RULES, Rule, rule_named
 from compress.untrusted import Unreadable, parse_toml, read_text
 
@@ -87,6 +87,10 @@ def _seed(value: int) -> str | None:
     return None if 0 <= value <= LARGEST_SEED else f"is outside 0 to {LARGEST_SEED}"
 
 
+# What may be done to layers: each scheme to one, and channels taken out of several.
+WAYS = (*SCHEME_NAMES, NARROW)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the outcome of a run. Fractions are in (0, 1], drops in points.
@@ -132,7 +136,7 @@ class RunConfig:
     rules: Mapping[str, float] = _setting(Role.RULE, {})
 
     # What the rule may choose from: ranks are "R" or "R1,R2" and schemes are names, both by glob.
-    schemes: tuple[str, ...] = _setting(Role.OUTCOME, SCHEME_NAMES)
+    schemes: tuple[str, ...] = _setting(Role.OUTCOME, WAYS)
     rank: dict[str, str] = _setting(Role.OUTCOME, {})
     scheme: dict[str, str] = _setting(Role.OUTCOME, {})
     keep: tuple[str, ...] = _setting(Role.OUTCOME, ())
@@ -181,7 +185,13 @@ class RunConfig:
         counts = {len(ranks.split(",")) for ranks in self.rank.values()}
         asked |= {s.name for s in SCHEMES if s.rank_count > 1 and s.rank_count in counts}
         free = set(self.schemes) if self.chosen_rule.weighs_layers else {OUTPUT.name}
-        return tuple(s for s in SCHEME_NAMES if s in asked | free)
+        found = tuple(s for s in SCHEME_NAMES if s in asked | free)
+        return (*found, NARROW) if self.narrows else found
+
+    @property
+    def narrows(self) -> bool:
+        """Whether channels may be taken out."""
+        return NARROW in self.schemes and self.chosen_rule.narrows
 
     @property
     def pools(self) -> bool:
@@ -263,14 +273,20 @@ def _wrong_values(config: RunConfig) -> Iterable[str]:
 
 
 def _wrong_names(config: RunConfig) -> Iterable[str]:
-    for scheme in (*config.schemes, *config.scheme.values()):
+    for scheme in config.schemes:
+        if scheme not in (*WAYS, DENSE):
+            yield (
+                f"scheme {scheme!r} is unknown; the schemes are {', '.join(WAYS)} and {DENSE}."
+                f"{near_matches(scheme, WAYS)}"
+            )
+    for scheme in config.scheme.values():
         if scheme not in (*SCHEME_NAMES, DENSE):
             yield (
-                f"scheme {scheme!r} is unknown; the schemes are {', '.join(SCHEME_NAMES)} and "
-                f"{DENSE}.{near_matches(scheme, SCHEME_NAMES)}"
+                f"scheme {scheme!r} is unknown; those of one layer are {', '.join(SCHEME_NAMES)} "
+                f"and {DENSE}.{near_matches(scheme, SCHEME_NAMES)}"
             )
     if not config.schemes:
-        yield "schemes is empty; name at least one of " + ", ".join(SCHEME_NAMES)
+        yield "schemes is empty; name at least one of " + ", ".join(WAYS)
     counts = {scheme.rank_count for scheme in SCHEMES}
     for pattern, ranks in config.rank.items():
         parts = ranks.split(",")

@@ -12,6 +12,8 @@ from compress.untrusted import Unreadable, read_json, read_record
 
 PLAN_FORMAT = 1
 DENSE = "dense"
+# Not a scheme of one layer: channels are taken out of several at once.
+NARROW = "narrow"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Choice:
             request; else the refit may change its weights. May be edited.
         seconds: Measured time of a batch as chosen, where time was the cost; ``dense_seconds`` as
             it was.
+        width: Inputs and outputs that stay where channels are taken out, else None; may be edited.
+            The scheme is ``"narrow"`` where nothing else happens to the layer.
     """
 
     name: str
@@ -71,11 +75,17 @@ class Choice:
     locked: bool = False
     seconds: float | None = None
     dense_seconds: float | None = None
+    width: tuple[int, int] | None = None
 
     @property
     def rewritten(self) -> bool:
         """Whether the layer is replaced."""
         return self.scheme != DENSE
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is replaced by a chain."""
+        return self.scheme not in (DENSE, NARROW)
 
 
 @dataclass(frozen=True)

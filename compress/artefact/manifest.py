@@ -15,6 +15,7 @@ from compress.errors import ArtefactError
 from compress.files import MODEL_FILE, SEAL_KEY, BrokenSeal, check_tensors
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 from compress.network.baking import PlainLayer
+from compress.network.narrowing import Width
 from compress.untrusted import Unreadable, parse_json, read_record
 from compress.untrusted.tensors import read_metadata
 
@@ -54,7 +55,8 @@ class Manifest:
         unpacked: Attention modules rebuilt of linear layers.
         plain: Subclasses of layers that plain ones replaced.
         folded: Pairs of (layer, norm) names.
-        replacements: Chains by layer.
+        widths: How wide modules became that channels were taken out of.
+        replacements: Chains by layer, at these widths.
         tied: Names of tensors that share another's storage, with that name.
         settings: What decided the outcome, paths left out.
         calibration: Fingerprint of the calibration images, their number and the seed.
@@ -70,6 +72,7 @@ class Manifest:
     unpacked: tuple[str, ...] = ()
     plain: tuple[PlainLayer, ...] = ()
     folded: tuple[tuple[str, str], ...] = ()
+    widths: tuple[Width, ...] = ()
     replacements: tuple[Replacement, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)

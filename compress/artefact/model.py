@@ -29,6 +29,7 @@ from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
 from compress.network.baking import bake_weights, put_plain
 from compress.network.chains import empty_chain
+from compress.network.narrowing import resized
 from compress.network.norms import after_norm
 from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
@@ -204,6 +205,10 @@ def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
         for name, other in list(model.named_modules(remove_duplicate=False)):
             if other is found:
                 replace_module(model, name, rest)
+    for width in manifest.widths:
+        narrow = resized(model.get_submodule(width.name), width.inputs, width.outputs)
+        for alias in width.aliases:
+            replace_module(model, alias, narrow)
     for replacement in manifest.replacements:
         model = _replaced(model, replacement)
     return model

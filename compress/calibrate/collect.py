@@ -47,12 +47,12 @@ WHEN = "on the calibration images"
 REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
 
 
-def wants_patches(site: LayerSite, schemes: Iterable[str]) -> bool:
-    """Whether patches are accumulated: cheaper than outputs, or needed by a scheme."""
+def wants_patches(site: LayerSite, recipe: Recipe) -> bool:
+    """Whether patches are accumulated: cheaper than outputs, or needed."""
     geometry = site.geometry
-    if geometry.in_features < geometry.out_features:
+    if geometry.in_features < geometry.out_features or site.name in recipe.readers:
         return True
-    needed = {s for s in schemes if s in site.schemes and not scheme_named(s).closed_form}
+    needed = {s for s in recipe.schemes if s in site.schemes and not scheme_named(s).closed_form}
     # For one-tap layers `input` can do nothing that `output` does not do better.
     return bool(needed) and math.prod(geometry.kernel_size) > 1
 
@@ -95,7 +95,7 @@ class _Collector:
         self, site: LayerSite, module: nn.Module, recipe: Recipe, positions: _Positions
     ) -> None:
         self.site, self.kind, self.positions = site, registered_kind(module), positions
-        g, patches = site.geometry, wants_patches(site, recipe.schemes)
+        g, patches = site.geometry, wants_patches(site, recipe)
         device = next(module.parameters()).device
         self.statistics = LayerStatistics(
             inputs=Moments(g.groups, g.in_features, device) if patches else None,
@@ -226,7 +226,7 @@ def _collectors(
     modules = dict(model.named_modules(remove_duplicate=False))
     collectors: dict[nn.Module, _Collector] = {}
     for index, site in enumerate(s for s in sites if s.skip is None):
-        patches = wants_patches(site, recipe.schemes)
+        patches = wants_patches(site, recipe)
         length = site.geometry.in_features if patches else site.geometry.out_features
         wide = patches and math.prod(site.geometry.kernel_size) > 1
         free = FREE_PATCHES if wide else FREE_OUTPUTS

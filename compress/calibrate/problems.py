@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from compress.calibrate.pooled import pooled_covariance
@@ -59,18 +60,22 @@ def _robust(moments: Moments) -> Tensor:
     return shrink(covariance, shrinkage(covariance, moments.count))
 
 
+def bias_of(module: nn.Module) -> Tensor:
+    """A layer's bias ``[c_out]`` in float64; zeros where it has none."""
+    weight = registered_kind(module).weight(module)
+    bias = module._parameters.get("bias")
+    if bias is None:
+        return weight.new_zeros(weight.shape[0] * weight.shape[1], dtype=torch.float64)
+    return bias.detach().double()
+
+
 def absorbed_bias(module: nn.Module, statistics: LayerStatistics, fit: Fit) -> Tensor:
     """Bias ``[c_out]`` that keeps the mean output exact: ``b + (W - Ŵ) m``.
 
     Where only the outputs' mean ``μ`` was taken it is the same ``μ + P (b - μ)``.
     """
-    kind = registered_kind(module)
-    matrix = kind.weight(module).double().flatten(2)
-    bias = module._parameters.get("bias")
-    groups, out = matrix.shape[:2]
-    old = (
-        matrix.new_zeros(groups, out) if bias is None else bias.detach().double().view(groups, out)
-    )
+    matrix = registered_kind(module).weight(module).double().flatten(2)
+    old = bias_of(module).view(*matrix.shape[:2])
     if statistics.inputs is not None:
         mean = statistics.inputs.mean.unsqueeze(2)
         return (old + ((matrix - fit.matrix) @ mean).squeeze(2)).flatten()

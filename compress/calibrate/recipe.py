@@ -20,6 +20,7 @@ class Recipe:
         samples_per_dimension: Sample budget of a layer, in multiples of its row length.
         seed: Decides the random signs and positions.
         reading: What the network's outputs stand for; by default what the first ones look like.
+        readers: Names of layers whose patches are accumulated whatever the schemes.
     """
 
     schemes: tuple[str, ...] = (OUTPUT.name,)
@@ -29,3 +30,4 @@ class Recipe:
     samples_per_dimension: int = 64
     seed: int = 0
     reading: Reading | None = None
+    readers: frozenset[str] = frozenset()

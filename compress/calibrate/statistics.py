@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
+from compress.linalg.selection import Removal
 from compress.network.baseline import Network
 
 # Below this many samples a dimension the covariance is shrunk and the user is warned.
@@ -88,11 +89,14 @@ class Calibration:
         statistics: By site name.
         source: What they were taken from.
         metric: ``"loss"`` or ``"mse"``.
+        removals: The orders in which channels of a group can go, as far as they were worked out
+            of the statistics (`compress.calibrate.removal`), by group.
     """
 
     statistics: Mapping[str, LayerStatistics]
     source: Source
     metric: str
+    removals: dict[str, Removal] = field(default_factory=dict, repr=False, compare=False)
 
 
 def without_unseen(network: Network, calibration: Calibration) -> Network:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from compress.choose.choices import break_even, kept, make_choice, rounded_up, scheme_cost
 from compress.choose.knapsack import UnreachableBudgetError, allocate
 from compress.choose.overrides import Latitude, Overrides
+from compress.choose.widths import Pattern, Widths
 from compress.errors import BudgetError
 from compress.linalg.fit import Problem, grid_losses, rank_grid
 from compress.linalg.schemes import OUTPUT, scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, Candidate, Choice
+from compress.plan import DENSE, NARROW, Candidate, Choice
 from compress.progress import Track, silent
 from compress.rules import Currency, Sized
 
@@ -22,6 +23,16 @@ GRID_POINTS = 32
 GRID_POINTS_PAIRS = 12
 
 Size = Callable[[Sized], int]
+Width = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """A way to spend a budget: widths, a candidate of each layer, and the predicted loss."""
+
+    pattern: Pattern
+    chosen: dict[str, Candidate]
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Budgets:
         fixed: What the layers without candidates cost, and all else.
         elsewhere: What is none of the layers, by module; for messages.
         why: The reason that choices record; by default the budget.
+        widths: What may become narrower; None where nothing may.
     """
 
     sites: tuple[LayerSite, ...]
@@ -47,6 +59,7 @@ class Budgets:
     fixed: float
     why: str | None = None
     elsewhere: Mapping[str, float] = field(default_factory=dict)
+    widths: Widths | None = None
 
     def spend(self, fraction: float) -> list[Choice]:
         """Make one choice per layer: the least summed loss within a fraction of the dense cost.
@@ -54,23 +67,66 @@ class Budgets:
         Raises:
             BudgetError: The fraction cannot be reached; the smallest reachable one is named.
         """
-        names = list(self.found)
         room = fraction * self.total - self.fixed
-        try:
-            picked = allocate([self.found[n] for n in names], room, self.currency.cost)
-        except UnreachableBudgetError as error:
-            raise self._unreachable(fraction, error.smallest) from error
-        chosen = {name: self.found[name][i] for name, i in zip(names, picked, strict=True)}
+        patterns: list[Pattern] = [{}]
+        if self.widths is not None and fraction < 1:
+            patterns = self.widths.patterns(room + self._fixed_layers({}))
+        spent = [s for s in (self._ranked(pattern, room) for pattern in patterns) if s is not None]
+        if not spent:
+            raise self._unreachable(fraction, self.smallest() * self.total - self.fixed)
+        best = min(spent, key=lambda s: s.loss)
+        widths = {} if self.widths is None else self.widths.layer_widths(best.pattern)
         why = self.why or f"best within {self.currency.name} {fraction:g}"
-        return [self._choice(site, chosen.get(site.name), why) for site in self.sites]
+        return [
+            self._choice(site, best.chosen.get(site.name), widths.get(site.name), why)
+            for site in self.sites
+        ]
+
+    def _ranked(self, pattern: Pattern, room: float) -> _Spent | None:
+        """Ranks within a budget at some widths, or None where there are none."""
+        found: Mapping[str, list[Candidate]] = self.found
+        loss = 0.0
+        if pattern and self.widths is not None:
+            found, loss = self.widths.candidates(pattern), self.widths.loss(pattern)
+        names = list(found)
+        room += self._fixed_layers({}) - self._fixed_layers(pattern)
+        try:
+            picked = allocate([found[n] for n in names], room, self.currency.cost)
+        except UnreachableBudgetError:
+            return None
+        chosen = {name: found[name][i] for name, i in zip(names, picked, strict=True)}
+        return _Spent(pattern, chosen, loss + math.fsum(c.loss for c in chosen.values()))
+
+    def _fixed_layers(self, pattern: Pattern) -> float:
+        """What layers without candidates cost whose width may change."""
+        if self.widths is None:
+            return 0.0
+        touched = {n for o in self.widths.options for n in o.group.modules}
+        return sum(
+            self.widths.dense_cost(site.name, pattern)
+            for site in self.sites
+            if site.name in touched and site.name not in self.found
+        )
 
     def smallest(self) -> float:
         """The smallest fraction that can be reached."""
         cost = self.currency.cost
-        least = sum(min(cost(c) for c in found) for found in self.found.values())
-        return (least + self.fixed) / self.total if self.total else 0.0
+        found: Mapping[str, list[Candidate]] = self.found
+        fixed = self.fixed
+        if self.widths is not None:
+            pattern = self.widths.narrowest()
+            found = self.widths.candidates(pattern)
+            fixed += self._fixed_layers(pattern) - self._fixed_layers({})
+        least = sum(min(cost(c) for c in candidates) for candidates in found.values())
+        return (least + fixed) / self.total if self.total else 0.0
 
-    def _choice(self, site: LayerSite, candidate: Candidate | None, why: str) -> Choice:
+    def _choice(
+        self, site: LayerSite, candidate: Candidate | None, width: Width, why: str
+    ) -> Choice:
+        if width is not None:
+            scheme = NARROW if candidate is None or candidate.scheme == DENSE else candidate.scheme
+            ranks = candidate.ranks if candidate is not None else ()
+            return make_choice(site, scheme, ranks, why, 0, width)
         if candidate is None:
             return kept(site, self.overrides.kept(site) or "no candidate")
         by_scheme = candidate.scheme if candidate.scheme != DENSE else OUTPUT.name

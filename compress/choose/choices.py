@@ -13,7 +13,7 @@ from compress.calibrate.statistics import Calibration
 from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, chain_macs, chain_params, scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, Choice
+from compress.plan import DENSE, NARROW, Choice
 from compress.rules import Sized
 
 
@@ -26,8 +26,8 @@ class SchemeCost:
 
 
 def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
-    """Cost of a layer rewritten by a scheme; ``dense`` is the layer as it is."""
-    if scheme == DENSE:
+    """Cost of a layer rewritten by a scheme; dense or narrow is the layer as it is."""
+    if scheme in (DENSE, NARROW):
         return SchemeCost(site.macs, site.params)
     chain = scheme_named(scheme).stages(site.geometry, ranks)
     macs = site.count_macs(lambda call: chain_macs(chain, call.size))
@@ -67,11 +67,27 @@ def kept(site: LayerSite, reason: str) -> Choice:
     return replace(make_choice(site, DENSE, (), reason, 0), locked=True)
 
 
-def make_choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: int) -> Choice:
-    """Record a choice; ``limit`` is the break-even rank."""
-    cost = scheme_cost(site, scheme, ranks)
+def narrowed_site(site: LayerSite, width: tuple[int, int]) -> LayerSite:
+    """A layer with fewer inputs and outputs."""
+    geometry = site.geometry
+    groups = width[1] if geometry.groups > 1 else 1
+    changed = geometry.with_(in_channels=width[0], out_channels=width[1], groups=groups)
+    return replace(site, geometry=changed)
+
+
+def make_choice(  # noqa: PLR0913 - what a record holds
+    site: LayerSite,
+    scheme: str,
+    ranks: Ranks,
+    reason: str,
+    limit: int,
+    width: tuple[int, int] | None = None,
+) -> Choice:
+    """Record a choice; ``limit`` is the break-even rank, ``width`` as `Choice`."""
+    narrow = site if width is None else narrowed_site(site, width)
+    cost = scheme_cost(narrow, scheme, ranks)
     full = site.geometry.full_rank
-    if scheme != DENSE:
+    if scheme not in (DENSE, NARROW):
         full = scheme_named(scheme).full_ranks(site.geometry)[0]
     return Choice(
         name=site.name,
@@ -86,6 +102,7 @@ def make_choice(site: LayerSite, scheme: str, ranks: Ranks, reason: str, limit: 
         dense_params=site.params,
         break_even=limit,
         full_rank=full,
+        width=width,
     )
 
 

@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from compress.calibrate.removal import Narrower
 from compress.calibrate.statistics import Calibration
 from compress.choose.budgets import Budgets, options
 from compress.choose.by_spectrum import Asked, choose_by_spectrum
 from compress.choose.choices import problems
 from compress.choose.overrides import Overrides
+from compress.choose.widths import Widths, width_options
 from compress.config import RunConfig
 from compress.errors import ConfigError
 from compress.network.baseline import Network
+from compress.network.channels import ChannelMap
 from compress.network.sites import LayerSite
-from compress.plan import Choice, Plan
+from compress.plan import Candidate, Choice, Plan
 from compress.progress import Track, silent
 from compress.rules import Currency, RankOf, Sized
 
@@ -33,6 +36,7 @@ class Chooser:
         track: Progress.
         whole: What the whole network costs; by default the layers together.
         elsewhere: MACs of what is none of the layers, by module.
+        channels: Channels that may be taken out.
     """
 
     model: nn.Module
@@ -42,15 +46,18 @@ class Chooser:
     track: Track = silent
     whole: Sized | None = None
     elsewhere: Mapping[str, int] = field(default_factory=dict)
+    channels: ChannelMap = field(default_factory=ChannelMap)
 
     @classmethod
     def of(
         cls, network: Network, calibration: Calibration, config: RunConfig, track: Track = silent
     ) -> Chooser:
         """Return the chooser of a network, whose budgets are shares of all that it computes."""
+        channels = network.channels if config.narrows else ChannelMap()
         return cls(
-            network.model, network.sites, calibration, config, track, network, network.elsewhere
-        )
+            network.model, network.sites, calibration, config, track, network, network.elsewhere,
+            channels,
+        )  # fmt: skip
 
     def plan(self) -> Plan:
         """Choose by the configuration's rule.
@@ -89,7 +96,18 @@ class Chooser:
         return Budgets(
             self.sites, overrides, found, currency, total, fixed + total - layers,
             elsewhere=self.elsewhere if currency.name == "macs" else {},
+            widths=self._widths(overrides, found, currency),
         )  # fmt: skip
+
+    def _widths(
+        self, overrides: Overrides, found: dict[str, list[Candidate]], currency: Currency
+    ) -> Widths | None:
+        if not self.config.narrows or not self.channels.groups:
+            return None
+        narrower = Narrower(self.model, self.sites, self.channels, self.calibration)
+        options = width_options(narrower, overrides, self.track)
+        sites = {site.name: site for site in self.sites}
+        return Widths(options, sites, found, currency) if options else None
 
     def within(self, currency: Currency, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's cost; see `compress.rules.Planning`."""

@@ -30,7 +30,9 @@ def check_plan(plan: Plan, sites: tuple[LayerSite, ...]) -> Plan:
         if problem is not None:
             problems.append(f"layer {choice.name!r}: {problem}")
             continue
-        made = make_choice(site, choice.scheme, choice.ranks, choice.reason, choice.break_even)
+        made = make_choice(
+            site, choice.scheme, choice.ranks, choice.reason, choice.break_even, choice.width
+        )
         choices.append(replace(made, locked=choice.locked))
     problems += [f"layer {name!r} is missing from the plan" for name in by_name]
     if problems:

@@ -77,6 +77,12 @@ class Overrides:
             return "kept on request"
         return "kept on request" if self._last(self.config.scheme, site) == DENSE else None
 
+    def fixes(self, name: str) -> bool:
+        """Whether the user says anything of a module, so that its width stays too."""
+        named = (*self.config.keep, *self.config.scheme, *self.config.rank)
+        aliases = self.sites[name].aliases if name in self.sites else (name,)
+        return any(fnmatch.fnmatchcase(a, p) for a in aliases for p in named)
+
     def scheme(self, site: LayerSite) -> str | None:
         """The scheme asked for, or None; output in the place of one that is not offered.
 

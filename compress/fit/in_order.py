@@ -63,7 +63,7 @@ def refit(
         for node in track(steps, "refit", len(steps)):
             name = by_alias[str(node.target)]
             rows = walk.advance(node, sites[name], settings.seed)
-            layer = Layer(sites[name], walk.lockstep.modules[name], factors[name])
+            layer = Layer(sites[name], walk.layer(sites[name]), factors[name])
             found, outcome[name] = layer.solve(rows, settings.iterations)
             if found is not factors[name]:
                 current[name] = found
@@ -107,8 +107,9 @@ class _InOrder(Walk):
         module = self.lockstep.modules[site.name]
         kind = registered_kind(module)
         pair = environment[node.all_input_nodes[0].name]
-        target = kind.images(module(pair.dense))
+        target = kind.images(self.cut.outputs_of(site.name, module(pair.dense)))
         if partner is not None and not environment[partner.name].same:
             other = environment[partner.name]
-            target = target + kind.images(other.dense - other.compressed)
+            before = self.cut.of_node(partner.name, other.dense)
+            target = target + kind.images(before - other.compressed)
         return kind.images(pair.compressed), target

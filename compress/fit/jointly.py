@@ -109,7 +109,9 @@ def refit_jointly(
             walk.advance(segment)
             shape = shapes[segment.end]
             assert shape is not None  # or it would not suit
-            root = metrics.get(segment.end, torch.eye(shape[1])).to(walk.device)
+            kept = walk.cut.nodes.get(walk.lockstep.nodes[segment.end].name)
+            channels = shape[1] if kept is None else len(kept[1])
+            root = metrics.get(segment.end, torch.eye(channels)).to(walk.device)
             better = _improve(Stretch(walk, segment, root), current.factors, settings.seed)
             current.factors.update(better.factors)
             current.kept.update(better.kept)
@@ -148,7 +150,7 @@ def _improve(stretch: Stretch, factors: Mapping[str, Factors], seed: int) -> Imp
 
 def _read(chain: nn.Module, old: Factors, site: LayerSite) -> Factors:
     """The factors that a trained chain holds, balanced."""
-    layers = list(chain.children())
+    layers = list(chain.children()) or [chain]
     weights = tuple(registered_kind(x).weight(x).detach().double() for x in layers)
     bias = layers[-1].get_parameter("bias").detach().double()
     return replace(old, fit=with_weights(site.geometry, old.fit, weights), bias=bias)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from compress.calibrate.problems import absorbed_bias, fit_problem, layer_problem
+from compress.calibrate.problems import absorbed_bias, bias_of, fit_problem, layer_problem
 from compress.calibrate.recipe import Recipe
+from compress.calibrate.removal import Narrower, group_widths
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 from compress.data import ImageSet, Loader, Split
 from compress.fit.by_module import Watched, refit_by_module
@@ -25,11 +26,13 @@ from compress.fit.predict import (
     unseen_mse,
 )
 from compress.fit.walk import RefitImages, RefitSettings, Traced
-from compress.linalg.fit import fit
+from compress.layers import registered_kind
+from compress.linalg.fit import fit, whole
 from compress.network.baseline import Network
 from compress.network.chains import rewrite
+from compress.network.narrowing import Cut
 from compress.network.sites import LayerSite
-from compress.plan import Choice, Plan
+from compress.plan import NARROW, Choice, Plan
 from compress.progress import Track, silent
 from compress.running.memory_format import in_memory_format
 
@@ -58,6 +61,7 @@ class Replaced:
         predicted: By layer name, for every layer with statistics.
         refitted: Names of the layers whose refit was kept, dense ones included.
         refit: How that was done.
+        cut: The network with channels taken out, before any layer was factored.
     """
 
     model: nn.Module
@@ -65,6 +69,7 @@ class Replaced:
     predicted: dict[str, PredictedError]
     refitted: tuple[str, ...] = ()
     refit: RefitPath = RefitPath()
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,13 @@ class Fitted:
         factors: By layer name.
         predicted: By layer name, for every layer with statistics.
         free: Names of the dense layers whose weights a refit may change.
+        cut: The network with channels taken out, before any layer is factored.
     """
 
     factors: dict[str, Factors]
     predicted: dict[str, PredictedError]
     free: tuple[str, ...] = ()
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -113,22 +120,24 @@ class Fitter:
 
     def fit(self, plan: Plan, calibration: Calibration) -> Fitted:
         """Fit every chosen scheme to nothing but the statistics; arguments as `carry_out`."""
-        sites = {site.name: site for site in self.network.sites}
-        modules = dict(self.network.model.named_modules(remove_duplicate=False))
+        network = self.network
+        narrower = Narrower(network.model, network.sites, network.channels, calibration)
+        cut, lost = narrower.cut(group_widths(plan, network.channels))
+        sites, statistics = cut.sites, narrower.statistics(cut)
+        modules = dict(cut.model.named_modules(remove_duplicate=False))
         factors: dict[str, Factors] = {}
         predicted: dict[str, PredictedError] = {}
-        measured = [c for c in plan.choices if c.name in calibration.statistics]
+        measured = [c for c in plan.choices if c.name in statistics]
         for choice in self.track(measured, "fit", len(measured)):
-            layer = _Layer(
-                sites[choice.name], modules[choice.name], calibration.statistics[choice.name]
-            )
-            found, predicted[choice.name] = layer.fit(choice, pooled=self.recipe.pool)
+            layer = _Layer(sites[choice.name], modules[choice.name], statistics[choice.name])
+            found, error = layer.fit(choice, pooled=self.recipe.pool)
+            predicted[choice.name] = error.with_lost(lost.get(choice.name))
             if found is not None:
                 factors[choice.name] = found
         few = {
             name: calibration.statistics[name]
             for name in factors
-            if predicted[name].samples_per_dimension < FEW_SAMPLES
+            if predicted[name].samples_per_dimension < FEW_SAMPLES and name not in cut.kept
         }
         for name, mse in self._held_out_mse(few, factors).items():
             predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
@@ -136,7 +145,7 @@ class Fitter:
             c.name for c in plan.choices
             if not c.rewritten and not c.locked and sites[c.name].skip is None
         ]  # fmt: skip
-        return Fitted(factors, predicted, tuple(free))
+        return Fitted(factors, predicted, tuple(free), cut)
 
     def _held_out_mse(
         self, seen: Mapping[str, LayerStatistics], factors: Mapping[str, Factors]
@@ -155,18 +164,22 @@ class Fitter:
 
     def replace(self, fitted: Fitted) -> Replaced:
         """Rewrite the model with fitted factors, and refit them."""
-        network, factors = self.network, fitted.factors
-        sites = {site.name: site for site in network.sites}
-        first = rewrite(network.model, sites, {n: f.chain for n, f in factors.items()})
+        factors, cut = fitted.factors, self._cut(fitted)
+        first = rewrite(cut.model, cut.sites, {n: f.chain for n, f in factors.items()})
         path = self._refit_path(fitted)
         if path.path == "none":
-            return Replaced(first, first, fitted.predicted, refit=path)
+            return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
         new = self._refitted(fitted)
         changed = tuple(name for name in factors if new.factors[name] is not factors[name])
         chains = {n: f.chain for n, f in new.factors.items()}
-        model = rewrite(network.model, sites, chains, new.kept)
+        model = rewrite(cut.model, cut.sites, chains, new.kept)
         changed += tuple(new.kept)
-        return Replaced(model, first, fitted.predicted, changed, path)
+        return Replaced(model, first, fitted.predicted, changed, path, fitted.cut)
+
+    def _cut(self, fitted: Fitted) -> Cut:
+        """The network whose layers are factored."""
+        network = self.network
+        return fitted.cut or Cut(network.model, {site.name: site for site in network.sites})
 
     def _given(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
         """The batches of a set, with their targets where a loss looks at them."""
@@ -187,7 +200,7 @@ class Fitter:
     def _refitted(self, fitted: Fitted) -> Improved:
         """Refit layer by layer in execution order, then jointly between cuts of the graph."""
         network, recipe = self.network, self.recipe
-        sites = {site.name: site for site in network.sites}
+        sites = self._cut(fitted).sites
         settings = RefitSettings(
             seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading
         )
@@ -204,7 +217,7 @@ class Fitter:
                 factors = fitted.factors
                 found, _ = refit_by_module(watched, factors, images(), settings, self.track)
                 return Improved(found, {})
-            traced = Traced(network.model, network.graph, sites, network.result)
+            traced = Traced(network.model, network.graph, sites, network.result, fitted.cut)
             found, _ = refit(traced, fitted.factors, images(), settings, self.track)
             movable = Movable(found, fitted.free)
             return refit_jointly(traced, movable, images(), settings, self.track)
@@ -223,7 +236,10 @@ class _Layer:
         statistics = self.statistics
         problem = layer_problem(self.site, self.module, statistics)
         factors, loss, mse = None, 0.0, 0.0
-        if choice.rewritten:
+        if choice.scheme == NARROW:
+            weight = registered_kind(self.module).weight(self.module).double()
+            factors = Factors(whole(weight), bias_of(self.module), problem.weighting)
+        elif choice.rewritten:
             metric = fit_problem(self.site, self.module, statistics) if pooled else problem
             found = fit(metric, choice.scheme, choice.ranks)
             loss, mse = seen_errors(self.module, statistics, problem, found)
@@ -240,4 +256,5 @@ class _Layer:
             eigenvalues=tuple(spectrum.tolist()),
             samples=statistics.samples,
             samples_per_dimension=statistics.samples_per_dimension,
+            variance=variance,
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.recipe import Recipe
+from compress.calibrate.removal import Lost
 from compress.calibrate.statistics import LayerStatistics, Source
 from compress.data import ImageSet, Loader
 from compress.layers import registered_kind
@@ -46,6 +47,7 @@ class PredictedError:
         samples: Rows the statistics were taken from.
         samples_per_dimension: The same over the length of a row.
         held_out_mse: `mse` for rows of the validation images, where samples were few.
+        variance: The output's, per element.
     """
 
     loss: float
@@ -55,6 +57,15 @@ class PredictedError:
     samples: int
     samples_per_dimension: float
     held_out_mse: float | None = None
+    variance: float = 0.0
+
+    def with_lost(self, lost: Lost | None) -> PredictedError:
+        """The same with what the layer loses by fewer inputs."""
+        if lost is None:
+            return self
+        mse = self.mse + lost.mse
+        relative = mse / self.variance if self.variance > 1e-20 else None
+        return replace(self, loss=self.loss + lost.loss, mse=mse, relative_mse=relative)
 
 
 def held_out_statistics(

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from compress.fit.factors import LEAST_GAIN, Factors
 from compress.layers import registered_kind
-from compress.linalg.fit import Covariances, Problem, refine
+from compress.linalg.fit import Covariances, Problem, refine, whole
 from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
 from compress.linalg.schemes import scheme_named
 from compress.linalg.spectrum import regularise, square_roots
 from compress.network.sites import LayerSite
+from compress.plan import NARROW
 
 # Ridge strengths tried, in units of the mean eigenvalue of the patches' covariance.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -161,7 +162,8 @@ class Layer:
         attempt = self._attempts(rows)
         trials = {ridge: attempt(ridge, 0) for ridge in ridges(self.site.geometry)}
         ridge = min(trials, key=lambda r: trials[r][0])
-        alternates = iterations and not scheme_named(old.fit.scheme).closed_form
+        scheme = old.fit.scheme
+        alternates = iterations and scheme != NARROW and not scheme_named(scheme).closed_form
         for error, found in (
             trials[ridge],
             attempt(ridge, iterations) if alternates else trials[ridge],
@@ -185,11 +187,14 @@ class Layer:
             padded = xx.clone()
             padded.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
             wanted = weight + solve_psd(padded.to(dtype), missing.to(dtype)).double()
-            covariances = Covariances(wanted @ padded @ wanted.mT, padded)
-            problem = Problem(
-                self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots
-            )
-            found = refine(problem, old.fit, rounds)
+            if old.fit.scheme == NARROW:
+                found = whole(wanted.reshape(shape))
+            else:
+                covariances = Covariances(wanted @ padded @ wanted.mT, padded)
+                problem = Problem(
+                    self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots
+                )
+                found = refine(problem, old.fit, rounds)
             bias = rows.train.bias(found.matrix)
             error = rows.held_out.error(old.weighting, found.matrix, bias)
             return error, Factors(found, bias.flatten(), old.weighting)

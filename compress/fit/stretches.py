@@ -48,7 +48,7 @@ class StretchWalk(Walk):
 
     def free(self, site: LayerSite) -> None:
         """Let a dense layer differ between the networks."""
-        self.place(site, copy.deepcopy(self.lockstep.modules[site.name]))
+        self.place(site, copy.deepcopy(self.layer(site)))
 
     def shapes(self) -> list[torch.Size | None]:
         """Of each node, the shape of what it gives for the first batch; None of no tensor."""
@@ -83,9 +83,17 @@ class StretchWalk(Walk):
                 found = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
                 found.update(rows.unsqueeze(0))
         return {
-            end: square_roots(regularise(found.second_moment))[0][0].float()
+            end: square_roots(regularise(self._kept(end, found.second_moment)))[0][0].float()
             for end, found in moments.items()
         }
+
+    def _kept(self, end: int, weighting: Tensor) -> Tensor:
+        """``G [1, channels, channels]`` of the channels that stay at a node."""
+        name = self.lockstep.nodes[end].name
+        if name not in self.cut.nodes:
+            return weighting
+        stay = self.cut.nodes[name][1].to(weighting.device)
+        return weighting[:, stay][:, :, stay]
 
     def _gradients(
         self, batch: int, segments: list[Segment], objective: Objective
@@ -200,7 +208,9 @@ class Stretch:
         (pair,) = self.walk.frontier.look(batch).values()
         output = self.walk.through(self.segment, pair.compressed)
         images = count(pair.compressed)
-        return (channel_rows(output - pair.dense) @ self.root).square().sum() / images, images
+        end = self.walk.lockstep.nodes[self.segment.end].name
+        wanted = self.walk.cut.of_node(end, pair.dense)
+        return (channel_rows(output - wanted) @ self.root).square().sum() / images, images
 
 
 def pieces(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from compress.fit.factors import Factors
 from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import Lockstep
 from compress.network.chains import build_chain
+from compress.network.narrowing import Cut
 from compress.network.sites import LayerSite
 from compress.running.outputs import LossFunction, Reading
 from compress.running.structure import count, mapped
@@ -29,12 +30,19 @@ class Traced:
         graph: Its graph.
         sites: Its layers by name.
         result: What it returns for some image, whose structure all results have.
+        cut: The network with channels taken out of it, whose layers the sites are.
     """
 
     model: nn.Module
     graph: fx.Graph
     sites: Mapping[str, LayerSite]
     result: Any
+    cut: Cut | None = None
+
+    @property
+    def narrowed(self) -> Cut:
+        """The network that is refitted: `cut`, or itself."""
+        return self.cut or Cut(self.model, self.sites)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,10 @@ class Walk:
     def __init__(self, traced: Traced, frontier: Frontier) -> None:
         self.traced, self.frontier = traced, frontier
         self.lockstep = Lockstep(traced.model, traced.graph)
+        self.cut = traced.narrowed
+        for width in self.cut.widths:
+            narrow = self.cut.model.get_submodule(width.name)
+            self.lockstep.chains.update(dict.fromkeys(width.aliases, narrow))
         self.device = next(traced.model.parameters()).device
         self.held_out: list[bool] = []
         self.labels: list[Any] = []
@@ -99,8 +111,12 @@ class Walk:
 
     def install(self, site: LayerSite, found: Factors) -> nn.Module:
         """Put factors in a layer's place from here on; return the chain built of them."""
-        built = build_chain(site.geometry, found.chain, self.lockstep.modules[site.name])
+        built = build_chain(site.geometry, found.chain, self.layer(site))
         return self.place(site, built)
+
+    def layer(self, site: LayerSite) -> nn.Module:
+        """A layer as it was before it was refitted, its channels taken out."""
+        return self.cut.model.get_submodule(site.name)
 
     def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
         """Put a module in a layer's place in the compressed network."""

@@ -77,7 +77,7 @@ def assess(
             return {}
         loaded = yardstick.loader.batches(images)
         tracked = yardstick.track(loaded, f"layer errors, {describe}", len(loaded))
-        return measure_layers(network.model, replaced.model, names, tracked)
+        return measure_layers(network.model, replaced.model, names, tracked, replaced.cut)
 
     measured = _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
     losses = _losses(network, replaced, names, validation if len(validation) else fit)
@@ -173,7 +173,7 @@ def _losses(
     example = main_tensor(network.example)
     wanted = max(8, LOSS_PIXELS // max(1, math.prod(example.shape[-2:])))
     inputs = placed(first_inputs(images, wanted), network.device)
-    return measured_losses(network, replaced.fitted, names, inputs)
+    return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
 
 
 def _comparable(network: Network, images: ImageSet, *, own: bool) -> bool:

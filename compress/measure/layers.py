@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.layers import registered_kind
 from compress.measure.spread import Spread, squared_error
 from compress.network.baseline import Network
+from compress.network.narrowing import Cut, within
 from compress.result import MeasuredError
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
 from compress.running.modules import swapped
@@ -39,6 +40,7 @@ def measure_layers(
     compressed: nn.Module,
     names: Iterable[str],
     inputs: Iterable[tuple[Any, Any]],
+    cut: Cut | None = None,
 ) -> dict[str, tuple[MeasuredError, MeasuredError]]:
     """Measure replaced layers against the originals.
 
@@ -47,6 +49,7 @@ def measure_layers(
         compressed: The rewritten model.
         names: Names of the replaced layers, the same in both.
         inputs: Batches of inputs and targets.
+        cut: Which channels the rewritten model still has; by default all.
 
     Returns:
         For each name the error *alone* (on the original's input) and *in place* (on what the
@@ -55,15 +58,18 @@ def measure_layers(
     before = dict(model.named_modules(remove_duplicate=False))
     after = dict(compressed.named_modules(remove_duplicate=False))
     names = list(names)
+    kept = cut or Cut(model, {})
     sums = {name: _Sums() for name in names}
     expected: dict[str, list[Tensor]] = defaultdict(list)
 
     def original(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             kind = registered_kind(module)
+            output = kept.outputs_of(name, output)
             sums[name].spread.see(kind.images(output))
             # The chain is called past its own hooks: this is not a call of the compressed model.
-            sums[name].alone += squared_error(after[name].forward(given[0]), output)
+            found = after[name].forward(kept.inputs_of(name, given[0]))
+            sums[name].alone += squared_error(found, output)
             expected[name].append(output.clone())
 
         return hook
@@ -94,7 +100,11 @@ def measure_layers(
 
 
 def measured_losses(
-    network: Network, compressed: nn.Module, names: Iterable[str], inputs: Any
+    network: Network,
+    compressed: nn.Module,
+    names: Iterable[str],
+    inputs: Any,
+    cut: Cut | None = None,
 ) -> dict[str, float]:
     """Measure what each replaced layer alone costs, in the units of the prediction.
 
@@ -107,6 +117,7 @@ def measured_losses(
         compressed: The rewritten model.
         names: Of the replaced layers.
         inputs: Those of some images ``[B, ...]``.
+        cut: As for `measure_layers`.
     """
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     model, reading = network.model, network.reading
@@ -115,6 +126,9 @@ def measured_losses(
         reference = run_model(model, inputs)
         for name in filter(None, names):
             aliases = network.site(name).aliases
-            with swapped(model, dict.fromkeys(aliases, after[name])):
+            layer = after[name]
+            if cut is not None:
+                layer = within(cut, name, model.get_submodule(name), layer)
+            with swapped(model, dict.fromkeys(aliases, layer)):
                 losses[name] = float(reading.divergence(reference, run_model(model, inputs)).mean())
     return losses

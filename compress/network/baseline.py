@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
 from compress.modules.attention import reads_child_weights, unpack_attention
 from compress.network.baking import Baked, Baker, copied
+from compress.network.channels import ChannelMap, read_channels
 from compress.network.counting import macs_by_module
 from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.recurrent import RecurrentLayer, recurrent_layers
@@ -65,6 +67,11 @@ class Network:
     macs: int = 0
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     recurrent: tuple[RecurrentLayer, ...] = ()
+
+    @cached_property
+    def channels(self) -> ChannelMap:
+        """Its channels, as far as they can be taken out."""
+        return read_channels(self.model, self.graph, self.sites, self.example)
 
     @property
     def params(self) -> int:

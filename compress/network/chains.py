@@ -13,6 +13,7 @@ from compress.layers.registry import kind_for
 from compress.linalg.geometry import Geometry
 from compress.linalg.schemes import Ranks, scheme_named
 from compress.network.sites import LayerSite
+from compress.plan import NARROW
 from compress.running.modules import replace_module
 
 
@@ -33,15 +34,20 @@ class Chain:
     bias: Tensor
 
 
-def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequential:
+def stages(geometry: Geometry, scheme: str, ranks: Ranks) -> tuple[Geometry, ...]:
+    """The layers that stand for one: a chain, or the layer by itself where it is only narrow."""
+    return (geometry,) if scheme == NARROW else scheme_named(scheme).stages(geometry, ranks)
+
+
+def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Module:
     """Build the plain layers, in the dtype, on the device and with the flags of ``like``."""
     reference = next(like.parameters())
     layers = []
-    parts = scheme_named(chain.scheme).stages(geometry, chain.ranks)
+    parts = stages(geometry, chain.scheme, chain.ranks)
     for index, (stage, weight) in enumerate(zip(parts, chain.weights, strict=True)):
         bias = chain.bias.to(reference, copy=True) if index == len(parts) - 1 else None
         layers.append(kind_for(stage).build(stage, weight.to(reference, copy=True), bias))
-    built = nn.Sequential(*layers)
+    built = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
     built.train(like.training)
     for parameter in built.parameters():
         parameter.requires_grad_(reference.requires_grad)
@@ -51,27 +57,26 @@ def build_chain(geometry: Geometry, chain: Chain, like: nn.Module) -> nn.Sequent
     return built
 
 
-def empty_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Sequential:
+def empty_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Module:
     """Build the layers without values, for a state dict to fill."""
     reference = next(like.parameters())
     weights = tuple(
         torch.empty(g.groups, g.out_features, g.in_channels // g.groups, *g.kernel_size)
-        for g in scheme_named(scheme).stages(geometry, ranks)
+        for g in stages(geometry, scheme, ranks)
     )
     bias = torch.empty(geometry.out_channels)
     return build_chain(geometry, Chain(scheme, ranks, weights, bias.to(reference)), like)
 
 
-def random_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Sequential:
+def random_chain(geometry: Geometry, scheme: str, ranks: Ranks, like: nn.Module) -> nn.Module:
     """Build the layers with random weights that keep activations in scale, to be timed."""
     chain = empty_chain(geometry, scheme, ranks, like)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for layer in chain:
-            for tensor in layer.parameters():
-                fan_in = max(tensor[0].numel(), 1)
-                values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
-                tensor.copy_(values)
+        for tensor in chain.parameters():
+            fan_in = max(tensor[0].numel(), 1)
+            values = torch.randn(tensor.shape, generator=generator) / fan_in**0.5
+            tensor.copy_(values)
     return chain
 
 

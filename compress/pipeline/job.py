@@ -10,6 +10,7 @@ from pathlib import Path
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
 from compress.calibrate.recipe import Recipe
+from compress.calibrate.removal import readers_of
 from compress.calibrate.statistics import Calibration, Source, misfits
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
@@ -24,6 +25,7 @@ from compress.measure.accuracy import Yardstick
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.trials import try_out
+from compress.plan import NARROW
 from compress.progress import Track, silent
 from compress.running.structure import placed
 
@@ -87,6 +89,7 @@ class Job:
             samples_per_dimension=config.samples_per_dimension,
             seed=config.seed,
             reading=self.network.reading,
+            readers=readers_of(self.network) if NARROW in schemes else frozenset(),
         )
 
     @property

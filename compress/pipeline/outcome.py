@@ -115,10 +115,13 @@ class Record:
             unpacked=job.network.unpacked,
             plain=job.network.baked.layers,
             folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
+            widths=()
+            if self.rewritten.replaced.cut is None
+            else self.rewritten.replaced.cut.widths,
             replacements=tuple(
                 Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
                 for c in self.rewritten.plan.choices
-                if c.rewritten
+                if c.factored
             ),
             settings={
                 k: _without_folder(v) if k in _FUNCTIONS else v

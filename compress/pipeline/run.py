@@ -9,7 +9,7 @@ from torch import nn
 
 from compress.calibrate.statistics import without_unseen
 from compress.choose import check_plan
-from compress.config import RunConfig, make_config
+from compress.config import WAYS, RunConfig, make_config
 from compress.data import Given, as_images, split
 from compress.errors import ConfigError, GateError, PlanError
 from compress.files import check_apart, check_output
@@ -22,7 +22,6 @@ from compress.inputs.load import (
     load_network,
     weights_hash,
 )
-from compress.linalg.schemes import SCHEME_NAMES
 from compress.measure.assess import Rewritten, assess
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baseline import check_runs_in
@@ -32,7 +31,7 @@ from compress.pipeline.job import Job
 from compress.pipeline.outcome import Clock, Compressed, Record
 from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
-from compress.plan import Plan
+from compress.plan import NARROW, Plan
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
 from compress.running.memory_format import put_in_format
@@ -93,7 +92,8 @@ def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:
         return schemes
     # With those that the rule had in play, so that the plan's calibration file serves.
     used = {choice.scheme for choice in plan.choices}
-    return tuple(name for name in SCHEME_NAMES if name in used or name in schemes)
+    used |= {NARROW for choice in plan.choices if choice.width is not None}
+    return tuple(name for name in WAYS if name in used or name in schemes)
 
 
 def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritten:

@@ -13,6 +13,7 @@ from compress.artefact.manifest import Manifest, read_manifest
 from compress.artefact.model import rebuilt
 from compress.artefact.runtime import Runtime, read_runtime
 from compress.choose import scheme_cost
+from compress.choose.choices import narrowed_site
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold
@@ -26,7 +27,7 @@ from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
-from compress.plan import DENSE
+from compress.plan import DENSE, NARROW
 from compress.progress import Track, silent
 from compress.report import judged
 from compress.result import EndMetric, LayerErrors, LayerResult, Result
@@ -135,16 +136,21 @@ def _verified_layers(
     batches: Iterable[tuple[Any, Any]],
 ) -> tuple[LayerResult, ...]:
     replaced = {r.name: r for r in manifest.replacements}
+    narrow = {w.name: (w.inputs, w.outputs) for w in manifest.widths}
     element = next(compressed.parameters()).element_size()
     errors = {}
     if replaced:
         plain = copy.deepcopy(compressed).float()
-        errors = measure_layers(network.model, plain, replaced, batches)
+        # Which channels stay is not recorded, so that the layers that read them are not compared.
+        names = [name for name in replaced if name not in narrow]
+        errors = measure_layers(network.model, plain, names, batches)
     layers = []
     for site in network.sites:
         found = replaced.get(site.name)
-        scheme, ranks = (found.scheme, found.ranks) if found else (DENSE, ())
-        cost = scheme_cost(site, scheme, ranks)
+        width = narrow.get(site.name)
+        whole = DENSE if width is None else NARROW
+        scheme, ranks = (found.scheme, found.ranks) if found else (whole, ())
+        cost = scheme_cost(site if width is None else narrowed_site(site, width), scheme, ranks)
         alone, in_place = errors.get(site.name, (None, None))
         layers.append(
             LayerResult(
@@ -154,7 +160,7 @@ def _verified_layers(
                 scheme=scheme,
                 ranks=ranks,
                 full_rank=site.geometry.full_rank,
-                reason="" if found else site.skip or "kept by the run",
+                reason="" if found or width else site.skip or "kept by the run",
                 dense_macs=site.macs,
                 macs=cost.macs,
                 dense_params=site.params,

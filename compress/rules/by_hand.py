@@ -11,4 +11,5 @@ BY_HAND = Rule(
     problem=lambda _: None,
     choose=lambda planning, _: planning.by_spectrum(None, ""),
     weighs_layers=False,
+    narrows=False,
 )

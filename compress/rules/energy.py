@@ -24,6 +24,7 @@ ENERGY = Rule(
     problem=outside_unit_interval,
     choose=_choose,
     weighs_layers=False,
+    narrows=False,
     grid=GridFlag("--energies", "Shares of the eigenvalues' sum."),
     remark=remark_on_size("energy"),
 )

@@ -118,6 +118,7 @@ class Rule:
         choose: From what can be chosen by and the value to a choice per layer.
         weighs_layers: Whether it weighs layers against each other, which takes statistics of whole
             weight gradients; a rule that looks at one spectrum at a time needs none.
+        narrows: Whether it may take channels out of layers.
         default: The value that holds where no rule is given; only one rule has it.
         grid: How a sweep walks along it; None where it holds a search or a clock.
         cuts_spectra_at_value: Whether the value is a height in the plots of spectra.
@@ -130,6 +131,7 @@ class Rule:
     problem: Callable[[float], str | None]
     choose: Callable[[Planning, float], list[Choice]]
     weighs_layers: bool = True
+    narrows: bool = True
     default: float | None = None
     grid: GridFlag | None = None
     cuts_spectra_at_value: bool = False

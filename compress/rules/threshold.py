@@ -18,6 +18,7 @@ THRESHOLD = Rule(
     problem=lambda value: None if 0 <= value < 1 else "is outside [0, 1)",
     choose=_choose,
     weighs_layers=False,
+    narrows=False,
     default=1e-3,
     grid=GridFlag(
         "--thresholds",

@@ -173,7 +173,7 @@ class SweepWork:
         """
         start = time.perf_counter()
         schemes = {c.name: c.scheme for c in plan.choices}
-        ranks = {c.name: c.ranks for c in plan.choices if c.rewritten}
+        ranks = {c.name: (*c.ranks, *(c.width or ())) for c in plan.choices if c.rewritten}
         for other in others:
             if (other.schemes, other.ranks) == (schemes, ranks):
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
