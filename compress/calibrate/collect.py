@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,34 @@ def calibrate(
         CalibrationError: An activation is NaN or infinite; the layer is named.
     """
     collectors = _collectors(model, sites, source.images, recipe)
+    stream(model, collectors, batches, source, recipe)
+    statistics = {c.site.name: c.finish() for c in collectors.values()}
+    _check_moments(statistics)
+    return Calibration(statistics, source, "loss" if recipe.weigh else "mse")
+
+
+class Watcher(Protocol):
+    """A hook of one layer that is told of each batch."""
+
+    def begin(self, start: int, batch: int) -> None:
+        """Get ready for a batch that starts at image ``start``."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, /) -> None:
+        """See the layer's input and output."""
+
+
+def stream(
+    model: nn.Module,
+    collectors: Mapping[nn.Module, Watcher],
+    batches: Iterable[tuple[Any, Any]],
+    source: Source,
+    recipe: Recipe,
+) -> None:
+    """Run images through a model under hooks, and gradients back; arguments as `calibrate`.
+
+    Raises:
+        CalibrationError: An activation is NaN or infinite, or no gradient comes back.
+    """
     seen = 0
     with (
         evaluation_mode(model),
@@ -215,9 +243,6 @@ def calibrate(
                 with torch.no_grad():
                     run_model(model, inputs)
             seen += count(inputs)
-    statistics = {c.site.name: c.finish() for c in collectors.values()}
-    _check_moments(statistics)
-    return Calibration(statistics, source, "loss" if recipe.weigh else "mse")
 
 
 def _collectors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compress.choose.choices import break_even, kept, make_choice, rounded_up, scheme_cost
 from compress.choose.knapsack import UnreachableBudgetError, allocate
@@ -119,6 +119,19 @@ class Budgets:
             fixed += self._fixed_layers(pattern) - self._fixed_layers({})
         least = sum(min(cost(c) for c in candidates) for candidates in found.values())
         return (least + fixed) / self.total if self.total else 0.0
+
+    def dearer(self, factors: Mapping[str, float]) -> Budgets:
+        """Return budgets in which some layers lose more than was predicted.
+
+        Args:
+            factors: How much more, by layer.
+        """
+        found = {
+            name: [replace(c, loss=c.loss * factors.get(name, 1.0)) for c in candidates]
+            for name, candidates in self.found.items()
+        }
+        widths = self.widths and self.widths.dearer(factors)
+        return replace(self, found=found, widths=widths)
 
     def _choice(
         self, site: LayerSite, candidate: Candidate | None, width: Width, why: str

@@ -123,6 +123,20 @@ class Widths:
     found: Mapping[str, Sequence[Candidate]]
     currency: Currency
 
+    def dearer(self, factors: Mapping[str, float]) -> Widths:
+        """Widths whose losses are those of layers that lose more; see `Budgets.dearer`."""
+
+        def changed(option: Options) -> Options:
+            readers = [slot.name for slot in option.group.consumers]
+            factor = max(factors.get(name, 1.0) for name in readers)
+            return replace(option, losses=tuple(loss * factor for loss in option.losses))
+
+        found = {
+            n: [replace(c, loss=c.loss * factors.get(n, 1.0)) for c in candidates]
+            for n, candidates in self.found.items()
+        }
+        return replace(self, options=tuple(map(changed, self.options)), found=found)
+
     def loss(self, pattern: Pattern) -> float:
         """What a pattern of widths loses, without any ranks."""
         losses = (

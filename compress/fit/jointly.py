@@ -23,14 +23,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate.problems import bias_of
 from compress.fit.cuts import find_segments, join
-from compress.fit.factors import LEAST_GAIN, Factors
+from compress.fit.factors import LEAST_GAIN, Factors, whole
 from compress.fit.frontier import Frontier, spill_folder
 from compress.fit.stretches import Stretch, StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings, Traced
 from compress.layers import registered_kind
 from compress.linalg.fit import with_weights
 from compress.network.sites import LayerSite
+from compress.plan import NARROW
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode, frozen
 
@@ -152,5 +154,7 @@ def _read(chain: nn.Module, old: Factors, site: LayerSite) -> Factors:
     """The factors that a trained chain holds, balanced."""
     layers = list(chain.children()) or [chain]
     weights = tuple(registered_kind(x).weight(x).detach().double() for x in layers)
-    bias = layers[-1].get_parameter("bias").detach().double()
+    if old.fit.scheme == NARROW:
+        return replace(old, fit=whole(weights[0].clone()), bias=bias_of(layers[-1]).clone())
+    bias = bias_of(layers[-1])
     return replace(old, fit=with_weights(site.geometry, old.fit, weights), bias=bias)

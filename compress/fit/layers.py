@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from compress.calibrate.removal import Narrower, group_widths
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 from compress.data import ImageSet, Loader, Split
 from compress.fit.by_module import Watched, refit_by_module
-from compress.fit.factors import Factors
+from compress.fit.factors import Factors, whole
 from compress.fit.in_order import refit
 from compress.fit.jointly import Improved, Movable, refit_jointly
 from compress.fit.predict import (
@@ -26,8 +27,9 @@ from compress.fit.predict import (
     unseen_mse,
 )
 from compress.fit.walk import RefitImages, RefitSettings, Traced
+from compress.fit.whole import divergences
 from compress.layers import registered_kind
-from compress.linalg.fit import fit, whole
+from compress.linalg.fit import fit
 from compress.network.baseline import Network
 from compress.network.chains import rewrite
 from compress.network.narrowing import Cut
@@ -87,6 +89,17 @@ class Fitted:
     predicted: dict[str, PredictedError]
     free: tuple[str, ...] = ()
     cut: Cut | None = None
+
+    @property
+    def narrowed(self) -> Cut:
+        """`cut`, where there is one.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.cut is None:
+            raise ValueError("nothing was cut")
+        return self.cut
 
 
 @dataclass(frozen=True)
@@ -169,12 +182,40 @@ class Fitter:
         path = self._refit_path(fitted)
         if path.path == "none":
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
-        new = self._refitted(fitted)
+        stages = self._refitted(fitted)
+        models = [first]
+        for new in stages:
+            chains = {n: f.chain for n, f in new.factors.items()}
+            models.append(rewrite(cut.model, cut.sites, chains, new.kept))
+        best, left = self._best(models)
+        if best == 0:
+            path = replace(path, reason=f"it was taken back: {left}")
+            return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
+        new = stages[best - 1]
         changed = tuple(name for name in factors if new.factors[name] is not factors[name])
-        chains = {n: f.chain for n, f in new.factors.items()}
-        model = rewrite(cut.model, cut.sites, chains, new.kept)
         changed += tuple(new.kept)
-        return Replaced(model, first, fitted.predicted, changed, path, fitted.cut)
+        path = replace(path, reason=f"only layer by layer: {left}" if left else path.reason)
+        return Replaced(models[best], first, fitted.predicted, changed, path, fitted.cut)
+
+    def _best(self, models: list[nn.Module]) -> tuple[int, str]:
+        """The stage of a refit whose network is nearest to the original on validation images.
+
+        Returns:
+            Its index, and why it is not the last; empty where it is.
+        """
+        batches = (inputs for inputs, _ in self.loader.placed(self.split.validation))
+        networks = [self.network.model, *models]
+        reading, form = self.network.reading, self.loader.memory_format
+        _, *apart = divergences(networks, batches, reading, form)
+        # Not a number where a network's outputs are not finite.
+        best = min(range(len(apart)), key=lambda i: (not apart[i] < math.inf, apart[i], -i))
+        if best == len(apart) - 1:
+            return best, ""
+        times = apart[-1] / max(apart[best], 1e-30)
+        return (
+            best,
+            f"the whole refit left the outputs on validation images {times:.3g} times as far",
+        )
 
     def _cut(self, fitted: Fitted) -> Cut:
         """The network whose layers are factored."""
@@ -197,8 +238,12 @@ class Fitter:
             return RefitPath("modules", "the network has no graph")
         return RefitPath("graph")
 
-    def _refitted(self, fitted: Fitted) -> Improved:
-        """Refit layer by layer in execution order, then jointly between cuts of the graph."""
+    def _refitted(self, fitted: Fitted) -> list[Improved]:
+        """Refit layer by layer in execution order, then jointly between cuts of the graph.
+
+        Returns:
+            What each of these came to.
+        """
         network, recipe = self.network, self.recipe
         sites = self._cut(fitted).sites
         settings = RefitSettings(
@@ -216,11 +261,12 @@ class Fitter:
                 watched = Watched(network.model, sites)
                 factors = fitted.factors
                 found, _ = refit_by_module(watched, factors, images(), settings, self.track)
-                return Improved(found, {})
+                return [Improved(found, {})]
             traced = Traced(network.model, network.graph, sites, network.result, fitted.cut)
             found, _ = refit(traced, fitted.factors, images(), settings, self.track)
             movable = Movable(found, fitted.free)
-            return refit_jointly(traced, movable, images(), settings, self.track)
+            jointly = refit_jointly(traced, movable, images(), settings, self.track)
+            return [Improved(found, {}), jointly]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from compress.fit.factors import LEAST_GAIN, Factors
+from compress.fit.factors import LEAST_GAIN, Factors, whole
 from compress.layers import registered_kind
-from compress.linalg.fit import Covariances, Problem, refine, whole
+from compress.linalg.fit import Covariances, Problem, refine
 from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd

@@ -20,7 +20,6 @@ from compress.linalg.geometry import Geometry
 from compress.linalg.grid import grid_losses, rank_grid
 from compress.linalg.problem import Covariances, Problem, Split, combine_factors
 from compress.linalg.schemes import OUTPUT, Ranks, scheme_named
-from compress.plan import NARROW
 
 __all__ = [
     "Covariances",
@@ -31,7 +30,6 @@ __all__ = [
     "grid_losses",
     "rank_grid",
     "refine",
-    "whole",
     "with_weights",
 ]
 
@@ -117,11 +115,6 @@ def refine(problem: Problem, warm: Fit, iterations: int) -> Fit:
     return _finish(problem, scheme, ranks, run)
 
 
-def whole(weight: Tensor) -> Fit:
-    """A layer that is not factored, only narrower, as a fit; its errors are not known."""
-    return Fit(NARROW, (), (weight,), math.nan, math.nan, weight.flatten(2))
-
-
 def with_weights(geometry: Geometry, old: Fit, weights: tuple[Tensor, ...]) -> Fit:
     """Return a fit with other factors of the same shapes, balanced; its errors are not known.
 
@@ -130,8 +123,6 @@ def with_weights(geometry: Geometry, old: Fit, weights: tuple[Tensor, ...]) -> F
         old: Scheme and ranks.
         weights: One ``[groups, out, in, *kernel]`` per stage.
     """
-    if old.scheme == NARROW:
-        return whole(weights[0])
     first, last = weights[0].flatten(2), weights[1].flatten(3)
     up = weights[2].flatten(2) if len(weights) > 2 else None
     balanced = _balanced_stages(geometry, old.scheme, first, last, up)

@@ -113,9 +113,9 @@ class _State:
         roots = self.root[:, columns].permute(1, 2, 0)
         grams = roots @ roots.mT
         if self.taps == 1:
-            return np.asarray((grams / each).flatten().cpu())
+            return (grams / each).flatten().cpu().numpy()
         solved = torch.linalg.solve(each, grams)
-        return np.asarray(solved.diagonal(dim1=1, dim2=2).sum(1).cpu())
+        return solved.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
 
     def block(self, channels: Indices) -> tuple[Floats, Floats]:
         """Among some channels, ``H`` and the root's Gram matrix, ``[n, taps, n, taps]``."""
@@ -123,7 +123,7 @@ class _State:
         shape = (len(channels), self.taps) * 2
         root = self.root[:, columns]
         found = (self.inverse[columns.unsqueeze(1), columns], root.mT @ root)
-        inverse, gram = (np.array(matrix.cpu()).reshape(shape) for matrix in found)
+        inverse, gram = (matrix.cpu().clone().numpy().reshape(shape) for matrix in found)
         return inverse, gram
 
     def take(self, channels: Indices) -> None:

@@ -298,7 +298,7 @@ class _Reader:
         labels = []
         for part, found in zip(parts, known, strict=True):
             if found is None:
-                made = self.classes.new(self.values[part].shape[axis])  # type: ignore[index]
+                made = self.classes.new(self.values[part].shape[axis])
                 self.classes.fix(made, "they come from what no layer makes")
                 labels.append(made)
             else:

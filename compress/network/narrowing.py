@@ -70,13 +70,11 @@ class Cut:
 
     def inputs_of(self, name: str, value: Tensor) -> Tensor:
         """What stays of a layer's input ``[N, channels, ...]`` or ``[..., channels]``."""
-        kept = self.kept.get(name)
-        return self._chosen(name, value, kept and kept.inputs)
+        return self._chosen(name, value, self.kept.get(name, Kept()).inputs)
 
     def outputs_of(self, name: str, value: Tensor) -> Tensor:
         """What stays of a layer's output, as `inputs_of`."""
-        kept = self.kept.get(name)
-        return self._chosen(name, value, kept and kept.outputs)
+        return self._chosen(name, value, self.kept.get(name, Kept()).outputs)
 
     def axis(self, name: str, value: Tensor) -> int:
         """The axis of a layer's input or output that counts channels."""
@@ -239,9 +237,10 @@ def _narrowed(module: nn.Module, kept: Kept) -> nn.Module:
             if stay is not None:
                 weight = weight.index_select(axis, stay.to(weight.device))
         geometry = geometry.with_(in_channels=weight.shape[2], out_channels=weight.shape[1])
-    if bias is not None and kept.outputs is not None:
-        bias = bias.detach().index_select(0, kept.outputs.to(bias.device))
-    return _as(module, kind.build(geometry, weight.clone(), None if bias is None else bias.clone()))
+    values = None if bias is None else bias.detach().clone()
+    if values is not None and kept.outputs is not None:
+        values = values.index_select(0, kept.outputs.to(values.device))
+    return _as(module, kind.build(geometry, weight.clone(), values))
 
 
 def _each_narrowed(module: nn.Module, kept: Kept) -> nn.Module:

@@ -9,6 +9,7 @@ from compress.calibrate.statistics import Calibration
 from compress.choose import Chooser
 from compress.choose.by_time.plan import choose_by_time
 from compress.pipeline.job import Job
+from compress.pipeline.promised import PromisedBudgets
 from compress.pipeline.target_drop import choose_within_drop
 from compress.plan import Choice, Plan
 from compress.rules import Currency, RankOf
@@ -32,7 +33,8 @@ class Planner:
 
     def within(self, currency: Currency, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's cost."""
-        return self.chooser.within(currency, fraction)
+        budgets = self.chooser.budgets(currency)
+        return PromisedBudgets(self.job, self.chooser.calibration, budgets).spend(fraction)
 
     def within_time(self, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's measured time."""

@@ -1,0 +1,97 @@
+"""Budgets that hold what they promise: predicted losses checked on images nobody has seen.
+
+A layer's loss is predicted from the images that it is fitted to, and where these are few compared
+with its numbers, it promises too much: a budget would choose it first. So what a budget chooses is
+fitted, its layers are measured on the validation images (`compress.calibrate.held_out`), and those
+that lose clearly more than was predicted are dearer from then on; the budget chooses again, until
+what it chooses keeps its promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress.calibrate.held_out import HeldOutLoss, held_out_losses, ratios
+from compress.calibrate.statistics import Calibration, Source
+from compress.choose import Budgets
+from compress.network.narrowing import Cut
+from compress.pipeline.job import Job
+from compress.plan import Choice, Plan
+
+# How often a budget chooses anew.
+ROUNDS = 3
+# Too few images tell nothing.
+LEAST_IMAGES = 8
+
+
+@dataclass
+class PromisedBudgets:
+    """Budgets over candidates whose losses are corrected by what is measured.
+
+    Attributes:
+        job: The network and its images.
+        calibration: The layers' statistics.
+        budgets: As corrected so far.
+    """
+
+    job: Job
+    calibration: Calibration
+    budgets: Budgets
+
+    def spend(self, fraction: float) -> list[Choice]:
+        """One choice per layer; see `Budgets.spend`.
+
+        Raises:
+            BudgetError: The fraction cannot be reached.
+        """
+        choices = self.budgets.spend(fraction)
+        if len(self.job.inputs.split.validation) < LEAST_IMAGES:
+            return choices
+        for _ in range(ROUNDS):
+            found = self._broken(choices)
+            if not found:
+                break
+            self.budgets = self.budgets.dearer(found)
+            again = self.budgets.spend(fraction)
+            if _same(again, choices):
+                break
+            choices = again
+        return choices
+
+    def smallest(self) -> float:
+        """The smallest fraction that can be reached."""
+        return self.budgets.smallest()
+
+    def _broken(self, choices: list[Choice]) -> dict[str, float]:
+        """How much more than predicted layers lose, where they do."""
+        names = [c.name for c in choices if c.rewritten]
+        if not names:
+            return {}
+        job = self.job
+        plan = Plan(job.config.rule, None, job.config.metric, tuple(choices))
+        fitter = dataclasses.replace(job.fitter, refit=False)
+        fitted = fitter.fit(plan, self.calibration)
+        replaced = fitter.replace(fitted)
+        predicted = {
+            name: fitted.predicted[name].loss for name in names if name in fitted.predicted
+        }
+        return ratios(predicted, self._measured(replaced.model, fitted.narrowed, list(predicted)))
+
+    def _measured(self, model: nn.Module, cut: Cut, names: list[str]) -> dict[str, HeldOutLoss]:
+        job = self.job
+        images = job.inputs.split.validation
+        source = Source(len(images), memory_format=job.network.memory_format)
+        recipe = job.recipe(job.config.schemes_in_play)
+        loaded = job.loader.batches(images)
+        tracked = job.track(loaded, "check", len(loaded))
+        return held_out_losses(cut, (job.network.model, model), names, tracked, (source, recipe))
+
+
+def _same(first: list[Choice], second: list[Choice]) -> bool:
+    def made(choices: list[Choice]) -> list[tuple[object, ...]]:
+        return [(c.scheme, c.ranks, c.width) for c in choices]
+
+    return made(first) == made(second)

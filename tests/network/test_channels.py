@@ -1,0 +1,277 @@
+"""Channels that belong together: of small networks that are known, and by taking them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.layers import registered_kind
+from compress.network.baseline import Network, prepare
+from compress.network.narrowing import Cut, cut, resized, widths_of
+
+
+class Mobile(nn.Module):
+    """Expand, depthwise, squeeze-and-excite, project, with a shortcut over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.expand = nn.Conv2d(6, 12, 1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.squeeze = nn.Conv2d(12, 4, 1)
+        self.excite = nn.Conv2d(4, 12, 1)
+        self.project = nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = F.silu(self.depthwise(F.relu6(self.norm(self.expand(x)))))
+        scale = y.mean((2, 3), keepdim=True)
+        y = y * torch.sigmoid(self.excite(F.relu(self.squeeze(scale))))
+        x = x + self.project(y)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Joined(nn.Module):
+    """A concatenation of two branches, flattened into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 4, 3, padding=1)
+        self.right = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(10)
+        self.both = nn.Conv2d(10, 8, 3, stride=2, padding=1, padding_mode="reflect")
+        self.head = nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(self.left(x)), F.gelu(self.right(x))], 1)
+        x = F.max_pool2d(F.relu(self.both(self.norm(x))), 2)
+        return self.head(x.view(x.size(0), -1))
+
+
+class Tokens(nn.Module):
+    """A transformer's two-layer perceptron over tokens, with a norm over all features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+class Chain(nn.Module):
+    """Layers one after the other: each in the middle is read and made narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.PReLU(8), nn.Conv2d(8, 10, 3, padding=1), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Conv2d(10, 8, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 5),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Upscaled(nn.Module):
+    """A transposed convolution, an interpolation and a sum of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 8, 2, stride=2)
+        self.side = nn.Conv2d(3, 8, 1)
+        self.out = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.down(x), 0.1)
+        return self.out(F.hardswish(self.up(y) + self.side(x)))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mobile": (Mobile, (3, 8, 8)),
+    "joined": (Joined, (3, 16, 16)),
+    "tokens": (Tokens, (8, 4, 4)),
+    "chain": (Chain, (3, 8, 8)),
+    "upscaled": (Upscaled, (3, 8, 8)),
+}
+
+
+def prepared(name: str) -> tuple[Network, Tensor]:
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    images = torch.randn(3, *shape)
+    return prepare(model, images[:1]), images
+
+
+def described(network: Network) -> dict[str, tuple[int, list[str], list[str], list[str]]]:
+    return {
+        g.name: (
+            g.size, [s.name for s in g.producers], [s.name for s in g.through],
+            [s.name for s in g.consumers],
+        )
+        for g in network.channels.groups
+    }  # fmt: skip
+
+
+def test_a_mobile_block_has_a_stream_and_hidden_channels() -> None:
+    network, _ = prepared("mobile")
+    assert described(network) == {
+        "stem": (6, ["stem", "project"], [], ["expand", "head"]),
+        "expand": (12, ["expand", "excite"], ["depthwise"], ["squeeze", "project"]),
+        "squeeze": (4, ["squeeze"], [], ["excite"]),
+    }
+
+
+def test_joined_branches_are_groups_of_their_own_and_flattened_channels_repeat() -> None:
+    network, _ = prepared("joined")
+    assert described(network) == {
+        "left": (4, ["left"], ["norm"], ["both"]),
+        "right": (6, ["right"], ["norm"], ["both"]),
+        "both": (8, ["both"], [], ["head"]),
+    }
+    (slot,) = network.channels.group("both").consumers
+    assert slot.places.tolist() == torch.arange(128).reshape(8, 16).tolist()
+    (slot,) = network.channels.group("right").consumers
+    assert slot.places.flatten().tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_norm_over_all_features_leaves_the_stream() -> None:
+    network, _ = prepared("tokens")
+    assert described(network) == {"up": (16, ["up"], [], ["down"])}
+    assert "down" in network.channels.left
+    with pytest.raises(KeyError):
+        network.channels.group("down")
+
+
+def blinded(network: Network, groups: dict[str, Tensor]) -> tuple[nn.Module, Cut]:
+    """The network whose readers do not look at what goes, whole; and the narrower one."""
+    weights = {}
+    blind = network.model
+    for name, stay in groups.items():
+        group = network.channels.group(name)
+        mask = torch.ones(group.size, dtype=torch.bool)
+        mask[stay] = False
+        for slot in group.consumers:
+            layer = blind.get_submodule(slot.name)
+            gone = slot.places[mask].flatten()
+            weight = layer.weight.data  # type: ignore[union-attr]
+            transposed = isinstance(layer, nn.ConvTranspose2d)
+            (weight if transposed else weight.transpose(0, 1))[gone] = 0  # type: ignore[index, operator]
+    for name in groups:
+        for slot in network.channels.group(name).consumers:
+            layer = blind.get_submodule(slot.name)
+            weight = registered_kind(layer).weight(layer).clone()
+            bias = layer.bias.detach().clone()  # type: ignore[union-attr, operator]
+            weights[slot.name] = (weight, bias)
+    return blind, cut(blind, network.sites, network.channels, groups, weights)
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_what_nobody_looks_at_can_go(name: str) -> None:
+    network, images = prepared(name)
+    assert network.channels.groups
+    network.model.double()
+    generator = torch.Generator().manual_seed(1)
+    groups = {
+        g.name: torch.randperm(g.size, generator=generator)[: g.size // 2].sort()[0]
+        for g in network.channels.groups
+    }
+    blind, narrow = blinded(network, groups)
+    with torch.no_grad():
+        expected, found = blind(images.double()), narrow.model(images.double())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert sum(p.numel() for p in narrow.model.parameters()) < sum(
+        p.numel() for p in blind.parameters()
+    )
+    for width in narrow.widths:
+        now = narrow.model.get_submodule(width.name)
+        assert widths_of(now) == (width.inputs, width.outputs)
+        again = resized(blind.get_submodule(width.name), width.inputs, width.outputs)
+        assert {k: v.shape for k, v in again.state_dict().items()} == {
+            k: v.shape for k, v in now.state_dict().items()
+        }
+
+
+def test_taking_out_nothing_gives_the_network_itself() -> None:
+    network, _ = prepared("mobile")
+    groups = {g.name: torch.arange(g.size) for g in network.channels.groups}
+    found = cut(network.model, network.sites, network.channels, groups, {})
+    assert found.model is network.model
+    assert not found.widths
+
+
+class Mixed(nn.Module):
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.mix(self.first(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x.softmax(1),
+        lambda x: F.group_norm(x, 2),
+        lambda x: x - x.mean(1, keepdim=True),
+        lambda x: x.cumsum(1),
+        lambda x: x.view(x.size(0), 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2),
+        lambda x: x.roll(1, 1),
+        lambda x: x * torch.arange(8.0).view(1, 8, 1, 1),
+        lambda x: torch.stack(x.chunk(8, 1), 1).squeeze(2),
+    ],
+    ids=["softmax", "group norm", "mean", "cumsum", "shuffle", "roll", "scaled", "chunks"],
+)
+def test_what_mixes_channels_leaves_them(mix: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    network = prepare(Mixed(mix).eval(), torch.randn(1, 3, 6, 6))
+    assert network.graph is not None
+    assert not network.channels.groups
+    assert "first" in network.channels.left
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x * torch.sigmoid(1.7 * x),
+        lambda x: F.instance_norm(x),
+        lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1),
+        lambda x: x + 3 * x.square() - x.abs().amax((2, 3), keepdim=True),
+        lambda x: x.clamp_(min=0),
+    ],
+    ids=["swish", "instance norm", "pool", "arithmetic", "in place"],
+)
+def test_what_treats_each_channel_by_itself_keeps_them_together(
+    mix: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    network = prepare(Mixed(mix).eval(), torch.randn(1, 3, 6, 6))
+    assert [(g.name, g.size) for g in network.channels.groups] == [("first", 8)]
+
+
+def test_widths_that_a_module_cannot_have() -> None:
+    with pytest.raises(ValueError, match="cannot have widths 9, 2"):
+        resized(nn.Conv2d(4, 8, 3), 9, 2)
+    with pytest.raises(ValueError, match="no channels"):
+        widths_of(nn.ReLU())
