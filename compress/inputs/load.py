@@ -254,6 +254,9 @@ def preprocessing_of(config: RunConfig, preset: Preprocessing | None) -> Preproc
     if preset is not None and not given:
         return preset
     base = preset or Preprocessing()
+    if isinstance(config.resize, tuple):
+        # An exact size: the preset would cut its own square from it, or find none in it.
+        given.setdefault("crop", None)
     return dataclasses.replace(base, **given, from_preset=False)
 
 
