@@ -60,6 +60,14 @@ def _positive(value: int | None) -> str | None:
     return None if value is None or value >= 1 else "is not a positive number"
 
 
+def _size(value: int | tuple[int, ...] | None) -> str | None:
+    if not isinstance(value, tuple):
+        return _positive(value)
+    if len(value) != 2:
+        return f"has {len(value)} numbers; give one, or a height and a width"
+    return None if min(value) >= 1 else "holds a number that is not positive"
+
+
 def _threads(value: int | None) -> str | None:
     inside = value is None or 1 <= value <= MOST_THREADS
     return None if inside else f"is not a number of threads from 1 to {MOST_THREADS}"
@@ -113,8 +121,9 @@ class RunConfig:
     # How images become tensors; empty means the model's own preset, or only scaling to [0, 1].
     mean: tuple[float, ...] = _setting(Role.PICTURES, ())
     std: tuple[float, ...] = _setting(Role.PICTURES, ())
-    resize: int | None = _setting(Role.PICTURES, None, _positive)
-    crop: int | None = _setting(Role.PICTURES, None, _positive)
+    # A size is one number, or a height and a width.
+    resize: int | tuple[int, int] | None = _setting(Role.PICTURES, None, _size)
+    crop: int | tuple[int, int] | None = _setting(Role.PICTURES, None, _size)
     class_map: str = _setting(Role.PLACE, "")
 
     # Where and how it computes. The batch size is by default chosen by the image size.
@@ -394,11 +403,12 @@ _EXPECTED: dict[str, tuple[type, ...]] = {
 def _typed(name: str, annotation: str, value: Any) -> Any:
     if value is None and "None" in annotation:
         return None
-    base = annotation.split("|")[0].split("[")[0].strip()
-    fits = type(value) in _EXPECTED[base]  # exactly: True is an int to isinstance
-    if not fits:
-        raise ConfigError(f"{name} = {value!r} should be of type {annotation}.")
-    if isinstance(value, tuple):
-        inner = annotation.split("[")[1].split(",")[0]
-        return tuple(_typed(f"each of {name}", inner, part) for part in value)
-    return float(value) if base == "float" else value
+    for alternative in annotation.split("|"):
+        base, _, inner = alternative.strip().partition("[")
+        if type(value) not in _EXPECTED.get(base, ()):  # exactly: True is an int to isinstance
+            continue
+        if isinstance(value, tuple):
+            inner = inner.split(",")[0]
+            return tuple(_typed(f"each of {name}", inner, part) for part in value)
+        return float(value) if base == "float" else value
+    raise ConfigError(f"{name} = {value!r} should be of type {annotation}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ def test_the_rule_is_threshold_unless_another_is_given() -> None:
         ({"mean": (float("nan"),), "std": (1.0,)}, "not finite"),
         ({"mean": (0.5,), "std": (float("inf"),)}, "not finite"),
         ({"mean": (0.5,), "std": (0.0,)}, "std holds a number that is not positive"),
+        ({"resize": 0}, "resize = 0 is not a positive"),
+        ({"resize": (64,)}, "resize = (64,) has 1 numbers; give one, or a height and a width"),
+        ({"crop": (4, 5, 6)}, "crop = (4, 5, 6) has 3 numbers"),
+        ({"crop": (64, 0)}, "crop = (64, 0) holds a number that is not positive"),
     ],
 )
 def test_values_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         make_config(settings)
 
 
@@ -73,7 +78,7 @@ def test_toml_gives_back_what_was_written(tmp_path: Path) -> None:
         {
             "checkpoint": "w.pt", "energy": 0.99, "mean": (0.5, 0.4), "std": (0.1, 0.2),
             "rank": {"a.*": "4,8"}, "keep": ("head",), "schemes": ("output", "spatial"),
-            "refit": False, "max_drop": 0.5, "batch_size": 4,
+            "refit": False, "max_drop": 0.5, "batch_size": 4, "resize": (64, 256), "crop": 60,
         }
     )  # fmt: skip
     path = tmp_path / "config.toml"
@@ -113,7 +118,8 @@ def test_unreadable_files_are_errors(tmp_path: Path, content: str | None, messag
 @pytest.mark.parametrize(
     "values",
     [{"energy": "0.9"}, {"seed": True}, {"refit": 1}, {"keep": "head"}, {"seed": 1.5},
-     {"checkpoint": 3}, {"seed": None}, {"keep": [3]}, {"mean": ["half"]}],
+     {"checkpoint": 3}, {"seed": None}, {"keep": [3]}, {"mean": ["half"]},
+     {"resize": "64"}, {"resize": [64, 2.5]}, {"crop": [True, 4]}],
 )  # fmt: skip
 def test_values_of_the_wrong_type_are_errors(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(values))} = "):

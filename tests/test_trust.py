@@ -205,6 +205,11 @@ def test_a_recorded_size_is_obeyed_within_reason(bench: Workbench) -> None:
     for side in (224, LARGEST_RECORDED_SIDE):
         held = dataclasses.replace(manifest, settings={"resize": side, "crop": side})
         assert recorded_settings(held) == {"resize": side, "crop": side}
+    held = dataclasses.replace(manifest, settings={"resize": [64, 256]})
+    assert recorded_settings(held) == {"resize": [64, 256]}
+    held = dataclasses.replace(manifest, settings={"resize": [64, LARGEST_RECORDED_SIDE + 1]})
+    with pytest.raises(ArtefactError, match="pass --resize 64,2049 yourself"):
+        recorded_settings(held)
     for name in ("resize", "crop"):
         held = dataclasses.replace(manifest, settings={name: LARGEST_RECORDED_SIDE + 1})
         with pytest.raises(ArtefactError, match=f"pass --{name} 2049 yourself"):

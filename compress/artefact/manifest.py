@@ -204,11 +204,13 @@ def recorded_settings(manifest: Manifest) -> dict[str, Any]:
     names = settings_of(Role.ENTRIES, Role.PICTURES, Role.GATE)
     recorded = {n: settings[n] for n in names if settings.get(n) not in (None, "", [], ())}
     for name in ("resize", "crop"):
-        side = recorded.get(name)
-        if isinstance(side, int) and side > LARGEST_RECORDED_SIDE:
+        size = recorded.get(name)
+        sides = [n for n in (size if isinstance(size, list | tuple) else [size]) if type(n) is int]
+        if sides and max(sides) > LARGEST_RECORDED_SIDE:
             raise ArtefactError(
-                f"The result records {name} = {side:,} pixels, and a file may ask for at most "
-                f"{LARGEST_RECORDED_SIDE:,}, since every picture would be enlarged to that: pass "
-                f"--{name} {side} yourself if the network really takes such images."
+                f"The result records {name} = {max(sides):,} pixels, and a file may ask for at "
+                f"most {LARGEST_RECORDED_SIDE:,}, since every picture would be enlarged to that: "
+                f"pass --{name} {','.join(map(str, sides))} yourself if the network really takes "
+                "such images."
             )
     return recorded

@@ -71,7 +71,7 @@ class Commands(click.Group):
             say_interrupted()
             sys.exit(INTERRUPTED)
         except CompressError as error:
-            _explain(arguments, f"Error: {error}")
+            _explain(arguments, " ".join((f"Error: {error}", *_notes(error))))
             sys.exit(error.exit_code)
         except Exception as error:
             sys.exit(_explain_unexpected(arguments, error))
@@ -125,9 +125,14 @@ def _explain_unexpected(arguments: Sequence[str], error: Exception) -> int:
         arguments,
         f"Error: unexpected {type(error).__name__}{f': {text}' if text else ''}. This is a defect "
         "of compress or something it did not foresee: run the same command with --debug and report "
-        "what it prints.",
+        + " ".join(("what it prints.", *_notes(error))),
     )
     return UNEXPECTED
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an exception on its way, such as where the work is kept."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _explain_ended(arguments: Sequence[str], error: BaseException) -> str | int | None:

@@ -48,6 +48,19 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> list[f
         ) from error
 
 
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | list[int] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(
+            f"{value!r} is neither a whole number such as 224 nor a height and a width such as "
+            "64,256"
+        )
+    numbers = [int(part) for part in parts]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
     return None if value is None else [part.strip() for part in value.split(",") if part.strip()]
 
@@ -94,8 +107,10 @@ _IMAGES = (
     _o("--mean", metavar="M,M,M", callback=_numbers, text="Mean per channel, after scaling to "
        "[0, 1]."),
     _o("--std", metavar="S,S,S", callback=_numbers, text="Standard deviation per channel."),
-    _o("--resize", type=int, metavar="N", text="Resize the shorter side to N pixels."),
-    _o("--crop", type=int, metavar="N", text="Cut an NxN square from the centre."),
+    _o("--resize", metavar="N|H,W", callback=_size, text="Resize the shorter side to N pixels, or "
+       "pictures to exactly H by W."),
+    _o("--crop", metavar="N|H,W", callback=_size, text="Cut an NxN square, or H by W pixels, from "
+       "the centre."),
     _o("--class-map", metavar="FILE", text="Class names in the model's order, where the folders' "
        "order is another."),
 )  # fmt: skip

@@ -193,8 +193,9 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
                     what = f"inputs {path} of {self.source.described}"
                 raise DataError(
                     f"The {what} differ in size: {self.name(first)} becomes {before}, "
-                    f"{self.name(position)} {after}; pass --resize and --crop to bring them to one "
-                    "size, or --batch-size 1 where the network takes any."
+                    f"{self.name(position)} {after}; pass --resize H,W, or --resize N with "
+                    "--crop N, to bring them to one size, or --batch-size 1 where the network "
+                    "takes any."
                 )
 
     def target(self, index: int) -> Any:

@@ -2,11 +2,13 @@
 
 from compress.files.atomic import atomic_folder, atomic_update, sha256_file, write_atomically
 from compress.files.outputs import (
+    CALIBRATION_FILE,
     MODEL_FILE,
     REPORT,
     RESULT,
     RUNTIME_FILE,
     SWEEP,
+    UNFINISHED,
     OutputKind,
     check_apart,
     check_output,
@@ -23,12 +25,14 @@ from compress.files.sealed import (
 )
 
 __all__ = [
+    "CALIBRATION_FILE",
     "MODEL_FILE",
     "REPORT",
     "RESULT",
     "RUNTIME_FILE",
     "SEAL_KEY",
     "SWEEP",
+    "UNFINISHED",
     "BrokenSeal",
     "OutputKind",
     "atomic_folder",

@@ -15,6 +15,7 @@ from compress.files.places import check_name
 MODEL_FILE = "model.safetensors"
 # What was timed of a model, and so is no part of it: equal models are equal bytes.
 RUNTIME_FILE = "runtime.json"
+CALIBRATION_FILE = "calibration.safetensors"
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
 
@@ -63,6 +64,13 @@ _SWEEP_FILES = frozenset(("sweep.csv", "config.toml", *REPORT_FILES))
 REPORT = OutputKind("a report", frozenset(REPORT_FILES).__contains__, bool)
 RESULT = OutputKind(
     "a result", _RESULT_FILES.__contains__, lambda held: bool(held) and held != _FAILED_RUN
+)
+UNFINISHED = OutputKind(
+    "the work of an unfinished run",
+    frozenset(
+        (MODEL_FILE, RUNTIME_FILE, CALIBRATION_FILE, "plan.json", "config.toml")
+    ).__contains__,
+    bool,
 )
 POINTS = OutputKind("the points of a sweep", lambda name: _POINT.fullmatch(name) is not None, bool)
 SWEEP = OutputKind(

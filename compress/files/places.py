@@ -120,7 +120,7 @@ def cannot_write(path: Path, error: BaseException) -> ArtefactError:
         else "check that its parent exists and that you may write there"
     )
     return ArtefactError(
-        f"{printable(path)} cannot be written: {reason}; {remedy}. Nothing was left behind."
+        f"{printable(path)} cannot be written: {reason}; {remedy}. Nothing was left there."
     )
 
 

@@ -207,6 +207,17 @@ def source_sha256(config: RunConfig) -> str:
     return sha256_of(own) if own else checkpoint_sha256(config.checkpoint, pick_of(config))
 
 
+def weight_files(config: RunConfig) -> tuple[Path, ...]:
+    """The files that the weights lie in, all shards; none where no checkpoint is named.
+
+    Raises:
+        CheckpointError, ModelError: It consists of several files, and these cannot be found.
+    """
+    if not config.checkpoint:
+        return ()
+    return _own_files(config) or files_of(Path(config.checkpoint))
+
+
 def checkpoint_beside(spec: str) -> str:
     """Where the weights of a model spec lie, if it says so itself; else ``""``."""
     found = _library(spec)
@@ -254,6 +265,9 @@ def preprocessing_of(config: RunConfig, preset: Preprocessing | None) -> Preproc
     if preset is not None and not given:
         return preset
     base = preset or Preprocessing()
+    if isinstance(config.resize, tuple):
+        # An exact size: the preset would cut its own square from it, or find none in it.
+        given.setdefault("crop", None)
     return dataclasses.replace(base, **given, from_preset=False)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.errors import DataError, ModelError, near_matches, one_line
 from compress.libraries.record import Convert, FromLibrary, Library, quiet, require, without_memory
 from compress.untrusted import Unreadable, read_json
-from compress.vision.preprocessing import Preprocessing
+from compress.vision.preprocessing import Preprocessing, Size
 
 CONFIG_FILE = "config.json"
 PICTURES_FILE = "preprocessor_config.json"
@@ -254,7 +254,7 @@ def _preset(place: Path, shape: tuple[int, ...] | None) -> Preprocessing | None:
         return None
     raw = _read(path)
     resize, crop = _sides(raw)
-    if shape is not None and crop is None and shape[1] == shape[2]:
+    if shape is not None and crop is None and isinstance(resize, int) and shape[1] == shape[2]:
         crop = shape[1]
     scaled = raw.get("do_rescale", True) is not False
     mean, std = raw.get("image_mean"), raw.get("image_std")
@@ -281,20 +281,28 @@ def _numbers(value: Any) -> bool:
     )
 
 
-def _sides(raw: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """The shorter side that pictures are resized to, and the side of the crop."""
-    resize = _side(raw.get("size")) if raw.get("do_resize", True) else None
-    crop = _side(raw.get("crop_size")) if raw.get("do_center_crop") else None
+def _sides(raw: Mapping[str, Any]) -> tuple[Size | None, Size | None]:
+    """What pictures are resized to, the shorter side or both, and the size of the crop."""
+    resize = _size(raw.get("size")) if raw.get("do_resize", True) else None
+    crop = _size(raw.get("crop_size")) if raw.get("do_center_crop") else None
     share = raw.get("crop_pct")
-    if resize is not None and isinstance(share, float) and 0.1 < share < 1 and crop is None:
+    if isinstance(resize, int) and isinstance(share, float) and 0.1 < share < 1 and crop is None:
         # ConvNeXT's way: what is called the size is that of the crop.
         return int(resize / share), resize
+    if isinstance(crop, tuple) and crop[0] == crop[1]:
+        crop = crop[0]
     return resize, crop
 
 
+def _size(value: Any) -> Size | None:
+    """A size as the processors of transformers write it: a number, a shorter side, or both."""
+    if isinstance(value, dict) and "shortest_edge" not in value:
+        height, width = _side(value.get("height")), _side(value.get("width"))
+        return None if height is None or width is None else (height, width)
+    return _side(value.get("shortest_edge") if isinstance(value, dict) else value)
+
+
 def _side(value: Any) -> int | None:
-    if isinstance(value, dict):
-        value = value.get("shortest_edge", value.get("height"))
     return value if type(value) is int and 0 < value <= 1 << 14 else None
 
 

@@ -14,7 +14,7 @@ def _build(name: str, arguments: dict[str, Any]) -> FromLibrary:
     module = torchvision_model(name, **arguments)
     image_size = getattr(module, "image_size", None)
     preset = torchvision_preset(name, image_size if isinstance(image_size, int) else None)
-    side = preset.crop or 224
+    side = preset.crop if isinstance(preset.crop, int) else 224
     return FromLibrary(module, replace(preset, channels=3), (3, side, side))
 
 

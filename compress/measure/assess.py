@@ -16,6 +16,7 @@ from compress.inputs.load import Inputs
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.layers import measure_layers, measured_losses
 from compress.network.baseline import Network
+from compress.network.recurrent import RecurrentLayer
 from compress.plan import Choice, Plan
 from compress.result import CostSummary, EndMetric, LayerErrors, LayerResult, MeasuredError
 from compress.rules import Outcome, rule_named
@@ -87,6 +88,8 @@ def assess(
         for choice, found in measured
     )
 
+    kept = tuple(recurrent_result(layer, element) for layer in network.recurrent)
+
     def end_metric(images: ImageSet, describe: str) -> EndMetric:
         return yardstick.compare(network.original, rewritten.final, images, describe)
 
@@ -103,7 +106,7 @@ def assess(
         [(x.predicted_loss, x.measured_loss) for x in layers if x.rewritten]
     )
     warnings = (*_warnings(rewritten, layers), *_test_warnings(inputs, on_test))
-    return Assessment(layers, on_validation, on_test, correlation, warnings)
+    return Assessment(layers + kept, on_validation, on_test, correlation, warnings)
 
 
 def _joined(plan: Plan, fit: Errors, validation: Errors) -> list[tuple[Choice, LayerErrors]]:
@@ -161,6 +164,27 @@ def _layer(choice: Choice, replaced: Replaced, measured: _Measured) -> LayerResu
         samples_per_dimension=predicted.samples_per_dimension if predicted else None,
         dense_seconds=choice.dense_seconds,
         seconds=choice.seconds,
+    )
+
+
+def recurrent_result(layer: RecurrentLayer, element_size: int) -> LayerResult:
+    """A recurrent layer's row of a report: what it costs, and why it is kept.
+
+    Args:
+        layer: The layer.
+        element_size: Bytes of a number as saved.
+    """
+    return LayerResult(
+        name=layer.name,
+        kind=layer.kind,
+        shape=layer.shape,
+        reason=layer.reason,
+        dense_macs=layer.macs,
+        macs=layer.macs,
+        dense_params=layer.params,
+        params=layer.params,
+        dense_bytes=layer.params * element_size,
+        bytes=layer.params * element_size,
     )
 
 

@@ -117,6 +117,25 @@ def _gone(
     return gone
 
 
+def widths_at(
+    model: nn.Module, channels: ChannelMap, groups: Mapping[str, int]
+) -> tuple[Width, ...]:
+    """How wide modules are with groups of given widths.
+
+    Args:
+        model: The whole network.
+        channels: Its channels.
+        groups: How many channels stay, by group.
+    """
+    names = {n: listed for listed in module_names(model).values() for n in listed}
+    gone = _gone({name: torch.arange(width) for name, width in groups.items()}, channels)
+    found = []
+    for name, (inputs, outputs) in gone.items():
+        now = widths_of(model.get_submodule(name))
+        found.append(Width(name, names[name], now[0] - len(inputs), now[1] - len(outputs)))
+    return tuple(found)
+
+
 def cut(
     model: nn.Module,
     sites: Iterable[LayerSite],

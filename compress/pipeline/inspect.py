@@ -130,7 +130,7 @@ def inspect_checkpoint(
         if not getattr(config, name):
             raise ConfigError(f"No {name} given; pass it, or set it with --config.")
     built, checkpoint = load_trained(config)
-    hint = _cropped(built.input_shape, config.crop)
+    hint = _sized(built.input_shape, config)
     wanted = input_shapes or ((hint,) if hint else ())
     if not wanted:
         raise ConfigError(
@@ -168,10 +168,12 @@ def _recipe(config: RunConfig) -> Recipe:
     return Recipe(weigh=False, samples_per_dimension=config.samples_per_dimension, seed=config.seed)
 
 
-def _cropped(shape: tuple[int, ...] | None, crop: int | None) -> tuple[int, ...]:
-    if shape is None or crop is None or len(shape) != 3:
+def _sized(shape: tuple[int, ...] | None, config: RunConfig) -> tuple[int, ...]:
+    """The shape of an input, with the height and width that the configuration gives pictures."""
+    size = config.crop or (config.resize if isinstance(config.resize, tuple) else None)
+    if shape is None or size is None or len(shape) != 3:
         return shape or ()
-    return (shape[0], crop, crop)
+    return (shape[0], *((size, size) if isinstance(size, int) else size))
 
 
 @dataclass(frozen=True)

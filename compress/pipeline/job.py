@@ -116,7 +116,7 @@ class Job:
             ArtefactError: The file cannot be written.
         """
         path = Path(self.config.calibration) if self.config.calibration else None
-        fit, key = self.inputs.split.fit, self._calibration_key(schemes)
+        fit, key = self.inputs.split.fit, self.calibration_key(schemes)
         if path is not None and os.path.exists(path):
             return self._fitting(read_calibration(path, key))
         if path is not None:
@@ -141,7 +141,8 @@ class Job:
         tracked = self.track(loaded, "calibrate", len(loaded))
         return calibrate(network.model, network.sites, tracked, source, self.recipe(schemes))
 
-    def _calibration_key(self, schemes: tuple[str, ...]) -> CalibrationKey:
+    def calibration_key(self, schemes: tuple[str, ...]) -> CalibrationKey:
+        """What statistics for some schemes depend on, by which a file of them is recognised."""
         config = self.config
         statistics = (*schemes, "pooled") if config.pools else schemes
         return CalibrationKey(

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
 import torch
@@ -14,10 +14,13 @@ from torch import nn
 
 from compress import __version__
 from compress.artefact.manifest import Manifest, Replacement, versions
+from compress.calibrate.removal import group_widths
 from compress.calibrate.statistics import Source
 from compress.config import Role, RunConfig, settings_of
 from compress.measure.assess import Assessment, Rewritten
 from compress.network.baseline import Network
+from compress.network.channels import ChannelMap
+from compress.network.narrowing import widths_at
 from compress.pipeline.job import Job
 from compress.plan import Plan
 from compress.report import gate_sentence, judged
@@ -100,48 +103,15 @@ class Record:
 
     def manifest(self, result: Result) -> Manifest:
         """Say how the result is rebuilt and where it came from."""
-        job, test = self.job, result.test
-        sites = {site.name: site for site in job.network.sites}
-        settings = job.config.settings()
-        verified = {} if test is None else {
+        test, rewritten = result.test, self.rewritten
+        manifest = manifest_of(self.job, rewritten.plan, rewritten.final, self.source)
+        if test is None:
+            return manifest
+        verified = {
             "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
             "agreement": test.agreement, "data": result.test_fingerprint,
         }  # fmt: skip
-        return Manifest(
-            model=job.inputs.spec,
-            source_sha256=job.inputs.sha256,
-            dtype=str(job.inputs.dtype).removeprefix("torch."),
-            baked=job.network.baked.weights,
-            unpacked=job.network.unpacked,
-            plain=job.network.baked.layers,
-            folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
-            widths=()
-            if self.rewritten.replaced.cut is None
-            else self.rewritten.replaced.cut.widths,
-            replacements=tuple(
-                Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
-                for c in self.rewritten.plan.choices
-                if c.factored
-            ),
-            settings={
-                k: _without_folder(v) if k in _FUNCTIONS else v
-                for k, v in settings.items()
-                if k not in _UNRECORDED
-            },
-            calibration={
-                "data": self.source.data,
-                "images": self.source.images,
-                "seed": job.config.seed,
-            },
-            verified=verified,
-            not_finite=self._not_finite(),
-            versions=versions(),
-        )
-
-    def _not_finite(self) -> tuple[str, ...]:
-        """Names of what is not finite in the result because it was not in the original."""
-        original = set(not_finite(self.job.network.original.state_dict()))
-        return tuple(n for n in not_finite(self.rewritten.final.state_dict()) if n in original)
+        return replace(manifest, verified=verified)
 
     def result(self, clock: Clock) -> Result:
         """Put everything measured into one record, held to the configuration's limits."""
@@ -175,6 +145,48 @@ class Record:
             seconds=clock.seconds,
         )
         return judged(result, limits_of(job.config))
+
+
+def manifest_of(job: Job, plan: Plan, final: nn.Module, source: Source) -> Manifest:
+    """Say how a model that nothing has verified yet is rebuilt and where it came from.
+
+    Args:
+        job: What was worked on.
+        plan: What was done to each layer.
+        final: The model as it is saved.
+        source: What its statistics were taken from.
+    """
+    sites = {site.name: site for site in job.network.sites}
+    channels = job.network.channels if any(c.width for c in plan.choices) else ChannelMap()
+    return Manifest(
+        model=job.inputs.spec,
+        source_sha256=job.inputs.sha256,
+        dtype=str(job.inputs.dtype).removeprefix("torch."),
+        baked=job.network.baked.weights,
+        unpacked=job.network.unpacked,
+        plain=job.network.baked.layers,
+        folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
+        widths=widths_at(job.network.model, channels, group_widths(plan, channels)),
+        replacements=tuple(
+            Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
+            for c in plan.choices
+            if c.factored
+        ),
+        settings={
+            k: _without_folder(v) if k in _FUNCTIONS else v
+            for k, v in job.config.settings().items()
+            if k not in _UNRECORDED
+        },
+        calibration={"data": source.data, "images": source.images, "seed": job.config.seed},
+        not_finite=_not_finite(job, final),
+        versions=versions(),
+    )
+
+
+def _not_finite(job: Job, final: nn.Module) -> tuple[str, ...]:
+    """Names of what is not finite in a model because it was not in the original."""
+    original = set(not_finite(job.network.original.state_dict()))
+    return tuple(n for n in not_finite(final.state_dict()) if n in original)
 
 
 def current_versions() -> Versions:

@@ -6,6 +6,7 @@ import os
 
 from compress.config import RunConfig
 from compress.files import check_file, check_room, check_writable
+from compress.inputs.load import weight_files
 
 # No rule makes a network so much smaller that its tensors take less than this part.
 _SMALLEST_PART = 0.05
@@ -17,11 +18,12 @@ def check_places(config: RunConfig) -> None:
 
     Raises:
         ArtefactError: One cannot, or the disk is certainly too full.
+        CheckpointError, ModelError: The checkpoint's files cannot be found.
     """
     check_files(config)
     if config.output:
         check_writable(config.output)
-        weights = os.path.getsize(config.checkpoint) if os.path.isfile(config.checkpoint) else 0
+        weights = sum(file.stat().st_size for file in weight_files(config) if file.is_file())
         check_room(config.output, int(weights * _SMALLEST_PART) + _REPORT_BYTES)
 
 

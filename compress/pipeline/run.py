@@ -28,9 +28,10 @@ from compress.network.baseline import check_runs_in
 from compress.network.chains import as_saved
 from compress.pipeline.folder import save_result
 from compress.pipeline.job import Job
-from compress.pipeline.outcome import Clock, Compressed, Record
+from compress.pipeline.outcome import Compressed, Record
 from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
+from compress.pipeline.unfinished import Work, kept_on_failure
 from compress.plan import NARROW, Plan
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
@@ -44,7 +45,7 @@ def compress_network(
     *,
     plan: Plan | None = None,
     track: Track = silent,
-    clock: Clock | None = None,
+    work: Work | None = None,
 ) -> Compressed:
     """Compress a network: everything between reading the inputs and saving the result.
 
@@ -53,36 +54,44 @@ def compress_network(
         config: Rules, overrides, limits.
         plan: A plan to apply instead of choosing one.
         track: Progress.
-        clock: Filled with the seconds of each stage.
+        work: Filled in with what is done, for a caller that keeps it where a later stage fails.
 
     Raises:
         CompressError: Of the kind that says whose fault it is; see `compress.errors`.
     """
-    clock = clock or Clock()
+    work = work or Work()
+    clock = work.clock
     with clock.stage("prepare"):
         job = Job.open(inputs, config, track)
         check_runs_in(job.network.original, job.network.example, inputs.dtype)
     with clock.stage("read"):
         job = job.with_images()
     with clock.stage("calibrate"):
-        calibration = job.calibrate(_schemes(config, plan))
+        schemes = _schemes(config, plan)
+        calibration = job.calibrate(schemes)
         job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
+    work.calibrated(job, calibration, schemes)
     with clock.stage("plan"):
         plan = choose(job, calibration) if plan is None else applied(plan, job)
-    source = calibration.source
+    work.plan, source = plan, calibration.source
     with clock.stage("fit"):
         fitted = job.fitter.fit(plan, calibration)
-        # Covariances take as much memory as the refit does, and are not needed any more.
+        # Covariances may take as much memory as the refit does, and are not needed any more.
         del calibration
+        work.before_refit()
         replaced = job.fitter.replace(fitted)
-    rewritten = _finished(job, plan, replaced, clock)
+    rewritten = _finished(job, plan, replaced, work)
     with clock.stage("verify"), evaluation_mode(rewritten.final):
         assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
     record = Record(job, rewritten, assessed, source)
     result = record.result(clock)
     # Only now: what is measured of the model must not depend on which format was faster.
-    put_in_format(rewritten.final, rewritten.cost.memory_format)
-    return Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
+    work.memory_format = rewritten.cost.memory_format
+    put_in_format(rewritten.final, work.memory_format)
+    made = Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
+    if made.failed_gates:
+        work.model = None  # not to be saved, whatever happens from here on
+    return made
 
 
 def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:
@@ -96,12 +105,12 @@ def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:
     return tuple(name for name in WAYS if name in used or name in schemes)
 
 
-def _finished(job: Job, plan: Plan, replaced: Replaced, clock: Clock) -> Rewritten:
+def _finished(job: Job, plan: Plan, replaced: Replaced, work: Work) -> Rewritten:
     """The rewritten model as it is saved, and what it costs."""
-    final = as_saved(replaced.model, job.inputs.dtype)
+    final = work.model = as_saved(replaced.model, job.inputs.dtype)
     # Timing runs it as often as it likes: what its forward counts in buffers must not be saved.
-    with clock.stage("latency"), evaluation_mode(final):
-        stopwatch = Stopwatch.of(job.config, clock.total)
+    with work.clock.stage("latency"), evaluation_mode(final):
+        stopwatch = Stopwatch.of(job.config, work.clock.total)
         cost = costs(job.network, final, job.inputs.dtype, stopwatch)
     return Rewritten(plan, replaced, final, cost)
 
@@ -148,20 +157,21 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
 
     Raises:
         GateError: A gate failed; the report stands in the output folder, a model does not.
-        CompressError: Anything else that stops it; nothing is left behind.
+        CompressError: Anything else that stops it. Where the work was done before that, a note to
+            it says where that is kept; see `compress.pipeline.unfinished`.
     """
     if not config.output:
         raise ConfigError("No output given; pass --output DIR for the result folder.")
     check_apart(config.output, input_paths(config), image_folders(config))
     check_output(config.output, force=config.force)
     check_places(config)
-    clock = Clock()
-    with clock.stage("read"):
-        inputs = load_network(config)
-    if plan is not None:
-        check_source(plan, inputs)
-    compressed = compress_network(inputs, config, plan=plan, track=track, clock=clock)
-    save_result(compressed, config, inputs.test)
+    with kept_on_failure(config) as work:
+        with work.clock.stage("read"):
+            inputs = load_network(config)
+        if plan is not None:
+            check_source(plan, inputs)
+        compressed = compress_network(inputs, config, plan=plan, track=track, work=work)
+        save_result(compressed, config, inputs.test)
     if compressed.failed_gates:
         raise GateError(
             f"{' '.join(compressed.failed_gates)} No model was saved; the report is in "
@@ -217,9 +227,10 @@ def compress_model(
         split=split(given, config.calibration_images, config.seed),
         test=None if test is None else as_images(test, arity_of(model)),
     )
-    compressed = compress_network(inputs, config, track=track)
-    if config.output:
-        save_result(compressed, config, inputs.test)
+    with kept_on_failure(config) as work:
+        compressed = compress_network(inputs, config, track=track, work=work)
+        if config.output:
+            save_result(compressed, config, inputs.test)
     if compressed.failed_gates:
         raise GateError(" ".join(compressed.failed_gates))
     return compressed

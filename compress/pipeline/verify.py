@@ -21,6 +21,7 @@ from compress.errors import ArtefactError, ConfigError
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, source_sha256
 from compress.measure.accuracy import Yardstick, require_labels
+from compress.measure.assess import recurrent_result
 from compress.measure.layers import measure_layers
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baking import copied
@@ -170,6 +171,7 @@ def _verified_layers(
                 errors=LayerErrors(validation_alone=alone, validation_in_place=in_place),
             )
         )
+    layers += [recurrent_result(layer, element) for layer in network.recurrent]
     return tuple(layers)
 
 

@@ -19,6 +19,9 @@ _PIL_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 
+# What pictures are brought to: one number for a side, or a height and a width.
+Size = int | tuple[int, int]
+
 # Pixels of one picture after resizing: as many as Pillow warns of, a gigabyte as three channels.
 LARGEST_RESIZED = 2**30 // 12
 
@@ -30,8 +33,10 @@ class Preprocessing:
     Attributes:
         mean: Per-channel mean taken off after scaling to [0, 1]; empty for none.
         std: Per-channel divisor; as many numbers as ``mean``.
-        resize: Length in pixels that the shorter side is resized to, keeping the aspect ratio.
-        crop: Side in pixels of the square cut from the centre.
+        resize: Length in pixels that the shorter side is resized to, keeping the aspect ratio; or
+            the height and width that pictures are resized to, whatever their aspect ratio.
+        crop: Side in pixels of the square cut from the centre, or height and width of the
+            rectangle.
         interpolation: ``"bilinear"``, ``"bicubic"`` or ``"nearest"``, always antialiased.
         channels: 1 or 3 where pictures are to be read as grey or RGB; None takes the number from
             ``mean``, and RGB without one.
@@ -41,8 +46,8 @@ class Preprocessing:
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    resize: int | None = None
-    crop: int | None = None
+    resize: Size | None = None
+    crop: Size | None = None
     interpolation: str = "bilinear"
     channels: int | None = None
     from_preset: bool = False
@@ -116,16 +121,23 @@ def _scaled(pixels: Tensor) -> Tensor:
     return pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def _resized(height: int, width: int, shorter: int, name: str) -> tuple[int, int]:
-    """Size with the shorter side at ``shorter``, the longer in whole pixels.
+def size_text(size: Size) -> str:
+    """Return a size as flags take it: ``"224"`` or ``"64,256"``."""
+    return str(size) if isinstance(size, int) else ",".join(map(str, size))
+
+
+def _resized(height: int, width: int, wanted: Size, name: str) -> tuple[int, int]:
+    """The size wanted, or that with the shorter side as wanted, the longer in whole pixels.
 
     Raises:
         DataError: A picture far longer than wide would become a huge one.
     """
-    if height <= width:
-        size = shorter, int(shorter * width / height)
+    if not isinstance(wanted, int):
+        size = wanted
+    elif height <= width:
+        size = wanted, int(wanted * width / height)
     else:
-        size = int(shorter * height / width), shorter
+        size = int(wanted * height / width), wanted
     if size[0] * size[1] > LARGEST_RESIZED:
         raise DataError(
             f"The image {name} is {height}x{width} pixels and would become {size[0]}x{size[1]}; "
@@ -135,17 +147,9 @@ def _resized(height: int, width: int, shorter: int, name: str) -> tuple[int, int
 
 
 def _cropped_and_normalised(values: Tensor, preprocessing: Preprocessing, name: str) -> Tensor:
-    crop, mean = preprocessing.crop, preprocessing.mean
-    if crop is not None:
-        height, width = values.shape[-2:]
-        if height < crop or width < crop:
-            raise DataError(
-                f"The image {name} is {height}x{width} pixels, smaller than the crop of {crop}; "
-                f"pass --resize {crop} or more, or a smaller --crop."
-            )
-        # Python's round, to the even neighbour, is what torchvision's centre crop uses.
-        top, left = round((height - crop) / 2), round((width - crop) / 2)
-        values = values[..., top : top + crop, left : left + crop]
+    mean = preprocessing.mean
+    if preprocessing.crop is not None:
+        values = _cropped(values, preprocessing.crop, name)
     if mean:
         if values.shape[-3] != len(mean):
             raise DataError(
@@ -157,3 +161,17 @@ def _cropped_and_normalised(values: Tensor, preprocessing: Preprocessing, name: 
             shape
         )
     return values.contiguous()
+
+
+def _cropped(values: Tensor, crop: Size, name: str) -> Tensor:
+    high, wide = (crop, crop) if isinstance(crop, int) else crop
+    height, width = values.shape[-2:]
+    if height < high or width < wide:
+        asked = f"{crop}" if isinstance(crop, int) else f"{high}x{wide}"
+        raise DataError(
+            f"The image {name} is {height}x{width} pixels, smaller than the crop of {asked}; "
+            f"pass --resize {size_text(crop)} or more, or a smaller --crop."
+        )
+    # Python's round, to the even neighbour, is what torchvision's centre crop uses.
+    top, left = round((height - high) / 2), round((width - wide) / 2)
+    return values[..., top : top + high, left : left + wide]

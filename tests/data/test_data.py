@@ -118,8 +118,8 @@ def test_flat_folder_is_unlabelled(tmp_path: Path) -> None:
         check_labels(images, 10)
 
 
-@pytest.mark.parametrize("resize", [None, 6, 9, 20])
-@pytest.mark.parametrize("crop", [None, 5, 6])
+@pytest.mark.parametrize("resize", [None, 6, 9, 20, (7, 15)])
+@pytest.mark.parametrize("crop", [None, 5, 6, (6, 5)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_files_are_transformed_as_torchvision_does(
     tmp_path: Path, resize: Any, crop: Any, interpolation: Any
@@ -146,10 +146,11 @@ def test_files_are_transformed_as_torchvision_does(
 def test_arrays_are_resized_as_torchvision_does(tmp_path: Path, size: Any) -> None:
     torchvision, _ = load_torchvision()
     array = pixels(2, 3, *size)
-    for resize in (5, 28):
+    for resize in (5, 28, (6, 21)):
         images = open_dataset(arrays(tmp_path, array), Preprocessing(resize=resize))
         functional = torchvision.transforms.functional
-        expected = functional.resize(torch.tensor(array) / 255, [resize], antialias=True)
+        wanted = [resize] if isinstance(resize, int) else list(resize)
+        expected = functional.resize(torch.tensor(array) / 255, wanted, antialias=True)
         torch.testing.assert_close(images[1][0], expected[1], rtol=0, atol=1e-6)
 
 
@@ -244,6 +245,18 @@ def test_images_smaller_than_the_crop(tmp_path: Path) -> None:
     images = open_dataset(f"imagefolder:{tmp_path}", Preprocessing(crop=9))
     with pytest.raises(DataError, match=r"ant/0\.png is 8x8 pixels, smaller than the crop of 9"):
         images[0]
+    images = open_dataset(f"imagefolder:{tmp_path}", Preprocessing(crop=(8, 9)))
+    with pytest.raises(DataError, match=r"the crop of 8x9; pass --resize 8,9 or more"):
+        images[0]
+
+
+def test_an_exact_size_brings_pictures_of_all_sizes_together(tmp_path: Path) -> None:
+    write_folder(tmp_path, sizes=((8, 8), (9, 30), (20, 7)))
+    images = open_dataset(f"imagefolder:{tmp_path}", Preprocessing(resize=(6, 24)))
+    assert [tuple(x.shape) for x, _ in batches(images, 3)] == [(3, 3, 6, 24)]
+    spec = f"imagefolder:{tmp_path}"
+    other = open_dataset(spec, Preprocessing(resize=(24, 6)))
+    assert images.fingerprint != other.fingerprint
 
 
 # --- Arrays ------------------------------------------------------------------------------------
@@ -565,7 +578,8 @@ def test_a_class_map_leaves_pictures_without_labels_alone(tmp_path: Path) -> Non
         picture.rename(flat / f"{number}.png")
     (tmp_path / "map").write_text("whatever\n")
     images = open_dataset(f"imagefolder:{flat}", PLAIN, str(tmp_path / "map"))
-    assert len(images) and set(images.labels) == {-1}
+    assert len(images)
+    assert set(images.labels) == {-1}
 
 
 @pytest.mark.parametrize(

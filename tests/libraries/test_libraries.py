@@ -471,3 +471,24 @@ def test_a_whole_run_on_a_folder_of_transformers(vit: tuple[Path, Any], tmp_path
     folder, _ = vit
     (folder / "preprocessor_config.json").unlink()
     assert str(folder) in paragraph(run_and_return(f"hf:{folder}", tmp_path, 3, 32), 3)
+
+
+@pytest.mark.parametrize(
+    ("raw", "sizes"),
+    [
+        ({"size": {"height": 32, "width": 48}}, ((32, 48), None)),
+        ({"size": 40, "crop_size": 32, "do_center_crop": True}, (40, 32)),
+        (
+            {"size": {"shortest_edge": 36}, "crop_size": {"height": 30, "width": 40},
+             "do_center_crop": True},
+            (36, (30, 40)),
+        ),
+        ({"size": {"shortest_edge": 32}, "crop_pct": 0.5}, (64, 32)),
+        ({"size": {"height": 32, "width": "no"}}, (None, None)),
+        ({"size": {"height": 32, "width": 48}, "do_resize": False}, (None, None)),
+    ],
+)  # fmt: skip
+def test_sizes_of_transformers_processors(raw: dict[str, Any], sizes: Any) -> None:
+    from compress.libraries.hf import _sides
+
+    assert _sides(raw) == sizes

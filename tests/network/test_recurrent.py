@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from workbench import command
 
 from compress.network.baseline import prepare
+from compress.pipeline.run import compress_model
+from compress.report import read_report
+from compress.report.build import layers_sentence
 
 
 class Reader(nn.Module):
@@ -66,3 +69,27 @@ def test_inspect_lists_them(tmp_path: Path) -> None:
 
 def test_networks_without_any_run_no_more_often() -> None:
     assert prepare(nn.Linear(3, 2), torch.randn(1, 3)).recurrent == ()
+
+
+def test_a_report_lists_them_with_cost_and_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(32, 5, 6)
+    made = compress_model(
+        reader(), inputs, rank={"head": "1"}, force_rank=True, no_latency=True, refit=False,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    head, *kept = made.result.layers
+    assert (head.name, head.scheme) == ("head", "output")
+    assert [(x.name, x.kind, x.scheme) for x in kept] == [
+        ("lstm", "LSTM", "dense"), ("cell", "GRUCell", "dense"), ("spare", "RNN", "dense"),
+    ]  # fmt: skip
+    assert [(x.dense_macs, x.macs) for x in kept] == [(LSTM, LSTM), (CELL, CELL), (0, 0)]
+    assert kept[1].bytes == 4 * kept[1].params == 4 * (3 * 3 * (8 + 3) + 18)
+    # With the rows of all other layers, they make up the whole.
+    assert made.result.cost.folded is not None
+    assert sum(x.dense_macs for x in made.result.layers) == made.result.cost.folded.macs
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "weights of an LSTM: it computes all of its steps itself" in text
+    report = read_report(tmp_path / "out")
+    assert "1 of 4 layers rewritten" in layers_sentence(report)
