@@ -107,7 +107,12 @@ def measured_losses(
         compressed: The rewritten model.
         names: Of the replaced layers.
         inputs: Those of some images ``[B, ...]``.
+
+    Returns:
+        The losses by name; none where nothing says how far results are apart.
     """
+    if not network.reading.parts:
+        return {}
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     model, reading = network.model, network.reading
     losses = {}

@@ -15,7 +15,9 @@ from compress.errors import ArtefactError
 from compress.files import MODEL_FILE, atomic_folder, write_atomically
 from compress.network.baking import copied
 from compress.pipeline.outcome import Compressed
+from compress.pipeline.pictures import Pair, task_panels
 from compress.report import build_report, write_report
+from compress.report.page import Pictures
 from compress.result import Result
 from compress.running.forward import evaluation_mode, run_model
 from compress.running.structure import like_weights, tensors
@@ -46,7 +48,9 @@ def save_into(
     write_atomically(folder / "plan.json", compressed.plan.to_json())
     write_atomically(folder / "config.toml", config.to_toml())
     report = build_report(compressed.result)
-    write_report(report, folder, flip_thumbnails(compressed.result, test))
+    network = compressed.network
+    pair = Pair(network.original, compressed.model, network.reading)
+    write_report(report, folder, pictures_of(compressed.result, pair, test))
 
 
 def check_reload(compressed: Compressed, path: Path) -> None:
@@ -82,6 +86,16 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     first, second = (x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (one, other))
     return torch.equal(first, second)
+
+
+def pictures_of(result: Result, pair: Pair, images: ImageSet | None) -> Pictures:
+    """Return the pictures of the test set that a report shows.
+
+    Raises:
+        DataError: An image cannot be read.
+        ModelError: A forward fails.
+    """
+    return Pictures(flip_thumbnails(result, images), task_panels(result, pair, images))
 
 
 def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> dict[int, bytes]:
