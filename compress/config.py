@@ -23,6 +23,9 @@ from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, RULES, Rule, rule_
 from compress.untrusted import Unreadable, parse_toml, read_text
 
 METRICS = ("loss", "mse")
+TASK_NAMES = (
+    "classification", "multilabel", "regression", "segmentation", "detection", "restoration",
+)  # fmt: skip
 LARGEST_SEED = (1 << 32) - 1
 # More threads or processes than any machine that this runs on has cores: systems refuse to start
 # them, and not all libraries survive that.
@@ -40,6 +43,7 @@ class Role(Enum):
     ENTRIES = auto()  # which entries of the checkpoint are the weights
     PICTURES = auto()  # how pictures become inputs
     TIMING = auto()  # what is timed
+    TASK = auto()  # what the network is for
     GATE = auto()  # what the result must satisfy before it is saved
     RULE = auto()  # the rank rule
     OUTCOME = auto()  # all else that decides the outcome
@@ -140,6 +144,11 @@ class RunConfig:
     metric: str = _setting(Role.OUTCOME, "loss")
     metric_fn: str = _setting(Role.OUTCOME, "")
     loss_fn: str = _setting(Role.OUTCOME, "")
+
+    # What the network is for: by default its outputs and labels tell. Targets of the value
+    # `ignore_index` are not judged.
+    task: str = _setting(Role.TASK, "")
+    ignore_index: int = _setting(Role.TASK, 255)
 
     # Which rule chooses the ranks; at most one, the threshold when none is given.
     rules: Mapping[str, float] = _setting(Role.RULE, {})
@@ -279,6 +288,11 @@ def _wrong_values(config: RunConfig) -> Iterable[str]:
             yield f"{spec.name} = {value} {problem}"
     if config.metric not in METRICS:
         yield f"metric = {config.metric!r} is not one of {', '.join(METRICS)}"
+    if config.task and config.task not in TASK_NAMES:
+        yield (
+            f"task = {config.task!r} is not one of {', '.join(TASK_NAMES)}."
+            f"{near_matches(config.task, TASK_NAMES)}"
+        )
 
 
 def _wrong_names(config: RunConfig) -> Iterable[str]:

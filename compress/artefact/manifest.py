@@ -201,7 +201,7 @@ def recorded_settings(manifest: Manifest) -> dict[str, Any]:
         ArtefactError: It asks for pictures of a size that only the user may ask for.
     """
     settings = manifest.settings
-    names = settings_of(Role.ENTRIES, Role.PICTURES, Role.GATE)
+    names = settings_of(Role.ENTRIES, Role.PICTURES, Role.TASK, Role.GATE)
     recorded = {n: settings[n] for n in names if settings.get(n) not in (None, "", [], ())}
     for name in ("resize", "crop"):
         size = recorded.get(name)

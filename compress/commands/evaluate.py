@@ -44,7 +44,10 @@ def _lines(found: Evaluation) -> list[str]:
 
     rows = [("images", text.whole(found.images))]
     if found.custom is not None:
-        rows.append((found.custom.name, text.number(found.custom.before, 5)))
+        rows += [
+            (measure.name, text.measured(measure.before, measure.unit))
+            for measure in (found.custom, *found.further)
+        ]
     if found.top1 is not None:
         rows.append(("top-1 accuracy", text.percent(found.top1)))
     if found.top5 is not None:

@@ -13,7 +13,15 @@ from typing import Any
 import click
 
 from compress.commands.terminal import Terminal
-from compress.config import METRICS, Role, RunConfig, make_config, read_toml, settings_of
+from compress.config import (
+    METRICS,
+    TASK_NAMES,
+    Role,
+    RunConfig,
+    make_config,
+    read_toml,
+    settings_of,
+)
 from compress.errors import ConfigError
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.rules import RULE_NAMES, RULES
@@ -155,6 +163,11 @@ _FIT = (
        "and then four blocks at a time (default on)."),
 )  # fmt: skip
 _EVALUATION = (
+    _o("--task", metavar="NAME", text="What the network is for, which decides what its outputs "
+       f"are weighed and measured by: {', '.join(TASK_NAMES)}. All but the first need "
+       "compress[metrics]."),
+    _o("--ignore-index", type=int, metavar="N", text="Pixels of masks, and labels of --task "
+       "multilabel, that are N are not judged (default 255)."),
     _o("--metric-fn", metavar="SPEC", text="package.module:function (model, batches) -> number, "
        "for networks that are not classifiers."),
     _o("--latency-batch", type=int, metavar="N", text="Time batches of N, besides batches of one "

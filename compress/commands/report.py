@@ -16,6 +16,7 @@ from compress.errors import ArtefactError, ConfigError, GateError, UsageError, p
 
 if TYPE_CHECKING:
     from compress.report.build import Report
+    from compress.report.page import Pictures
 
 # Every limit of `compress.report.LIMITS`, with what its flag says. Written out, because importing
 # the reports would slow every command's --help.
@@ -78,14 +79,14 @@ def report(settings: Settings, terminal: Terminal, **flags: Any) -> None:
         )
     asked = Asked(**flags)
     _check_places(settings, asked.junit)
-    thumbnails: Mapping[int, bytes] = {}
+    pictures: Pictures | None = None
     if asked.measures:
-        reports, thumbnails = _measure(settings, terminal, asked)
+        reports, pictures = _measure(settings, terminal, asked)
         names = [asked.after]
     else:
         reports, names = _read(asked.results)
     made = _arranged(reports, names, asked, limits)
-    _write(made, settings, asked.junit, thumbnails)
+    _write(made, settings, asked.junit, pictures)
     terminal.show(made, _lines(made, settings.given("output") or ""))
     _judge(made)
 
@@ -127,24 +128,18 @@ class Asked:
 
 def _measure(
     settings: Settings, terminal: Terminal, asked: Asked
-) -> tuple[list[Report], Mapping[int, bytes]]:
-    """Measure original and result on the test set, with thumbnails of what flipped."""
+) -> tuple[list[Report], Pictures | None]:
+    """Measure original and result on the test set, with pictures of what changed."""
     from compress.artefact.manifest import read_manifest, recorded_settings
-    from compress.inputs.load import load_model, open_images
-    from compress.pipeline.folder import flip_thumbnails
+    from compress.pipeline.folder import pictures_of
     from compress.pipeline.verify import verify_result
     from compress.report import build_report
 
     manifest = read_manifest(asked.after)
     recorded = {k: v for k, v in recorded_settings(manifest).items() if k not in LIMIT_HELP}
     config = settings.config(**recorded, checkpoint=asked.before)
-    result = verify_result(
-        config, asked.after, trust_code=settings.trust_code, track=terminal.track
-    )
-    config = config.replace(model=result.model)
-    module, _, _, preprocessing = load_model(config)
-    images = open_images(config.test, config, module, preprocessing)
-    return [build_report(result)], flip_thumbnails(result, images)
+    found = verify_result(config, asked.after, trust_code=settings.trust_code, track=terminal.track)
+    return [build_report(found.result)], pictures_of(found.result, found.pair, found.test)
 
 
 def _read(results: Sequence[str]) -> tuple[list[Report], list[str]]:
@@ -214,9 +209,7 @@ def _without(made: Report, limits: Mapping[str, float]) -> Report:
     return {**made, "gates": [g for g in made["gates"] if g["name"] not in limits]}
 
 
-def _write(
-    made: Report, settings: Settings, junit: str | None, thumbnails: Mapping[int, bytes]
-) -> None:
+def _write(made: Report, settings: Settings, junit: str | None, pictures: Pictures | None) -> None:
     from compress.files import atomic_update, write_atomically
     from compress.report import render_junit, write_report
 
@@ -228,7 +221,7 @@ def _write(
     if not output:
         return
     with atomic_update(output) as folder:  # perhaps the result's own: what else is in it stays
-        write_report(made, folder, thumbnails)
+        write_report(made, folder, pictures)
 
 
 def _check_places(settings: Settings, junit: str | None) -> None:
@@ -302,7 +295,8 @@ def _lines(made: Report, where: str) -> list[str]:
         )
         for row in points.points(made)
     ]  # fmt: skip
-    head = ("", "", "MACs", "parameters", "before", "after", "points", "95% interval")
+    _, change = points.measured_as(points.points(made))
+    head = ("", "", "MACs", "parameters", "before", "after", change, "95% interval")
     warnings = [*made["notes"], *(made["sweep"]["warnings"] if made["kind"] == "sweep" else [])]
     lines = [*table(head, rows, left=2), "", *(f"Warning: {w}" for w in warnings)]
     return [*lines, *([f"Report: {where}"] if where else [])]

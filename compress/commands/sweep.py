@@ -153,13 +153,14 @@ def _point(point: SweepPoint, took: str | None) -> str:
     from compress.report import text
 
     def change(metric: object) -> str:
-        drop = getattr(metric, "drop", None)
-        return text.signed(None if drop is None else -drop)
+        drop, custom = getattr(metric, "drop", None), getattr(metric, "custom", None)
+        rising = custom is not None and custom.lower_is_better
+        return text.signed(drop if drop is None or rising else -drop)
 
     def quality(metric: object) -> str:
         custom = getattr(metric, "custom", None)
         if custom is not None:
-            return text.number(custom.after, 5)
+            return text.measured(custom.after, custom.unit)
         return text.percent(getattr(metric, "top1_after", None))
 
     return _line(
@@ -186,7 +187,8 @@ def _summary(report: dict[str, object], where: str) -> list[str]:
 
     rows = points.points(report)
     front = sorted((r for r in rows if r["pareto"]), key=lambda r: float(r["macs_ratio"]))
-    head = ("Pareto front", "MACs", "parameters", "validation", "points", "95% interval", "")
+    _, change = points.measured_as(rows)
+    head = ("Pareto front", "MACs", "parameters", "validation", change, "95% interval", "")
     shown = [
         (
             r["label"], text.ratio(r["macs_ratio"]), text.whole(r["params"]),
@@ -203,6 +205,6 @@ def _summary(report: dict[str, object], where: str) -> list[str]:
     if chosen is not None:
         tested = ""
         if chosen["test_after"] is not None:
-            tested = f": {text.signed(chosen['test_change'])} points on the test set"
+            tested = f": {text.change(chosen['test_change'], chosen['unit'])} on the test set"
         lines.append(f"Chosen by {sweep['pick']}: {chosen['label']}{tested}; in {where}/chosen")
     return [*lines, f"Sweep: {where} (report.html shows the curve)"]

@@ -30,8 +30,8 @@ def verify(settings: Settings, terminal: Terminal, artefact: str) -> None:
     from compress.result import GateResult
 
     config = settings.config(**recorded_settings(read_manifest(artefact)))
-    result = verify_result(config, artefact, trust_code=settings.trust_code, track=terminal.track)
-    report = build_report(result)
+    found = verify_result(config, artefact, trust_code=settings.trust_code, track=terminal.track)
+    report = build_report(found.result)
     terminal.show(report, run_summary(report, measured_on="the test images"))
     failed = [gate_sentence(GateResult(**gate)) for gate in report["gates"] if not gate["passed"]]
     if failed:

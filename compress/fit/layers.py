@@ -203,6 +203,8 @@ class Fitter:
         Returns:
             Its index, and why it is not the last; empty where it is.
         """
+        if not self.network.reading.parts:  # nothing says how far results are apart
+            return len(models) - 1, ""
         batches = (inputs for inputs, _ in self.loader.placed(self.split.validation))
         networks = [self.network.model, *models]
         reading, form = self.network.reading, self.loader.memory_format

@@ -1,4 +1,4 @@
-"""The user's own loss, for outputs that are not logits."""
+"""What outputs are weighed and networks are measured by: the user's own, or what the task says."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from compress.config import RunConfig
 from compress.data import Batches
 from compress.errors import ModelError, what_raised
 from compress.specs import import_function
+from compress.tasks import TASKS, TaskMeasure
 
 
 def loss_function(config: RunConfig) -> Any:
-    """The user's own loss ``(result, targets) -> summed loss``, or None for Fisher's.
+    """The user's own loss ``(result, targets) -> summed loss``, the task's, or None for Fisher's.
 
     It is called with all that the forward returns.
     """
     if not config.loss_fn:
-        return None
+        task = TASKS.get(config.task)
+        return None if task is None or task.loss is None else task.loss(config.seed)
     own = import_function(config.loss_fn, ModelError)
 
     def checked(result: Any, targets: Any) -> Tensor:
@@ -63,8 +65,9 @@ class Metric:
     function: Callable[[nn.Module, Batches], float]
 
 
-def metric_function(config: RunConfig) -> Metric | None:
-    """The user's own measure, or None for accuracy."""
+def metric_function(config: RunConfig) -> Metric | TaskMeasure | None:
+    """The user's own measure, the task's, or None for accuracy."""
     if not config.metric_fn:
-        return None
+        task = TASKS.get(config.task)
+        return None if task is None else TaskMeasure(task, config.ignore_index)
     return Metric(config.metric_fn, import_function(config.metric_fn, ModelError))

@@ -113,9 +113,11 @@ class _State:
         roots = self.root[:, columns].permute(1, 2, 0)
         grams = roots @ roots.mT
         if self.taps == 1:
-            return (grams / each).flatten().cpu().numpy()
+            ratios: Floats = (grams / each).flatten().cpu().numpy()
+            return ratios
         solved = torch.linalg.solve(each, grams)
-        return solved.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
+        traces: Floats = solved.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
+        return traces
 
     def block(self, channels: Indices) -> tuple[Floats, Floats]:
         """Among some channels, ``H`` and the root's Gram matrix, ``[n, taps, n, taps]``."""

@@ -118,7 +118,12 @@ def measured_losses(
         names: Of the replaced layers.
         inputs: Those of some images ``[B, ...]``.
         cut: As for `measure_layers`.
+
+    Returns:
+        The losses by name; none where nothing says how far results are apart.
     """
+    if not network.reading.parts:
+        return {}
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     model, reading = network.model, network.reading
     losses = {}

@@ -26,6 +26,7 @@ from compress.running.forward import evaluation_mode, require_parameters, run_mo
 from compress.running.memory_format import MEMORY_FORMATS, in_memory_format
 from compress.running.outputs import Reading, read_outputs
 from compress.running.structure import floating, like_weights, main_tensor, placed, tensors
+from compress.tasks import TASKS, read_for
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,13 @@ class Evidence:
         batch: Returns inputs of these images; asked only where several outputs have to be told
             apart.
         sizes: Inputs of one image each, of other sizes than the example's, that it also takes.
+        task: The task that the user names, which says what the outputs are; empty for none.
     """
 
     targets: Sequence[Any] = ()
     batch: Callable[[], Any] | None = None
     sizes: Sequence[Any] = ()
+    task: str = ""
 
 
 def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> Network:
@@ -187,6 +190,8 @@ def _read(original: nn.Module, result: Any, evidence: Evidence, *, sigmoid: bool
     """Decide what the outputs stand for, by a batch where there are several to choose from."""
     if len(floating(result)) > 1 and evidence.targets and evidence.batch is not None:
         result = _output(original, evidence.batch())
+    if evidence.task in TASKS:
+        return read_for(TASKS[evidence.task], result, evidence.targets, sigmoid=sigmoid)
     return read_outputs(result, evidence.targets, sigmoid=sigmoid)
 
 

@@ -20,6 +20,7 @@ from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, preprocessing_of
 from compress.inputs.models import preset_of
 from compress.measure.accuracy import Yardstick, custom_value, require_labels, require_ranked
+from compress.measure.by_task import ByTask, records
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
 from compress.measure.speed import most_seconds
@@ -27,6 +28,7 @@ from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
 from compress.running.outputs import read_outputs
 from compress.running.structure import batched, expanded, like_weights
+from compress.tasks import TaskMeasure
 from compress.timing.networks import time_network
 from compress.timing.turns import Pace
 
@@ -52,7 +54,8 @@ class Evaluation:
         top1: Accuracy, a fraction; None without labels or with a metric of the user's own.
         top5: The same for the five likeliest; None for five classes or fewer.
         ece: Expected calibration error.
-        custom: What the user's own metric gave (``before`` and ``after`` are equal).
+        custom: What the task's measure or the user's own gave (``before`` and ``after`` are equal).
+        further: Other measures of the task.
         cost: MACs, parameters, bytes.
         latency: Measured times; empty with ``no_latency``.
         device: Where it was measured, with ``threads`` CPU threads.
@@ -68,6 +71,7 @@ class Evaluation:
     top5: float | None
     ece: float | None
     custom: CustomMetric | None
+    further: tuple[CustomMetric, ...]
     cost: Cost
     latency: tuple[Timed, ...]
     device: str
@@ -158,6 +162,7 @@ def measured(
         top5=found.top5,
         ece=found.ece,
         custom=found.custom,
+        further=found.further,
         cost=model_cost(module, example),
         latency=timed,
         device=str(reference.device),
@@ -174,10 +179,16 @@ class _EndMetric:
     top5: float | None = None
     ece: float | None = None
     custom: CustomMetric | None = None
+    further: tuple[CustomMetric, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _EndMetric:
+    if isinstance(yardstick.metric, TaskMeasure):
+        by_task = ByTask(yardstick.metric, yardstick.loader, yardstick.track)
+        values = by_task.scored(module, images, "evaluate").values()
+        decisive, *further = records(yardstick.metric.task, values, values)
+        return _EndMetric(custom=decisive, further=tuple(further))
     if yardstick.metric is not None:
         loaded = yardstick.loader.batches(images)
         value = custom_value(yardstick.metric, module, loaded)

@@ -35,7 +35,10 @@ def evidence_of(sets: Sequence[ImageSet], example: Any, config: RunConfig) -> Ev
         if shapes(other) != shapes(example) and len(others) < OTHER_SIZES:
             others.setdefault(str(shapes(other)), placed(other, device))
     return Evidence(
-        targets, lambda: placed(first_inputs(images, most), device), tuple(others.values())
+        targets,
+        lambda: placed(first_inputs(images, most), device),
+        tuple(others.values()),
+        config.task,
     )
 
 

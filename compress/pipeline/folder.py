@@ -10,8 +10,10 @@ from compress.config import RunConfig
 from compress.data import ImageSet
 from compress.files import MODEL_FILE, atomic_folder, write_atomically
 from compress.pipeline.outcome import Compressed
+from compress.pipeline.pictures import Pair, task_panels
 from compress.pipeline.reloading import check_reload
 from compress.report import build_report, write_report
+from compress.report.page import Pictures
 from compress.result import Result
 
 
@@ -40,7 +42,19 @@ def save_into(
     write_atomically(folder / "plan.json", compressed.plan.to_json())
     write_atomically(folder / "config.toml", config.to_toml())
     report = build_report(compressed.result)
-    write_report(report, folder, flip_thumbnails(compressed.result, test))
+    network = compressed.network
+    pair = Pair(network.original, compressed.model, network.reading)
+    write_report(report, folder, pictures_of(compressed.result, pair, test))
+
+
+def pictures_of(result: Result, pair: Pair, images: ImageSet | None) -> Pictures:
+    """Return the pictures of the test set that a report shows.
+
+    Raises:
+        DataError: An image cannot be read.
+        ModelError: A forward fails.
+    """
+    return Pictures(flip_thumbnails(result, images), task_panels(result, pair, images))
 
 
 def flip_thumbnails(result: Result, images: ImageSet | None, most: int = 48) -> dict[int, bytes]:

@@ -155,5 +155,6 @@ class Job:
                 "statistics": sorted(statistics),
                 "loss_fn": config.loss_fn,
                 "outputs": self.network.reading.kind,
+                **({"task": config.task} if config.task else {}),
             },
         )

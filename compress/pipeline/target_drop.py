@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compress.choose import Budgets, Chooser
+from compress.data import ImageSet
 from compress.errors import ConfigError, DataError
 from compress.measure.accuracy import Yardstick, require_labels, require_ranked
+from compress.measure.by_task import require_targets
 from compress.pipeline.job import Job
 from compress.plan import Choice, Plan
 from compress.rules.macs import BY_MACS
+from compress.tasks import TaskMeasure
 
 # Evaluations of a compressed network on the validation images, at most.
 EVALUATIONS = 8
@@ -29,10 +32,7 @@ def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice
             "There are no validation images to measure the accuracy on, which --target-drop looks "
             "at: calibrate on two images at least (--data, --calibration-images)."
         )
-    require_labels(images)
-    # Accuracy, whatever measure of the user's own the result is judged by in the end.
-    require_ranked(network.reading)
-    yardstick = Yardstick(job.loader, track=job.track, reading=network.reading)
+    yardstick = _yardstick(job, images)
     before = yardstick.known(network.original, images, "search: original")
 
     def drop(choices: list[Choice]) -> float:
@@ -44,6 +44,20 @@ def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice
     found = cheapest_within_drop(chooser.budgets(BY_MACS), drop, points)
     why = f"cheapest found that loses at most {points:g} points on the validation images"
     return [dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices]
+
+
+def _yardstick(job: Job, images: ImageSet) -> Yardstick:
+    """What the search goes by: the task's measure, else accuracy.
+
+    It is accuracy whatever measure of the user's own the result is judged by in the end.
+    """
+    metric = job.yardstick.metric
+    if isinstance(metric, TaskMeasure):
+        require_targets(metric.task, images)
+        return job.yardstick
+    require_labels(images)
+    require_ranked(job.network.reading)
+    return Yardstick(job.loader, track=job.track, reading=job.network.reading)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ from compress.errors import CompressError
 from compress.inputs.functions import Metric, loss_function, metric_function
 from compress.inputs.load import Inputs
 from compress.measure.accuracy import custom_value, require_ranked
+from compress.measure.by_task import ByTask, has_targets, require_targets
 from compress.network.baseline import Network
+from compress.rules.target_drop import TARGET_DROP
 from compress.running.forward import evaluation_mode, frozen, run_model
 from compress.running.structure import with_gradients
+from compress.tasks import TaskMeasure
 
 # Images that a measure of the user's own is tried on, spread over the set.
 TRIED = 32
@@ -23,22 +26,48 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
     """Measure and take gradients as the run will, on a few images.
 
     Raises:
-        ModelError: Accuracy cannot be measured, or the user's own measure or loss fails.
-        DataError: Targets cannot be put into one batch.
+        ModelError: Accuracy cannot be measured, the user's own measure or loss fails, or what a
+            task is measured by is not installed or does not fit the outputs.
+        DataError: Targets cannot be put into one batch, or are not those of the task.
     """
     metric = metric_function(config)
-    if metric is not None:
+    if isinstance(metric, TaskMeasure):
+        _try_task(ByTask(metric, loader, reading=network.reading), network, inputs, config)
+    elif metric is not None:
         images = inputs.test if inputs.test is not None else inputs.split.fit
         _try_metric(metric, network.original, images, loader)
-    elif inputs.test is not None:
+    elif inputs.test is not None or config.task:
         require_ranked(network.reading)
-    if config.metric == "loss" and config.loss_fn:
+    if config.metric == "loss" and loss_function(config) is not None:
         _try_loss(network.model, inputs.split.fit, loader, config)
 
 
-def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Loader) -> None:
+def _try_task(by_task: ByTask, network: Network, inputs: Inputs, config: RunConfig) -> None:
+    task, searched = by_task.measure.task, inputs.split.validation
+    by_task.measure.scorer(network.reading, ())  # before anything: is what it needs installed?
+    if config.rule == TARGET_DROP.name and len(searched):
+        require_targets(task, searched)
+    known = has_targets(task, inputs.split.fit)
+    images = inputs.split.fit if inputs.test is None and known else inputs.test
+    if images is None:
+        return
+    few = _spread(images)
+    try:
+        by_task.scored(network.original, few, "try").values()
+    except CompressError:
+        if len(few) == len(images):
+            raise
+        # A measure may need more, such as an image with something to find.
+        by_task.scored(network.original, images, "try").values()
+
+
+def _spread(images: ImageSet) -> ImageSet:
     step = max(len(images) // TRIED, 1)
-    few = images.subset(range(0, len(images), step)[:TRIED])
+    return images.subset(range(0, len(images), step)[:TRIED])
+
+
+def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Loader) -> None:
+    few = _spread(images)
     try:
         custom_value(metric, model, loader.batches(few))
     except CompressError:

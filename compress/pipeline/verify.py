@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,23 +23,41 @@ from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, source_sha256
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.assess import recurrent_result
+from compress.measure.by_task import require_targets
 from compress.measure.layers import measure_layers
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
+from compress.pipeline.pictures import Pair
 from compress.plan import DENSE, NARROW
 from compress.progress import Track, silent
 from compress.report import judged
 from compress.result import EndMetric, LayerErrors, LayerResult, Result
 from compress.running.structure import batched, placed
+from compress.tasks import TaskMeasure
 from compress.trust import require_trusted_model
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A result that was held to its limits again.
+
+    Attributes:
+        result: What was measured.
+        pair: The original and the compressed network.
+        test: What they were measured on.
+    """
+
+    result: Result
+    pair: Pair
+    test: ImageSet
 
 
 def verify_result(
     config: RunConfig, artefact: str, *, trust_code: bool = False, track: Track = silent
-) -> Result:
+) -> Verified:
     """Hold a result to its limits again, against the original, on any test set and machine.
 
     Args:
@@ -48,8 +67,8 @@ def verify_result(
         track: Progress.
 
     Returns:
-        What a run says of its test set. Layers' errors are measured on the test images, and stand
-        as those of the held-out set.
+        What a run says of its test set, and what it is said of. Layers' errors are measured on
+        the test images, and stand as those of the held-out set.
 
     Raises:
         ArtefactError: The checkpoint is not the one that the result was made from.
@@ -62,7 +81,9 @@ def verify_result(
     compressed = rebuilt(artefact, copied(original)).to(config.device)
     test = open_images(config.test, config, original, preprocessing)
     metric = metric_function(config)
-    if metric is None:
+    if isinstance(metric, TaskMeasure):
+        require_targets(metric.task, test)
+    elif metric is None:
         require_labels(test)
     example = placed(batched(test[0][0]), config.device)
     evidence = evidence_of([test], example, config)
@@ -91,7 +112,8 @@ def verify_result(
         folded=tuple(pair.norm for pair in network.folded),
         outputs=network.reading.why,
     )
-    return judged(result, limits_of(config))
+    pair = Pair(network.original, compressed, network.reading)
+    return Verified(judged(result, limits_of(config)), pair, test)
 
 
 def _tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Any, Any]]:

@@ -161,16 +161,19 @@ def _value(report: Report, key: str) -> float | None:
 def _row(report: Report, baseline: Report, figure: _Figure) -> dict[str, Any]:
     key, label, unit = figure.key, figure.label, figure.unit
     before, now = _value(baseline, key), _value(report, key)
-    metric = report["headline"]["metric"]
+    head = report["headline"]
+    less_is_better = figure.less_is_better
     if unit == "accuracy":
-        unit = "fraction" if metric == "accuracy" else "number"
-        label = f"{metric} after compression"
+        unit = "fraction" if head["unit"] == "fraction" else "number"
+        label, less_is_better = f"{head['metric']} after compression", head["lower_is_better"]
+    elif key == "drop" and head["unit"] != "fraction":
+        unit = "number"
     change = None
     if before is not None and now is not None:
         change = (now - before) * (100.0 if unit == "fraction" else 1.0)
     better = None
-    if change and (unit != "number" or key != "after"):
-        better = (change < 0) == figure.less_is_better
+    if change and (unit != "number" or key != "after" or head["unit"] or less_is_better):
+        better = (change < 0) == less_is_better
     return {
         "key": key,
         "label": label,

@@ -78,6 +78,8 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
         "set": where,
         "images": metric["images"] if metric else None,
         "metric": custom["name"] if custom else "accuracy",
+        "unit": custom["unit"] if custom else "fraction",
+        "lower_is_better": custom["lower_is_better"] if custom else False,
         "before": (custom["before"] if custom else metric["top1_before"]) if metric else None,
         "after": (custom["after"] if custom else metric["top1_after"]) if metric else None,
         "drop": metric["drop"] if metric else None,
@@ -113,8 +115,7 @@ def accuracy_sentence(report: Report) -> str:
         same = text.percent(metric["agreement"])
         return f"Both networks agree on {same} {on}; without labels accuracy is unknown."
     if metric["custom"]:
-        before, after = text.number(head["before"], 5), text.number(head["after"], 5)
-        return f"{head['metric']} {before} → {after} {on}."
+        return _measure_sentence(head, on)
     before, after = text.percent(head["before"]), text.percent(head["after"])
     low, high = -head["drop_high"], -head["drop_low"]
     return (
@@ -122,6 +123,26 @@ def accuracy_sentence(report: Report) -> str:
         f"(95% interval {text.signed(low)} to {text.signed(high)}; "
         f"McNemar {text.probability(metric['mcnemar_p'])}). {_meaning(low, high)}"
     )
+
+
+def _measure_sentence(head: dict[str, Any], on: str) -> str:
+    """Say what happened to a measure of a task or of the user's own."""
+    unit, sign = head["unit"], 1.0 if head["lower_is_better"] else -1.0
+    before, after = (text.measured(head[key], unit) for key in ("before", "after"))
+    said = f"{head['metric']} {before} → {after} {on}"
+    if head["drop_low"] is None or head["drop_high"] is None:
+        return f"{said}{_small_letters(head)}."
+    low, high = sorted((sign * head["drop_low"], sign * head["drop_high"]))
+    places = 2 if unit else 4
+    return (
+        f"{said}: {text.change(sign * head['drop'], unit, places)} (95% interval "
+        f"{text.signed(low, places)} to {text.signed(high, places)}){_small_letters(head)}. "
+        f"{_meaning(-head['drop_high'], -head['drop_low'])}"
+    )
+
+
+def _small_letters(head: dict[str, Any]) -> str:
+    return "; lower is better" if head["lower_is_better"] else ""
 
 
 def _errors(metric: dict[str, Any]) -> str:

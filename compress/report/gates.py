@@ -46,8 +46,19 @@ def check_gates(report: Report, limits: Mapping[str, float]) -> list[GateResult]
             )
         value, where = LIMITS[name].measure(report)
         passed = value is not None and (value >= limit if LIMITS[name].at_least else value <= limit)
-        results.append(GateResult(name, limit, value, passed, where))
+        results.append(GateResult(name, limit, value, passed, where, *_of_what(name, report)))
     return results
+
+
+def _of_what(name: str, report: Report) -> tuple[str, str]:
+    """Say what a limit on accuracy limits where another measure decides, and in which unit."""
+    head = report["headline"]
+    if name not in _ON_THE_MEASURE or head["metric"] == "accuracy":
+        return "", ""
+    label = LIMITS[name].label.replace("accuracy", head["metric"])
+    if head["lower_is_better"]:
+        label = label.replace("drop", "rise").replace("loss", "rise")
+    return label, "points" if head["unit"] == "fraction" else head["unit"] or "number"
 
 
 def judged(result: Result, limits: Mapping[str, float]) -> Result:
@@ -62,8 +73,8 @@ def judged(result: Result, limits: Mapping[str, float]) -> Result:
 def gate_sentence(gate: GateResult) -> str:
     """Say how a limit went and, where it broke, by how much."""
     known = LIMITS.get(gate.name)
-    label = known.label if known else gate.name.replace("_", " ")
-    unit = known.unit if known else "number"
+    label = gate.label or (known.label if known else gate.name.replace("_", " "))
+    unit = gate.unit or (known.unit if known else "number")
     bound = "at least" if known and known.at_least else "at most"
     limit = _show(gate.limit, unit)
     if gate.value is None:
@@ -81,6 +92,8 @@ def _show(value: float, unit: str) -> str:
         return f"{value:.2f} points".replace("-", text.MINUS)
     if unit == "fraction":
         return text.percent(value)
+    if unit == "dB":
+        return f"{value:.2f} dB".replace("-", text.MINUS)
     return text.ratio(value) if unit == "ratio" else text.number(value)
 
 
@@ -157,9 +170,13 @@ def _regression(report: Report) -> tuple[float | None, str]:
         return None, "no baseline report was given"
     for row in report["baseline"]["rows"]:
         if row["key"] == "after" and row["change"] is not None:
-            return 0.0 - float(row["change"]), "against the baseline"
+            sign = 1.0 if report["headline"]["lower_is_better"] else -1.0
+            return 0.0 + sign * float(row["change"]), "against the baseline"
     return None, "the baseline has no accuracy"
 
+
+# Limits that whatever measure decides is held to, in its own unit.
+_ON_THE_MEASURE = ("max_drop", "max_drop_upper", "max_class_drop", "max_regression")
 
 LIMITS: Mapping[str, Limit] = {
     "max_drop": Limit("drop of accuracy", "points", _of_test("drop")),

@@ -181,7 +181,8 @@ def _points(report: Report) -> list[str]:
     lines = [f"## {escape(what)}", "", *_banners(report["notes"])]
     if sweep:
         lines += _banners(report["sweep"]["warnings"])
-    head = ("", "MACs", "ratio", "parameters", "before", "after", "points", "95% interval", "")
+    _, change = points.measured_as(rows)
+    head = ("", "MACs", "ratio", "parameters", "before", "after", change, "95% interval", "")
     shown = [
         (
             row["label"],

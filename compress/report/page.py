@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -25,19 +26,34 @@ from compress.untrusted import visible
 
 # In this order: the plotting library, what it stands on first, then the page's own script.
 SCRIPTS = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "assets/report.js")
+# Labels and PNG images, side by side.
+Panels = tuple[tuple[str, bytes], ...]
 _FLIPS_FIRST, _FLIPS_DRAWN = 18, 90
 _TEMPLATES = {"run": "run.html.j2", "sweep": "points.html.j2", "several": "points.html.j2"}
 
 
-def render_html(report: Report, thumbnails: Mapping[int, bytes] | None = None) -> str:
+@dataclass(frozen=True)
+class Pictures:
+    """Small PNG images to be shown inside a page, by index in the set compared.
+
+    Attributes:
+        thumbnails: Of the images that flipped.
+        panels: Of the examples: what goes in, what came out before and after, and what changed.
+    """
+
+    thumbnails: Mapping[int, bytes] = field(default_factory=dict)
+    panels: Mapping[int, Panels] = field(default_factory=dict)
+
+
+def render_html(report: Report, pictures: Pictures | None = None) -> str:
     """Return a report of any kind as one HTML page that needs no network.
 
     Args:
         report: What `build_report`, `build_sweep_report` or `build_comparison` returned.
-        thumbnails: Small PNG images by index in the set compared, for the images that flipped.
+        pictures: Images to show; none by default.
     """
     metric, where = build.end_metric(report) if report["kind"] == "run" else (None, "")
-    scripts = [_asset(name) for name in SCRIPTS]
+    scripts, pictures = [_asset(name) for name in SCRIPTS], pictures or Pictures()
     page = _environment().get_template(_TEMPLATES[report["kind"]])
     return page.render(
         report=report,
@@ -48,7 +64,11 @@ def render_html(report: Report, thumbnails: Mapping[int, bytes] | None = None) -
         text=text,
         build=build,
         gate_sentence=lambda gate: gates.gate_sentence(GateResult(**gate)),
-        thumbnails={i: _data_uri(png) for i, png in (thumbnails or {}).items()},
+        thumbnails={i: _data_uri(png) for i, png in pictures.thumbnails.items()},
+        panels={
+            i: [(label, _data_uri(png)) for label, png in shown]
+            for i, shown in pictures.panels.items()
+        },
         flips_first=_FLIPS_FIRST,
         flips_drawn=_FLIPS_DRAWN,
         classes_drawn=CLASSES_DRAWN,
@@ -107,8 +127,8 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         name: getattr(text, name)
         for name in (
-            "percent", "signed", "count", "whole", "size", "ratio", "seconds", "number",
-            "probability", "ranks", "plural",
+            "percent", "signed", "measured", "change", "count", "whole", "size", "ratio",
+            "seconds", "number", "probability", "ranks", "plural",
         )
     }  # fmt: skip
     return environment

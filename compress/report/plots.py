@@ -36,6 +36,7 @@ def _run(report: Report) -> Data:
     if head["drop_low"] is not None:
         drop = {"change": -head["drop"], "low": -head["drop_high"], "high": -head["drop_low"]}
         drop["limit"] = None if limit is None else -limit
+        drop["unit"] = "points" if head["unit"] == "fraction" else head["unit"]
     return {
         "kind": "run",
         "drop": drop,
@@ -116,7 +117,8 @@ def _point(index: int, row: points.Point) -> Data:
         **{k: row[k] for k in ("label", "macs", "macs_ratio", "params", "pareto", "chosen")},
         **_judged(row),
         "on_test": row["on_test"] and _judged(row["on_test"]),
-        "unit": "points" if row["metric"] == "accuracy" else row["metric"],
+        "metric": row["metric"] or "accuracy",
+        "unit": "points" if row["unit"] in (None, "fraction") else row["unit"],
         "layers": layers,
     }
 
@@ -125,7 +127,8 @@ def _judged(measured: points.Point) -> Data:
     """What one set of images says of a point."""
     change = measured["change"]
     if change is None and None not in (measured["before"], measured["after"]):
-        change = measured["after"] - measured["before"]
+        scale = 100.0 if measured["unit"] == "fraction" else 1.0
+        change = scale * (measured["after"] - measured["before"])
     return {
         "change": change,
         "low": measured["change_low"],

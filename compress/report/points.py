@@ -18,8 +18,8 @@ Point = dict[str, Any]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _MEASURED = (
-    "metric", "images", "before", "after", "change", "change_low", "change_high", "mcnemar_p",
-    "agreement", "mean_kl",
+    "metric", "unit", "images", "before", "after", "change", "change_low", "change_high",
+    "mcnemar_p", "agreement", "mean_kl",
 )  # fmt: skip
 
 COLUMNS = (
@@ -70,9 +70,16 @@ def treatment(row: Point, layer: str) -> str:
 
 
 def shown(row: Point, key: str) -> str:
-    """Write a point's metric, an accuracy as percent and a custom one as the number it is."""
-    value = row[key]
-    return text.percent(value) if row["metric"] == "accuracy" else text.number(value, 5)
+    """Write a point's metric: an accuracy or another fraction as percent, else as it is."""
+    return text.measured(row[key], row["unit"] or "")
+
+
+def measured_as(rows: list[Point]) -> tuple[str, str]:
+    """Return what all points are measured by, and the word for its changes."""
+    names = {row["metric"] for row in rows if row["metric"]}
+    units = {row["unit"] for row in rows if row["metric"]}
+    name = names.pop() if len(names) == 1 else "accuracy"
+    return name, "points" if units <= {"fraction"} else "change"
 
 
 def interval(row: Point) -> str:
@@ -185,17 +192,20 @@ def _metric(metric: dict[str, Any] | None) -> Point:
         return empty
     before, after = _ends(metric)
     custom = metric["custom"]
+    sign = 1.0 if custom and custom["lower_is_better"] else -1.0
     found = {
         "metric": custom["name"] if custom else "accuracy",
+        "unit": custom["unit"] if custom else "fraction",
         "images": metric["images"],
         "before": before,
         "after": after,
-        "change": None if metric["drop"] is None else -metric["drop"],
+        "change": None if metric["drop"] is None else sign * metric["drop"],
         "mcnemar_p": metric["mcnemar_p"],
         "agreement": metric["agreement"],
         "mean_kl": metric["mean_kl"],
     }
     interval = metric["drop_interval"]
     if interval:
-        found |= {"change_low": -interval["high"], "change_high": -interval["low"]}
+        low, high = sorted((sign * interval["low"], sign * interval["high"]))
+        found |= {"change_low": low, "change_high": high}
     return empty | found

@@ -185,7 +185,12 @@ def _check_numbers(result: dict[str, Any], where: str) -> None:
 
 def _check_metric(metric: dict[str, Any] | None, where: str) -> None:
     """Check that an end metric is whole: none, one of the user's own, or accuracies with all."""
-    if metric is None or metric["custom"]:
+    if metric is None:
+        return
+    if metric["custom"]:
+        if metric["drop_interval"]:
+            _check_given([metric["drop_interval"]], ("low", "high"), f"{where}.drop_interval")
+            _check_given([metric], ("drop",), where)
         return
     names = ("top1_before", "top1_after", "drop", "drop_interval", "mcnemar_p")
     known = [name for name in names if metric[name] is not None]

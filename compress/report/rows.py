@@ -13,12 +13,10 @@ def metric_rows(metric: dict[str, Any]) -> list[Row]:
     """Return label, before, after and change of everything known about an end metric."""
     custom = metric["custom"]
     if custom:
-        before, after = custom["before"], custom["after"]
-        change = None if before is None or after is None else after - before
-        return [
-            (custom["name"], text.number(before, 5), text.number(after, 5), text.signed(change, 4)),
-            *output_rows(metric),
-        ]
+        rows = [_measure_row(measure) for measure in (custom, *metric["further"])]
+        if metric["agreement"] is not None:
+            rows.append(("Same prediction", "", text.percent(metric["agreement"]), ""))
+        return rows + output_rows(metric)
     rows = []
     for label, key in (
         ("Top-1 accuracy", "top1"),
@@ -39,6 +37,16 @@ def metric_rows(metric: dict[str, Any]) -> list[Row]:
         rows.append(("Wrong → right", "", text.whole(metric["to_right_count"]), ""))
         rows.append(("Wrong → wrong otherwise", "", text.whole(metric["other_flips"]), ""))
     return rows + output_rows(metric)
+
+
+def _measure_row(measure: dict[str, Any]) -> Row:
+    before, after, unit = measure["before"], measure["after"], measure["unit"]
+    change = None if before is None or after is None else after - before
+    if change is not None and unit == "fraction":
+        change *= 100.0
+    name = f"{measure['name']} (lower is better)" if measure["lower_is_better"] else measure["name"]
+    shown = [text.measured(value, unit) for value in (before, after)]
+    return name, shown[0], shown[1], text.change(change, unit, 2 if unit else 4)
 
 
 def output_rows(metric: dict[str, Any]) -> list[Row]:

@@ -73,6 +73,8 @@ def _headline() -> Schema:
             "set": {"enum": ["test", "validation", None]},
             "images": {"type": ["integer", "null"]},
             "metric": _STRING,
+            "unit": _STRING,
+            "lower_is_better": {"type": "boolean"},
             **dict.fromkeys(numbers, _NUMBER),
             "latency_batch": {"type": ["integer", "null"]},
             "rewritten": _COUNT,

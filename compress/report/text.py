@@ -75,6 +75,20 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}".replace("-", MINUS)
 
 
+def measured(value: float | None, unit: str = "") -> str:
+    """A measure in its unit: a fraction as percent, and anything else as the number it is."""
+    if unit == "fraction":
+        return percent(value)
+    return number(value, 5) + (f" {unit}" if unit and value is not None else "")
+
+
+def change(value: float | None, unit: str, places: int = 2) -> str:
+    """A change of a measure: of a fraction in points, else in its unit."""
+    if value is None:
+        return UNKNOWN
+    return f"{signed(value, places)} {'points' if unit == 'fraction' else unit}".rstrip()
+
+
 def probability(p: float | None) -> str:
     """A p-value as ``"p = 0.031"`` or ``"p < 0.001"``."""
     if p is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from compress.files import write_atomically
 from compress.report.build import Report
 from compress.report.markdown import render_markdown
-from compress.report.page import render_html
+from compress.report.page import Pictures, render_html
 from compress.report.points import render_csv
 
 
@@ -19,7 +18,7 @@ def render_json(report: Report) -> str:
 
 
 def write_report(
-    report: Report, folder: str | Path, thumbnails: Mapping[int, bytes] | None = None
+    report: Report, folder: str | Path, pictures: Pictures | None = None
 ) -> list[Path]:
     """Write ``report.json``, ``report.md`` and ``report.html``, and ``sweep.csv`` for a sweep.
 
@@ -28,7 +27,7 @@ def write_report(
     Args:
         report: A report of any kind.
         folder: An existing folder.
-        thumbnails: As `render_html`.
+        pictures: As `render_html`.
 
     Returns:
         The files written.
@@ -40,7 +39,7 @@ def write_report(
     files = {
         "report.json": render_json(report),
         "report.md": render_markdown(report),
-        "report.html": render_html(report, thumbnails),
+        "report.html": render_html(report, pictures),
     }
     if report["kind"] == "sweep":
         files["sweep.csv"] = render_csv(report)

@@ -20,7 +20,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """Accuracy on one class; None where the class has no image in the set."""
+    """Accuracy, or a task's measure, on one class; None where it has no image in the set."""
 
     name: str
     images: int
@@ -50,11 +50,31 @@ class Interval:
 
 @dataclass(frozen=True)
 class CustomMetric:
-    """What a user's own metric function returned before and after."""
+    """What a measure other than accuracy came to, before and after.
+
+    Attributes:
+        name: Of the user's own function, or of the task's measure.
+        before: Of the original.
+        after: Of the compressed network.
+        unit: ``"fraction"``, shown as percent with changes in points; ``"dB"``; or empty.
+        lower_is_better: Whether a smaller value is the better one.
+    """
 
     name: str
     before: float
     after: float
+    unit: str = ""
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that a report shows before and after, with its own measure."""
+
+    index: int
+    before: float
+    after: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,8 @@ class EndMetric:
         images: Number of images compared.
         classes: Class names by index.
         top5_before: None where there are five classes or fewer; so ``top5_after``.
-        drop: Loss of top-1 accuracy in points, with its paired interval.
+        drop: Loss of top-1 accuracy in points, with its paired interval; of another measure in
+            points of a fraction, else in its own unit.
         mcnemar_p: Two-sided exact p-value of McNemar's test that both are equally accurate.
         mean_kl: Mean KL(before || after) in nats.
         agreement: Share of images on which both predict the same class.
@@ -95,7 +116,10 @@ class EndMetric:
         per_class: Rows in class order.
         ece_before: Expected calibration error over ``bins_before``.
         near_chance: The baseline is hardly better than guessing: class order or normalisation.
-        custom: What the user's own metric gave; figures of accuracy are then None.
+        task: The task that the measure is of; empty for accuracy or a measure of the user's own.
+        custom: What the task's measure or the user's own gave; figures of accuracy are then None.
+        further: Other measures of the task, which decide nothing.
+        examples: Images that stand for the set, greatest loss first.
         outputs: How each floating output changed.
     """
 
@@ -123,5 +147,8 @@ class EndMetric:
     bins_before: tuple[CalibrationBin, ...] = ()
     bins_after: tuple[CalibrationBin, ...] = ()
     near_chance: bool = False
+    task: str = ""
     custom: CustomMetric | None = None
+    further: tuple[CustomMetric, ...] = ()
+    examples: tuple[Example, ...] = ()
     outputs: tuple[OutputChange, ...] = ()

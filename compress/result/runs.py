@@ -56,13 +56,18 @@ class CostSummary:
 
 @dataclass(frozen=True)
 class GateResult:
-    """One limit and how it went. ``value`` is None where it could not be measured: not passed."""
+    """One limit and how it went. ``value`` is None where it could not be measured: not passed.
+
+    ``label`` and ``unit`` say what a limit on accuracy limits where another measure decides.
+    """
 
     name: str
     limit: float
     value: float | None
     passed: bool
     where: str = ""
+    label: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)

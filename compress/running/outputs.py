@@ -28,7 +28,7 @@ _LEAST = 1e-12
 _IGNORED = 255
 # So many standard deviations above the best guess, and the labels were predicted.
 _CLEARLY = 4.0
-_NAMES_OF_LOGITS = ("logits", "out")
+NAMES_OF_LOGITS = ("logits", "out")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Reading:
     """What a network's outputs stand for.
 
     Attributes:
-        parts: The outputs that count.
+        parts: The outputs that count; none where all that is returned does, as of a detector.
         why: The evidence, as a sentence for reports.
         ranked: Whether accuracy is the share of images whose largest output is the label.
     """
@@ -87,7 +87,7 @@ class Reading:
     @property
     def kind(self) -> Kind:
         """What the outputs that count are."""
-        return self.parts[0].kind
+        return self.parts[0].kind if self.parts else "values"
 
     def scores(self, result: Any) -> Tensor:
         """Return what accuracy is measured by, ``[images, classes]``, as logits."""
@@ -172,7 +172,7 @@ def _single(path: str, output: Tensor, targets: Sequence[Any], *, sigmoid: bool)
 
 def _several(found: dict[str, Tensor], targets: Sequence[Any]) -> Reading:
     for path, output in found.items():
-        if path in _NAMES_OF_LOGITS and output.dim() > 1 and output.shape[1] > 1:
+        if path in NAMES_OF_LOGITS and output.dim() > 1 and output.shape[1] > 1:
             ranked = output.dim() == 2
             why = f"{path}: logits, by its name; the other outputs are compared as values"
             return Reading((Part(path, "classes", are_probabilities(output)),), why, ranked)

@@ -29,14 +29,14 @@ class Judge:
     ) -> None:
         self.original, self.images, self.describe = original, images, describe
         self.yardstick = yardstick
-        if yardstick.metric is not None:
+        if isinstance(yardstick.metric, Metric):
             measure = self._measured_once(yardstick.metric)
             self.yardstick = replace(yardstick, metric=measure)
 
     @cached_property
     def known(self) -> list[Any] | None:
         """What the original returns; None for too much, or the user's own metric instead."""
-        if self.yardstick.metric is not None:
+        if isinstance(self.yardstick.metric, Metric):
             return None
         describe = f"{self.describe}: original"
         return self.yardstick.known(self.original, self.images, describe)
@@ -62,5 +62,5 @@ class Judge:
 
 
 def brief(metric: EndMetric) -> EndMetric:
-    """Leave out the lists of images that flipped, of which a point's report shows the counts."""
-    return replace(metric, to_wrong=(), to_right=())
+    """Leave out the images that a run's report shows; of flips a point's shows the counts."""
+    return replace(metric, to_wrong=(), to_right=(), examples=())

@@ -11,7 +11,9 @@ from compress.config import RunConfig
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import SWEEP, atomic_update, check_apart, check_output, write_atomically
 from compress.files.leftovers import remove
+from compress.inputs.functions import metric_function
 from compress.inputs.load import Inputs, image_folders, input_paths, load_network
+from compress.measure.by_task import has_targets
 from compress.pipeline.folder import save_into
 from compress.pipeline.outcome import Compressed
 from compress.pipeline.places import check_places
@@ -23,6 +25,7 @@ from compress.sweep.grid import Grid
 from compress.sweep.pick import NEEDS_LABELS, Pick
 from compress.sweep.store import CHOSEN, PointStore, content_key
 from compress.sweep.work import Options, SweepWork
+from compress.tasks import TaskMeasure
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,17 @@ def sweep_network(
 
 def _check_pick(pick: Pick, inputs: Inputs, config: RunConfig) -> None:
     """Raise where the pick asks for what validation images without labels cannot tell."""
-    labelled = min(inputs.split.validation.labels, default=-1) >= 0
-    if config.metric_fn or labelled:
+    validation, metric = inputs.split.validation, metric_function(config)
+    if isinstance(metric, TaskMeasure):
+        measured = has_targets(metric.task, validation)
+    else:
+        measured = metric is not None or min(validation.labels, default=-1) >= 0
+    if measured:
         return
     for condition in pick.conditions:
         if condition.quantity in NEEDS_LABELS:
             raise DataError(
-                f"--pick {pick.text!r} needs labels, and {inputs.split.validation.source.described}"
+                f"--pick {pick.text!r} needs labels, and {validation.source.described}"
                 " has none; pick by agreement or kl, or pass labelled images with --data."
             )
 

@@ -246,7 +246,7 @@ def _quality(metric: EndMetric | None) -> float:
     if metric is None:
         return -math.inf
     if metric.custom is not None:
-        return metric.custom.after
+        return -metric.custom.after if metric.custom.lower_is_better else metric.custom.after
     found = metric.agreement if metric.top1_after is None else metric.top1_after
     if found is not None:
         return found

@@ -19,6 +19,7 @@ from compress.report import (
     render_html,
     with_gates,
 )
+from compress.report.page import Pictures
 from compress.report.points import points
 
 RUN_PLOTS = (
@@ -35,7 +36,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     baseline = build_report(examples.result(test=examples.metric(noise=0.8)))
     report = compare_with_baseline(report, baseline, name="v1/report.json")
     page = tmp_path_factory.mktemp("run") / "report.html"
-    page.write_text(render_html(report, examples.thumbnails(result.test)), encoding="utf-8")
+    page.write_text(
+        render_html(report, Pictures(examples.thumbnails(result.test))), encoding="utf-8"
+    )
     return report, page
 
 

@@ -40,7 +40,7 @@ from compress.report import (
     with_notes,
     write_report,
 )
-from compress.report.page import embed
+from compress.report.page import Pictures, embed
 from compress.report.plots import SPECTRUM_POINTS, plot_data
 from compress.report.points import layer_names, points
 from compress.report.schema import SCHEMA_FILE, report_schema, schema_text
@@ -431,8 +431,7 @@ class TestHtml:
         assert len(page) < 800_000
 
     def test_thumbnails_are_inside(self, result: Any, report: Any) -> None:
-        images = examples.thumbnails(result.test)
-        page = render_html(report, images)
+        page = render_html(report, Pictures(examples.thumbnails(result.test)))
         flips = [*result.test.to_wrong[:90], *result.test.to_right[:90]]
         assert page.count("data:image/png;base64,") == len(flips)
 

@@ -8,7 +8,8 @@
   const number = (x) => (x === 0 ? "0" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e4
     ? String(+x.toPrecision(3)) : x.toExponential(1).replace(".0e", "e")).replaceAll("-", "\u2212");
   const percent = (x, places = 1) => `${(100 * x).toFixed(places)}%`;
-  const points = (x) => `${x > 0 ? "+" : x < 0 ? "\u2212" : ""}${Math.abs(x).toFixed(2)} points`;
+  const points = (x, unit = "points") => `${x > 0 ? "+" : x < 0 ? "\u2212" : ""}`
+    + (unit ? `${Math.abs(x).toFixed(2)} ${unit}` : number(Math.abs(x)));
   const shorten = (name, limit) => name.length <= limit ? name
     : `${name.slice(0, Math.ceil(limit / 2) - 1)}\u2026${name.slice(1 - Math.floor(limit / 2))}`;
 
@@ -137,10 +138,10 @@
     const pad = 0.12 * (Math.max(...ends) - Math.min(...ends));
     draw("plot-drop", [item], (width) => ({
       at: { x: "change", y: "row" },
-      title: () => `${points(d.change)}\n95%: ${points(d.low)} to ${points(d.high)}`,
+      title: () => `${points(d.change, d.unit)}\n95%: ${points(d.low, d.unit)} to ${points(d.high, d.unit)}`,
       plot: {
         height: 104, marginTop: 24, marginLeft: 24, marginRight: 24,
-        x: { label: "points", domain: [Math.min(...ends) - pad, Math.max(...ends) + pad], ticks: width / 90 },
+        x: { label: d.unit || null, domain: [Math.min(...ends) - pad, Math.max(...ends) + pad], ticks: width / 90 },
         y: { domain: [""], axis: null },
         marks: [
           Plot.ruleX([0], { stroke: css("soft") }),
@@ -318,7 +319,7 @@
     }
     box.replaceChildren(title, line, list);
   }
-  const gained = (d) => d.unit === "points" ? points(d.change) : `${number(d.change)} ${d.unit}`;
+  const gained = (d) => points(d.change, d.unit);
 
   function curve() {
     const select = document.getElementById("choose-set");
@@ -342,7 +343,7 @@
         plot: {
           height: 400, marginLeft: 52, marginRight: 24, marginTop: 26,
           x: { ...domain, label: "MACs over the original's", grid: true, ticks: width / 90, tickFormat: (v) => v.toFixed(2) },
-          y: { label: items[0].unit === "points" ? "change of accuracy, points" : `change of ${items[0].unit}`,
+          y: { label: `change of ${items[0].metric}${items[0].unit ? `, ${items[0].unit}` : ""}`,
             grid: true, nice: true, ...(heights[0] < heights[1] ? { domain: heights } : {}) },
           marks: [
             Plot.ruleY([0], { stroke: css("soft") }),
