@@ -64,6 +64,8 @@ def compress_network(
     with clock.stage("prepare"):
         job = Job.open(inputs, config, track)
         check_runs_in(job.network.original, job.network.example, inputs.dtype)
+        if plan is not None:
+            applied(plan, job)  # before any work that it might be in vain
     with clock.stage("read"):
         job = job.with_images()
     with clock.stage("calibrate"):
@@ -121,7 +123,7 @@ def applied(plan: Plan, job: Job) -> Plan:
     Raises:
         PlanError: It does not fit.
     """
-    fitting = check_plan(plan, job.network.sites)
+    fitting = check_plan(plan, job.network.sites, job.network.channels)
     return dataclasses.replace(fitting, model=job.inputs.spec, source_sha256=job.inputs.sha256)
 
 

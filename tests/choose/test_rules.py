@@ -192,10 +192,10 @@ def test_an_edited_plan_is_costed_anew(
     plan = chosen(network, calibration, rank={"conv2": "3"})
     file = tmp_path / "plan.json"
     file.write_text(plan.to_json())
-    assert check_plan(read_plan(file), network.sites) == plan
+    assert check_plan(read_plan(file), network.sites, network.channels) == plan
     choices = (replace(c, ranks=(5,)) if c.name == "conv2" else c for c in plan.choices)
     file.write_text(replace(plan, choices=tuple(choices)).to_json())
-    found = check_plan(read_plan(file), network.sites)
+    found = check_plan(read_plan(file), network.sites, network.channels)
     assert found["conv2"].macs == scheme_cost(network.site("conv2"), "output", (5,)).macs
     assert found["conv2"].macs == 36 * 5 * (72 + 12)
 
@@ -219,5 +219,5 @@ def test_plans_that_do_not_fit_say_why(
     wrong = replace(plan["conv2"], **change)  # type: ignore[arg-type]
     choices = tuple(wrong if c.name == "conv2" else c for c in plan.choices)
     with pytest.raises(PlanError) as caught:
-        check_plan(replace(plan, choices=choices), network.sites)
+        check_plan(replace(plan, choices=choices), network.sites, network.channels)
     assert message in str(caught.value)

@@ -170,7 +170,9 @@ def _plan(path: Path) -> None:
         require_trusted_model(plan.model, "The plan", PlanError)
     rule = {plan.rule: plan.value} if plan.rule in RULE_NAMES else {}
     make_config({"model": plan.model, "metric": plan.metric, **rule})
-    _shown(json.loads(plan.to_json()), _lines(check_plan(plan, makers.network().sites)))
+    network = makers.network()
+    fitting = check_plan(plan, network.sites, network.channels)
+    _shown(json.loads(plan.to_json()), _lines(fitting))
 
 
 def _shown(plain: object, lines: list[str]) -> None:
