@@ -123,6 +123,12 @@ def prepared(name: str) -> tuple[Network, Tensor]:
     return prepare(model, images[:1]), images
 
 
+def in_float64(network: Network) -> None:
+    """Put a network into float64, its channels read before."""
+    assert network.channels is not None
+    network.model.double()
+
+
 def smooth(count: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:
     """Images whose neighbouring pixels are alike."""
     generator = torch.Generator().manual_seed(seed)

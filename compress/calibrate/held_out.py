@@ -112,15 +112,16 @@ def ratios(predicted: Mapping[str, float], measured: Mapping[str, HeldOutLoss]) 
     """How much more each layer loses than was predicted, where that is no accident.
 
     A layer is taken at its measured loss if even one standard error less is more than `TOLERANCE`
-    times what was predicted.
+    times what was predicted. A layer of which no loss was predicted, because it only gives fewer
+    outputs, is measured to lose what rounding makes of it, which says nothing.
 
     Returns:
         Factors above one, by layer; layers that keep what was promised are left out.
     """
     found = {}
     for name, loss in measured.items():
-        promised = max(predicted.get(name, 0.0), 1e-30)
-        if loss.mean - loss.error > TOLERANCE * promised:
+        promised = predicted.get(name, 0.0)
+        if promised > 0 and loss.mean - loss.error > TOLERANCE * promised:
             found[name] = loss.mean / promised
     return found
 
