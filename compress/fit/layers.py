@@ -158,6 +158,8 @@ class Fitter:
             c.name for c in plan.choices
             if not c.rewritten and not c.locked and sites[c.name].skip is None
         ]  # fmt: skip
+        # Depthwise layers that became narrower.
+        free += [c.name for c in plan.choices if c.scheme == NARROW and c.name not in factors]
         return Fitted(factors, predicted, tuple(free), cut)
 
     def _held_out_mse(
