@@ -22,7 +22,6 @@ from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Source
 from compress.network.narrowing import Cut
 
-
 # How much more than predicted a layer may lose on held-out images.
 TOLERANCE = 2.0
 
