@@ -269,6 +269,10 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
             "no_latency and latency contradict each other: a budget of time is measured; give "
             "another budget, or let the time be measured"
         )
+    if set(config.schemes) == {NARROW}:
+        for rule in RULES:
+            if rule.name in config.rules and rule.weighs_layers and not rule.narrows:
+                yield f"{rule.name} takes no channels out: name another scheme than {NARROW}"
     for name in config.rules:
         if name not in RULE_NAMES:
             yield f"there is no rank rule {name!r}{near_matches(name, RULE_NAMES)}"
@@ -302,8 +306,14 @@ def _wrong_names(config: RunConfig) -> Iterable[str]:
                 f"scheme {scheme!r} is unknown; the schemes are {', '.join(WAYS)} and {DENSE}."
                 f"{near_matches(scheme, WAYS)}"
             )
-    for scheme in config.scheme.values():
-        if scheme not in (*SCHEME_NAMES, DENSE):
+    for pattern, scheme in config.scheme.items():
+        if scheme == NARROW:
+            yield (
+                f"scheme {pattern}={NARROW} names one layer, and channels are taken out of whole "
+                "groups of layers at once: let a budget do it with --schemes, or give the layers "
+                "of a group their width in a plan. --keep leaves a layer's width as it is"
+            )
+        elif scheme not in (*SCHEME_NAMES, DENSE):
             yield (
                 f"scheme {scheme!r} is unknown; those of one layer are {', '.join(SCHEME_NAMES)} "
                 f"and {DENSE}.{near_matches(scheme, SCHEME_NAMES)}"
