@@ -4,7 +4,7 @@
     python scripts/bench/families.py table --log families.jsonl    # the table of docs/networks.md
 
 A family is a file of the library that defines networks, or the file with the first word of their
-names (``--words``). Its smallest network is built with random weights, its BatchNorms are given the
+names (``--words``). A small network of it is built with random weights, its BatchNorms are given the
 statistics of random pictures, and it is compressed to 0.8 of its MACs at the smallest input size
 that it takes. Each network has a process of its own with a time limit, so that a crash becomes a
 row. timm has to be installed for its rows.
@@ -41,6 +41,8 @@ from compress.vision.torchvision import load_torchvision
 HERE = Path(__file__).resolve()
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384)
 IMAGES = 16
+# Which schemes there are decides how long a run takes, and hardly whether it works.
+SCHEMES = "output"
 # Families of timm that are neither convolutional nor hybrids: what they compute with beyond the
 # first cut into patches is attention or matrix products alone.
 NO_CONVOLUTIONS = frozenset((
@@ -48,6 +50,24 @@ NO_CONVOLUTIONS = frozenset((
     "hieradet_sam2", "mlp_mixer", "naflexvit", "qwen3_vit", "swin_transformer",
     "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "vision_transformer",
     "vision_transformer_relpos", "vision_transformer_sam",
+))  # fmt: skip
+# Small networks of families that have many: looking for the smallest would take long.
+SMALL = frozenset((
+    "lambda_resnet26t", "repvgg_a0", "coat_lite_tiny", "convmixer_768_32", "convnext_atto",
+    "cpubone_nano", "csatv2", "cspresnet50", "cspnext_tiny", "davit_tiny", "densenet121",
+    "dla46_c", "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0",
+    "efficientnet_lite0", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0", "fasternet_t0",
+    "fastvit_t8", "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_050", "hardcorenas_a",
+    "hgnetv2_b0", "hrnet_w18_small", "iformer_t", "inception_next_atto", "inception_resnet_v2",
+    "inception_v3", "inception_v4", "lcnetv2_small", "levit_128s", "lowformer_b0",
+    "mambaout_femto", "coatnet_pico_rw_224", "poolformer_s12", "lcnet_035", "mobilenetv5_base",
+    "mobilevit_xxs", "mvitv2_tiny", "nasnetalarge", "nest_tiny", "nextvit_small", "nf_resnet26",
+    "pit_ti_224", "pnasnet5large", "pvt_v2_b0", "rdnet_tiny", "regnetx_002", "repghostnet_050",
+    "repvit_m0_9", "res2net50_48w_2s", "resnest14d", "resnet10t", "resnetv2_18", "rexnetr_100",
+    "selecsls42", "legacy_seresnet18", "sequencer2d_s", "shvit_s1", "skresnet18", "starnet_s050",
+    "swiftformer_xs", "tiny_vit_5m_224", "tresnet_m", "twins_svt_small", "vgg11_bn",
+    "visformer_tiny", "vit_tiny_r_s16_p8_224", "vitamin_small_224", "volo_d1_224",
+    "ese_vovnet19b_slim_dw", "legacy_xception", "xception41", "xcit_nano_12_p16_224",
 ))  # fmt: skip
 DETECTION = (
     "fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn",
@@ -74,6 +94,8 @@ class Row:
     share: float = 0.0
     budget: float = 0.8
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
     problem: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -114,8 +136,8 @@ def build(group: str, name: str) -> nn.Module:
         return made
     torchvision, _ = load_torchvision()
     given = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    made = torchvision.models.get_model(name, weights=None, **given)
-    return made
+    built: nn.Module = torchvision.models.get_model(name, weights=None, **given)
+    return built
 
 
 # --- Which networks ----------------------------------------------------------------------------
@@ -154,12 +176,12 @@ def _of_torchvision() -> Iterator[tuple[str, str]]:
 
 def smallest(group: str, names: Iterable[str]) -> str:
     """The network of fewest parameters, as far as they can be built without memory."""
-    sizes = {}
-    for name in names:
+    names, sizes = list(names), {}
+    for name in [n for n in names if n in SMALL] or names:
         # A network that needs values while it is built is not comparable; another is chosen.
         with contextlib.suppress(Exception), without_memory():
             sizes[name] = sum(p.numel() for p in build(group, name).parameters())
-    return min(sizes, key=lambda name: sizes[name]) if sizes else next(iter(names))
+    return min(sizes, key=lambda name: sizes[name]) if sizes else names[0]
 
 
 # --- One network -------------------------------------------------------------------------------
@@ -245,7 +267,8 @@ def measured(row: Row, folder: Path) -> Row:
             "--data", f"tensors:{folder / 'pictures.npz'}",
             "--resize", str(row.size), "--crop", str(row.size),
             "--macs", str(row.budget), "--calibration-images", str(IMAGES),
-            "--no-latency", "--output", str(folder / "result"), "--threads", "1", "--force",
+            "--schemes", SCHEMES, "--no-latency", "--threads", "1",
+            "--output", str(folder / "result"), "--force",
         ]  # fmt: skip
         row.code, said = compress(arguments)
         reachable = re.search(r"smallest reachable fraction is (0\.\d+)", said)
@@ -266,6 +289,7 @@ def _read(row: Row, report: dict[str, Any]) -> None:
     seen = (each["dense_macs"] for each in result["layers"] if each["samples"] is not None)
     row.share = sum(seen) / max(1, row.macs)
     row.warnings = result["warnings"]
+    row.stages = {name: round(took, 1) for name, took in result["seconds"].items()}
 
 
 # --- The command -------------------------------------------------------------------------------
@@ -290,6 +314,7 @@ def one(group: str, family: str, name: str) -> None:
         except Exception as error:  # whatever a network does becomes its row
             row.problem = f"{type(error).__name__}: {error}"[:1500]
     row.seconds = round(time.perf_counter() - start, 1)
+    row.cpu_seconds = round(time.process_time(), 1)
     print(json.dumps(asdict(row)))
 
 
@@ -379,8 +404,6 @@ def _markdown(rows: Iterable[Row]) -> Iterator[str]:
             f"{row.torch_macs / 1e6:.1f} M", f"{row.share:.0%}", f"{row.seconds:.0f}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
-
-
 
 
 if __name__ == "__main__":

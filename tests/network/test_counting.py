@@ -56,3 +56,35 @@ def test_shared_layers_count_once_per_call() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert count_macs(model, torch.rand(1, 4)) == 32
+
+
+class Sharing(nn.Module):
+    """A layer beside two blocks that both call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.first, self.second = Calling(self.shared), Calling(self.shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Calling(nn.Module):
+    """A layer of its own after one that it shares."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+        self.own = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.shared(x)) @ self.shared.weight
+
+
+def test_what_blocks_share_counts_for_itself_and_not_for_them() -> None:
+    network = prepare(Sharing(), torch.rand(1, 4))
+    assert macs_by_module(network.model, torch.rand(1, 4)) == {
+        "shared": 32, "first": 16, "first.own": 16, "second": 16, "second.own": 16,
+    }  # fmt: skip
+    assert network.macs == count_macs(network.model, torch.rand(1, 4)) == 96
