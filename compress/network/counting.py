@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.running.forward import evaluation_mode, run_model
+from compress.running.forward import evaluation_mode, frozen, run_model
 from compress.running.modules import module_names
 
 
@@ -36,7 +36,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
         ModelError: The forward fails.
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluation_mode(model), _countable(model), counter:
+    with _countable(model), counter:
         run_model(model, example)
     return counter.get_total_flops() // 2
 
@@ -52,7 +52,7 @@ def macs_by_module(model: nn.Module, example: Any) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     names = {module: all_names[0] for module, all_names in module_names(model).items()}
     shares = _Shares(counter, names)
-    with torch.no_grad(), evaluation_mode(model), _countable(model), counter, shares.watched():
+    with _countable(model), counter, shares.watched():
         run_model(model, example)
     return {name: flops // 2 for name, flops in shares.flops.items() if flops > 1}
 
@@ -108,9 +108,15 @@ class _Shares:
 
 @contextmanager
 def _countable(model: nn.Module) -> Iterator[None]:
-    """Keep away the fused kernels that the counter knows nothing of; they compute the same."""
+    """Keep away the fused kernels that the counter knows nothing of; they compute the same.
+
+    Parameters are frozen, too: the counter follows gradients, and fails at views of parameters that
+    a forward takes while there are none.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        for context in (torch.no_grad(), evaluation_mode(model), frozen(model)):
+            stack.enter_context(context)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(warnings.catch_warnings())

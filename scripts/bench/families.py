@@ -4,7 +4,7 @@
     python scripts/bench/families.py table --log families.jsonl    # the table of docs/networks.md
 
 A family is a file of the library that defines networks, or the file with the first word of their
-names (``--words``). A small network of it is built with random weights, its BatchNorms are given the
+names (``--words``). A small network of it is built with random weights, its BatchNorms get the
 statistics of random pictures, and it is compressed to 0.8 of its MACs at the smallest input size
 that it takes. Each network has a process of its own with a time limit, so that a crash becomes a
 row. timm has to be installed for its rows.
@@ -231,6 +231,7 @@ def torch_macs(model: nn.Module, size: int) -> int:
     """MACs of one image by torch's counter, which knows attention by its plain operations."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    model.requires_grad_(False)  # the counter fails at some views of parameters
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model.eval()(torch.zeros(1, 3, size, size))
@@ -282,7 +283,7 @@ def measured(row: Row, folder: Path) -> Row:
 
 
 def _read(row: Row, report: dict[str, Any]) -> None:
-    result = report.get("result", report)
+    result = report["result"]
     row.path, row.problem = result["refit_path"], result["refit_reason"]
     row.refitted = row.path in ("graph", "modules")
     row.macs = result["cost"]["folded"]["macs"]
