@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -39,6 +41,7 @@ from compress.vision.torchvision import load_torchvision
 HERE = Path(__file__).resolve()
 BUDGETS = (0.8, 0.65, 0.5)
 FIT, TEST = 256, 128
+PICTURES = 640
 Arrays = tuple[Tensor, Tensor]
 
 
@@ -135,17 +138,15 @@ def mtcnn(stage: str) -> nn.Module:
 
 def crepe(size: str) -> nn.Module:
     """torchcrepe's pitch tracker: ``"tiny"`` or ``"full"``, untrained."""
-    folder = _folder("torchcrepe")
-    if "torchcrepe" not in sys.modules:
-        # The package imports much that the network does not need; it needs this one constant.
-        alone = ModuleType("torchcrepe")
-        vars(alone)["PITCH_BINS"] = 360
-        sys.modules["torchcrepe"] = alone
-    spec = importlib.util.spec_from_file_location("_crepe", folder / "model.py")
+    spec = importlib.util.spec_from_file_location("_crepe", _folder("torchcrepe") / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # The package imports much that the network does not need; it needs this one constant.
+    alone = ModuleType("torchcrepe")
+    vars(alone)["PITCH_BINS"] = 360
+    with mock.patch.dict(sys.modules, {"torchcrepe": alone}):
+        spec.loader.exec_module(module)
     made: nn.Module = module.Crepe(size)
     return made
 
@@ -217,16 +218,21 @@ def pitch(model: nn.Module, batches: Iterable[Arrays]) -> float:
 
 
 def _pictures(shared: Path, side: int) -> Tensor:
-    """Random crops of real pictures, ``[N, 3, side, side]`` from 0 to 1: training, then test."""
+    """Crops of real pictures, ``[N, 3, side, side]`` from 0 to 1, each of another picture."""
     root, random = shared / "data/imagenet-sample", np.random.default_rng(0)
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     order = random.permutation(len(files))
-    crops = []
-    for index in [*order, *order[: max(0, FIT + TEST - len(order))]]:
+    crops: list[Tensor] = []
+    for index in itertools.cycle(order):
         with Image.open(files[index]) as image:
-            array = np.asarray(image.convert("RGB").reduce(2), dtype=np.float32) / 255
+            whole = image.convert("RGB")
+        array = np.asarray(whole.reduce(2 if min(whole.size) >= 2 * side else 1)) / np.float32(255)
+        if min(array.shape[:2]) < side:
+            continue
         top, left = (int(random.integers(0, n - side + 1)) for n in array.shape[:2])
         crops.append(torch.from_numpy(array[top : top + side, left : left + side].copy()))
+        if len(crops) == PICTURES:
+            break
     return torch.stack(crops).permute(0, 3, 1, 2).contiguous()
 
 
