@@ -96,6 +96,7 @@ class Row:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    commit: str = ""
     problem: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -250,6 +251,12 @@ def compress(arguments: list[str]) -> tuple[int, str]:
     return 0, said.getvalue()
 
 
+def commit() -> str:
+    """The commit that is measured, with ``-dirty`` where the code is not what it says."""
+    command = ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def measured(row: Row, folder: Path) -> Row:
     """Compress one network and say what became of it."""
     torch.manual_seed(0)
@@ -308,7 +315,7 @@ def main() -> None:
 def one(group: str, family: str, name: str) -> None:
     """Measure one network and print its row as JSON."""
     start = time.perf_counter()
-    row = Row(group, family, name)
+    row = Row(group, family, name, commit=commit())
     with tempfile.TemporaryDirectory() as folder:
         try:
             row = measured(row, Path(folder))
@@ -386,7 +393,9 @@ def table(log: Path) -> None:
     for title, belongs in titles.items():
         chosen = [row for row in rows if belongs(row)]
         if chosen:
-            print(f"### {title}\n\n{sum(r.works for r in chosen)} of {len(chosen)} work.\n")
+            at = ", ".join(sorted({r.commit for r in chosen}))
+            print(f"### {title}\n")
+            print(f"{sum(r.works for r in chosen)} of {len(chosen)} work (commit {at}).\n")
             print("\n".join(_markdown(chosen)) + "\n")
 
 

@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -353,6 +354,7 @@ class Row:
     after: float | None = None
     seconds: float = 0.0
     problem: str = ""
+    commit: str = ""
 
 
 def _build(spec: str) -> nn.Module:
@@ -419,6 +421,12 @@ def arguments_of(case: Case, budget: float, folder: Path) -> list[str]:
     return [*found, "--loss-fn", f"{HERE}:{case.loss}"] if case.loss else found
 
 
+def commit() -> str:
+    """The commit that is measured, with ``-dirty`` where the code is not what it says."""
+    command = ["git", "-C", str(HERE.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def measured(row: Row, case: Case, folder: Path) -> Row:
     """Compress a network to a budget."""
     start = time.perf_counter()
@@ -472,7 +480,7 @@ def survey(log: Path, shared: Path, seconds: float, only: str) -> None:
             folder = Path(temporary)
             said = prepare(case, shared, folder, seconds)
             for budget in budgets:
-                row = Row(case.task, case.name, case.unit, said, budget)
+                row = Row(case.task, case.name, case.unit, said, budget, commit=commit())
                 row = measured(row, case, folder)
                 with log.open("a") as file:
                     print(json.dumps(asdict(row)), file=file)
