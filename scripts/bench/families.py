@@ -229,12 +229,17 @@ def smallest_size(model: nn.Module) -> int:
 
 
 def torch_macs(model: nn.Module, size: int) -> int:
-    """MACs of one image by torch's counter, which knows attention by its plain operations."""
+    """MACs of one image by torch's counter.
+
+    It knows attention and recurrent layers by their plain operations, and not the fused ones.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.requires_grad_(False)  # the counter fails at some views of parameters
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), plain, counter:
         model.eval()(torch.zeros(1, 3, size, size))
     torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
