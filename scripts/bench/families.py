@@ -68,6 +68,7 @@ SMALL = frozenset((
     "swiftformer_xs", "tiny_vit_5m_224", "tresnet_m", "twins_svt_small", "vgg11_bn",
     "visformer_tiny", "vit_tiny_r_s16_p8_224", "vitamin_small_224", "volo_d1_224",
     "ese_vovnet19b_slim_dw", "legacy_xception", "xception41", "xcit_nano_12_p16_224",
+    "regnet_y_400mf",
 ))  # fmt: skip
 DETECTION = (
     "fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn",
@@ -178,7 +179,8 @@ def _of_torchvision() -> Iterator[tuple[str, str]]:
 def smallest(group: str, names: Iterable[str]) -> str:
     """The network of fewest parameters, as far as they can be built without memory."""
     names, sizes = list(names), {}
-    for name in [n for n in names if n in SMALL] or names:
+    names = [name for name in names if name in SMALL] or names
+    for name in names:
         # A network that needs values while it is built is not comparable; another is chosen.
         with contextlib.suppress(Exception), without_memory():
             sizes[name] = sum(p.numel() for p in build(group, name).parameters())
@@ -338,6 +340,7 @@ def apart(row: Row, limit: int) -> Row:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         row.problem, row.seconds = f"not done after {limit} s", float(limit)
+        row.commit = commit()
         return row
     for line in reversed(ended.stdout.splitlines()):
         if line.startswith("{"):
