@@ -107,7 +107,7 @@ class Plan:
         raise KeyError(name)
 
     def to_json(self) -> str:
-        """Write the plan; `scheme` and `ranks` are what a user edits."""
+        """Write the plan; `scheme`, `ranks` and `width` are what a user edits."""
         return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=2) + "\n"
 
 

@@ -22,6 +22,9 @@ from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Source
 from compress.network.narrowing import Cut
 
+# How much more than predicted a layer may lose on held-out images.
+TOLERANCE = 2.0
+
 
 @dataclass(frozen=True)
 class HeldOutLoss:
@@ -111,9 +114,11 @@ class _Watcher:
 def ratios(predicted: Mapping[str, float], measured: Mapping[str, HeldOutLoss]) -> dict[str, float]:
     """How much more each layer loses than was predicted, where that is no accident.
 
-    A layer is taken at its measured loss if even one standard error less is more than `TOLERANCE`
-    times what was predicted. A layer of which no loss was predicted, because it only gives fewer
-    outputs, is measured to lose what rounding makes of it, which says nothing.
+    A layer is taken at its measured loss if even two standard errors less is more than `TOLERANCE`
+    times what was predicted. A stricter check would punish those layers whose few images happened
+    to be hard ones, which costs more than it mends. A layer of which no loss was predicted,
+    because it only gives fewer outputs, is measured to lose what rounding makes of it, which says
+    nothing.
 
     Returns:
         Factors above one, by layer; layers that keep what was promised are left out.
@@ -121,10 +126,6 @@ def ratios(predicted: Mapping[str, float], measured: Mapping[str, HeldOutLoss]) 
     found = {}
     for name, loss in measured.items():
         promised = predicted.get(name, 0.0)
-        if promised > 0 and loss.mean - loss.error > TOLERANCE * promised:
+        if promised > 0 and loss.mean - 2 * loss.error > TOLERANCE * promised:
             found[name] = loss.mean / promised
     return found
-
-
-# How much more than predicted a layer may lose on held-out images.
-TOLERANCE = 1.25

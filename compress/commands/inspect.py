@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from compress.commands.options import Settings, configured, example
-from compress.commands.terminal import Terminal, table
+from compress.commands.terminal import Terminal, shortened, table
 
 if TYPE_CHECKING:
     from compress.pipeline.inspect import InspectedLayer, Inspection
@@ -42,6 +43,8 @@ def inspect(
 ) -> None:
     """List every layer of CHECKPOINT: cost, break-even rank, schemes or why it is kept.
 
+    Then the groups of channels that can be taken out of several layers together.
+
     With --data also the spectra, and the rank that each rule would choose.
     """
     from compress.pipeline.inspect import inspect_checkpoint
@@ -63,6 +66,7 @@ def _lines(found: Inspection) -> list[str]:
     kept = [x for x in found.layers if x.reason]
     lines += ["", *(f"Kept {x.name or '(the model itself)'}: {x.reason}" for x in kept)]
     lines += [""] if kept else []
+    lines += _channels(found)
     lines.append(
         f"{text.plural(len(found.layers), 'layer')}; MACs {text.count(found.folded.macs)}, "
         f"parameters {text.whole(found.original.params)}, {text.size(found.original.bytes)} in "
@@ -84,6 +88,28 @@ def _lines(found: Inspection) -> list[str]:
     if found.images:
         lines.append(f"Spectra of the outputs from {text.plural(found.images, 'image')}.")
     return [*lines, *(f"Warning: {w}" for w in found.warnings)]
+
+
+def _channels(found: Inspection) -> list[str]:
+    """The groups of channels that can be taken out, and why other outputs are left."""
+    from compress.report import text
+
+    head = ("channels", "made by", "changed by", "read by", "number")
+    rows = [
+        (g.name, shortened(g.made_by), shortened(g.changed_by) or text.UNKNOWN,
+         shortened(g.read_by), str(g.size))
+        for g in found.groups
+    ]  # fmt: skip
+    lines = [*table(head, rows, left=4), ""] if rows else []
+    # Outputs of several layers are often left for one reason.
+    left: dict[str, list[str]] = defaultdict(list)
+    for group in found.groups:
+        if group.reason is not None:
+            left[group.reason].append(group.name)
+    for name, reason in found.left.items():
+        left[reason].append(name)
+    said = [f"No channels taken out of {shortened(names)}: {why}" for why, names in left.items()]
+    return lines + ([*said, ""] if said else [])
 
 
 def _row(layer: InspectedLayer, rules: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from compress.config import (
 )
 from compress.errors import ConfigError
 from compress.linalg.schemes import SCHEME_NAMES
+from compress.plan import NARROW
 from compress.rules import RULE_NAMES, RULES
 
 
@@ -149,14 +150,16 @@ _RULES = (
        "they are. Repeatable."),
     _o("--scheme", metavar="GLOB=NAME", multiple=True, callback=_pairs, text="Scheme of these "
        f"layers: {', '.join(SCHEME_NAMES)} or dense. Repeatable."),
-    _o("--round-to", type=int, metavar="N", text="Round ranks up to a multiple of N (with "
-       "--latency by default what this device is fast at)."),
+    _o("--round-to", type=int, metavar="N", text="Round ranks and widths up to a multiple of N "
+       "(with --latency by default what this device is fast at)."),
     _o("--latency-table", metavar="FILE", text="Measured times of layers: written once, and "
        "reused on the same device by later runs with --latency."),
     _o("--force-rank", is_flag=True, text="Rewrite at --rank even beyond break-even."),
 )  # fmt: skip
 _SCHEMES = (
-    _o("--schemes", metavar="A,B", callback=_names, text="The schemes a rule may choose from."),
+    _o("--schemes", metavar="A,B", callback=_names, text="The schemes a budget may choose from: "
+       f"{', '.join(SCHEME_NAMES)}, and {NARROW}, which takes channels out of groups of layers "
+       "(not with --latency). Default all."),
 )  # fmt: skip
 _FIT = (
     _o("--refit/--no-refit", text="Refit on the compressed network, layer by layer "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def plan(settings: Settings, terminal: Terminal) -> None:
     """Choose a scheme and a rank for every layer of CHECKPOINT, and rewrite nothing.
 
-    Edit "scheme" and "ranks" in the file as you like, then hand it to `compress apply`.
+    Edit "scheme", "ranks" and "width" in the file as you like, then hand it to `compress apply`.
     """
     from compress.files import check_apart, check_file, write_atomically
     from compress.inputs.load import image_folders, input_paths
@@ -55,12 +56,14 @@ def _where(output: str) -> list[str]:
 def _lines(plan: Plan) -> list[str]:
     from compress.report import text
 
+    size = text.sizes_heading(map(asdict, plan.choices))
+
     def row(c: Choice) -> tuple[str, ...]:
-        rank = f"{text.ranks(c.ranks)} of {c.full_rank}" if c.rewritten else ""
+        rank = text.sizes(asdict(c)) if c.rewritten else ""
         macs = text.count(c.dense_macs) + (f" → {text.count(c.macs)}" if c.rewritten else "")
         return c.name, c.shape, c.scheme, rank, macs, c.reason
 
-    head = ("layer", "shape", "scheme", "rank", "MACs", "why")
+    head = ("layer", "shape", "scheme", size, "MACs", "why")
     before = sum(c.dense_macs for c in plan.choices)
     after = sum(c.macs for c in plan.choices)
     return [

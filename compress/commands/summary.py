@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
-from compress.commands.terminal import table
+from compress.commands.terminal import shortened, table
 from compress.plan import DENSE
 from compress.report import gate_sentence, text
 from compress.report.build import (
@@ -62,7 +61,8 @@ def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:
     rewritten = [layer for layer in layers if layer["scheme"] != DENSE]
     lines = []
     if rewritten:
-        head = ("layer", "shape", "scheme", "rank", "MACs", "predicted", "measured")
+        size = text.sizes_heading(layers)
+        head = ("layer", "shape", "scheme", size, "MACs", "predicted", "measured")
         lines += table(head, map(_layer, rewritten), left=3)
         lines += [f"(relative mean squared error, measured on {measured_on})", ""]
     kept: dict[str, list[str]] = defaultdict(list)
@@ -70,7 +70,7 @@ def _layers(layers: list[dict[str, Any]], measured_on: str) -> list[str]:
         if layer["scheme"] == DENSE:
             kept[text.why(layer)].append(layer["name"] or "(the model itself)")
     lines += [
-        f"Kept {_some(names)}: {reason}" for reason, names in list(kept.items())[:MOST_REASONS]
+        f"Kept {shortened(names)}: {reason}" for reason, names in list(kept.items())[:MOST_REASONS]
     ]
     if len(kept) > MOST_REASONS:
         rest = sum(len(names) for names in list(kept.values())[MOST_REASONS:])
@@ -85,18 +85,11 @@ def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
         layer["name"] or "(model)",
         layer["shape"],
         layer["scheme"],
-        f"{text.ranks(layer['ranks'])} of {layer['full_rank']}",
+        text.sizes(layer),
         f"{text.count(layer['dense_macs'])} → {text.count(layer['macs'])}",
         text.number(layer["predicted_relative_mse"]),
         text.number(measured["relative_mse"] if measured else None),
     )
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    if len(names) <= most:
-        return ", ".join(names)
-    return f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def _totals(report: Report) -> list[str]:

@@ -83,6 +83,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     return lines
 
 
+def shortened(names: Iterable[str], most: int = 3) -> str:
+    """List the first few of some names, and how many more there are."""
+    names = list(names)
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
 def _is_utf8(stream: TextIO | None) -> bool:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return codecs.lookup(encoding).name == "utf-8"

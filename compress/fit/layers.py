@@ -158,6 +158,8 @@ class Fitter:
             c.name for c in plan.choices
             if not c.rewritten and not c.locked and sites[c.name].skip is None
         ]  # fmt: skip
+        # Depthwise layers that became narrower.
+        free += [c.name for c in plan.choices if c.scheme == NARROW and c.name not in factors]
         return Fitted(factors, predicted, tuple(free), cut)
 
     def _held_out_mse(
@@ -189,12 +191,14 @@ class Fitter:
             models.append(rewrite(cut.model, cut.sites, chains, new.kept))
         best, left = self._best(models)
         if best == 0:
-            path = replace(path, reason=f"it was taken back: {left}")
+            reason = f"it was taken back, since {left}"
+            path = replace(path, reason=f"{path.reason}; {reason}" if path.reason else reason)
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
         new = stages[best - 1]
         changed = tuple(name for name in factors if new.factors[name] is not factors[name])
         changed += tuple(new.kept)
-        path = replace(path, reason=f"only layer by layer: {left}" if left else path.reason)
+        if left:
+            path = replace(path, reason=f"the joint refit was taken back, since {left}")
         return Replaced(models[best], first, fitted.predicted, changed, path, fitted.cut)
 
     def _best(self, models: list[nn.Module]) -> tuple[int, str]:
@@ -216,7 +220,8 @@ class Fitter:
         times = apart[-1] / max(apart[best], 1e-30)
         return (
             best,
-            f"the whole refit left the outputs on validation images {times:.3g} times as far",
+            "it left the outputs on validation images "
+            f"{times:.3g} times as far from the original's",
         )
 
     def _cut(self, fitted: Fitted) -> Cut:

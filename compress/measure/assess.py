@@ -163,6 +163,7 @@ def _layer(choice: Choice, replaced: Replaced, measured: _Measured) -> LayerResu
         samples=predicted.samples if predicted else None,
         samples_per_dimension=predicted.samples_per_dimension if predicted else None,
         dense_seconds=choice.dense_seconds,
+        width=choice.width,
         seconds=choice.seconds,
     )
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from compress.errors import ModelError
 from compress.network.proving import Proved, Sides, Unproved, base_of, plain_layer, prove
 from compress.running.forward import (
     ForwardHook,
@@ -30,6 +32,12 @@ from compress.running.forward import (
     same_outputs,
 )
 from compress.running.modules import module_names, replace_module, swapped
+from compress.running.structure import floating, like_weights, tensors
+
+# Two ways to round may be as far from each other as several times that either is from the truth.
+_ROUNDINGS = 5
+# Beyond this share of the largest output, a difference is one whatever it comes from.
+_MOST_ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
@@ -174,10 +182,12 @@ class Baker:
     Attributes:
         example: One input with the batch axis.
         expected: What the model gives for it.
+        original: The model.
     """
 
     example: Any
     expected: Any
+    original: nn.Module
 
     def weights(self, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         """Return a model with plain weights where that changes nothing, and where that is.
@@ -241,7 +251,33 @@ class Baker:
             raise
         except BaseException:  # the user's forward may raise anything about a plain layer
             return False
-        return same_outputs(self.expected, found)
+        # Only what differs more is worth a forward pass in double precision.
+        return same_outputs(self.expected, found) or same_outputs(
+            self.expected, found, self._rounding
+        )
+
+    @cached_property
+    def _rounding(self) -> dict[str, float]:
+        """By how much outputs may differ because the model makes much of rounding errors.
+
+        A deep network may move its outputs by more than a thousandth when its weights are rounded
+        in another way. How far float32 is from double precision says how much that is.
+        """
+        double = copied(self.original).double()
+        given = like_weights(self.example, next(double.parameters()))
+        try:
+            with torch.no_grad(), evaluation_mode(double):
+                exact = tensors(run_model(double, given))
+        except ModelError:
+            return {}
+        return {
+            path: min(
+                _ROUNDINGS * float((found - exact[path]).abs().max()),
+                _MOST_ROUNDING * float(found.abs().max()),
+            )
+            for path, found in floating(self.expected).items()
+            if found.numel() and path in exact and exact[path].shape == found.shape
+        }
 
     def _gives_with(
         self, model: nn.Module, replacements: Mapping[str, tuple[nn.Module, nn.Module]]

@@ -137,7 +137,7 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
         "check the checkpoint and the normalisation (--mean, --std)",
     )  # fmt: skip
     warnings = []
-    baker = Baker(example, before)
+    baker = Baker(example, before, original)
     baseline, baked, unpacked = _made_plain(original, baker)
     graph = trace(baseline, example, evidence.sizes)
     if graph is None:

@@ -154,6 +154,13 @@ _READING = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzer
 _part: Callable[[Any, Any], Any] = operator.getitem
 
 
+def _with_part(whole: Tensor, key: Any, part: Any) -> Tensor:
+    """Return a tensor in which ``whole[key]`` is another."""
+    made = whole.clone()
+    made[key] = part
+    return made
+
+
 class _Valued(fx.Proxy):
     """A proxy that knows its value for the example, and answers python's questions by it."""
 
@@ -194,6 +201,12 @@ class _Valued(fx.Proxy):
         if isinstance(self.value, Tensor):
             raise _DependsOnData
         return self.value
+
+    def __setitem__(self, key: Any, part: Any) -> None:
+        # The name stands for another tensor from here on. Where others shared its memory, the graph
+        # is not what the forward is, which the check afterwards shows.
+        made = self.tracer.create_proxy("call_function", _with_part, (self, key, part), {})
+        self.node, self.value = made.node, made.value
 
     def __iter__(self) -> Iterator[Any]:
         return iter([_part(self, i) for i in range(len(self.value))])

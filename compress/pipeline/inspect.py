@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import layer_problem
 from compress.calibrate.recipe import Recipe
+from compress.calibrate.removal import unread
 from compress.calibrate.statistics import Calibration, Source, without_unseen
 from compress.choose import break_even
 from compress.config import RunConfig
@@ -20,6 +21,7 @@ from compress.inputs.load import arity_of, batch_size_for, load_network, load_tr
 from compress.linalg.schemes import OUTPUT
 from compress.measure.cost import model_cost
 from compress.network.baseline import Network, prepare
+from compress.network.channels import ChannelGroup, Slot
 from compress.network.recurrent import RecurrentLayer
 from compress.network.sites import LayerSite
 from compress.pipeline.places import check_files
@@ -73,6 +75,27 @@ class InspectedLayer:
 
 
 @dataclass(frozen=True)
+class InspectedGroup:
+    """Channels that can only be taken out together.
+
+    Attributes:
+        name: That of the first layer that makes them.
+        size: How many.
+        made_by: Names of the layers that have them among their outputs.
+        changed_by: Modules with parameters of each: depthwise convolutions and norms.
+        read_by: Layers that have them among their inputs.
+        reason: Why a budget leaves them all the same; None where it may take some out.
+    """
+
+    name: str
+    size: int
+    made_by: tuple[str, ...]
+    changed_by: tuple[str, ...]
+    read_by: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A network, layer by layer.
 
@@ -87,6 +110,8 @@ class Inspection:
         baked: Names of the modules whose parametrised weights became plain ones.
         plain: Names of the subclasses of layers that plain layers replaced.
         layers: In order of execution; recurrent ones, which are kept, come last.
+        groups: Channels that can be taken out together, in order of execution.
+        left: Why the outputs of other layers are left, by layer.
         refit_path: What a refit goes along: the ``"graph"``, or without one the ``"modules"``.
         images: How many images the spectra are from; 0 without data.
         warnings: What the user should know.
@@ -103,6 +128,8 @@ class Inspection:
     baked: tuple[str, ...]
     plain: tuple[str, ...]
     layers: tuple[InspectedLayer, ...]
+    groups: tuple[InspectedGroup, ...]
+    left: dict[str, str]
     refit_path: str
     images: int
     warnings: tuple[str, ...]
@@ -201,6 +228,8 @@ def _inspection(
         baked=network.baked.weights,
         plain=tuple(layer.name for layer in network.baked.layers),
         layers=layers + tuple(map(_recurrent, network.recurrent)),
+        groups=tuple(_group(group, network) for group in network.channels.groups),
+        left=dict(network.channels.left),
         refit_path=network.refit_path,
         images=0,
         warnings=network.warnings,
@@ -226,6 +255,20 @@ def _layer(site: LayerSite) -> InspectedLayer:
         break_even=limit,
         schemes=site.schemes,
         reason=site.skip,
+    )
+
+
+def _group(group: ChannelGroup, network: Network) -> InspectedGroup:
+    def names(slots: tuple[Slot, ...]) -> tuple[str, ...]:
+        return tuple(slot.name for slot in slots)
+
+    return InspectedGroup(
+        name=group.name,
+        size=group.size,
+        made_by=names(group.producers),
+        changed_by=names(group.through),
+        read_by=names(group.consumers),
+        reason=unread(group, {site.name: site for site in network.sites}),
     )
 
 

@@ -12,6 +12,7 @@ from compress.errors import ConfigError, DataError
 from compress.measure.accuracy import Yardstick, require_labels, require_ranked
 from compress.measure.by_task import require_targets
 from compress.pipeline.job import Job
+from compress.pipeline.promised import PromisedBudgets
 from compress.plan import Choice, Plan
 from compress.rules.macs import BY_MACS
 from compress.tasks import TaskMeasure
@@ -41,7 +42,8 @@ def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice
         metric = yardstick.compare(network.original, replaced.model, images, "search", before)
         return metric.drop or 0.0
 
-    found = cheapest_within_drop(chooser.budgets(BY_MACS), drop, points)
+    budgets = PromisedBudgets(job, chooser.calibration, chooser.budgets(BY_MACS))
+    found = cheapest_within_drop(budgets, drop, points)
     why = f"cheapest found that loses at most {points:g} points on the validation images"
     return [dataclasses.replace(c, reason=why if c.rewritten else c.reason) for c in found.choices]
 
@@ -78,7 +80,7 @@ class Found:
 
 
 def cheapest_within_drop(
-    budgets: Budgets,
+    budgets: Budgets | PromisedBudgets,
     drop: Callable[[list[Choice]], float],
     target: float,
     evaluations: int = EVALUATIONS,

@@ -191,6 +191,7 @@ def _verified_layers(
                 dense_bytes=site.params * element,
                 bytes=cost.params * element,
                 errors=LayerErrors(validation_alone=alone, validation_in_place=in_place),
+                width=width,
             )
         )
     layers += [recurrent_result(layer, element) for layer in network.recurrent]

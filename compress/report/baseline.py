@@ -190,18 +190,15 @@ def _changed_layers(report: Report, baseline: Report) -> list[dict[str, Any]]:
     changed = []
     for layer in report["result"]["layers"]:
         old = earlier.get(layer["name"])
-        treatment = [layer["scheme"], layer["ranks"]]
-        if old and [old["scheme"], old["ranks"]] != treatment:
-            changed.append(
-                {
-                    "name": layer["name"],
-                    "scheme_before": old["scheme"],
-                    "ranks_before": old["ranks"],
-                    "scheme_now": layer["scheme"],
-                    "ranks_now": layer["ranks"],
-                }
-            )
+        if old and any(old[key] != layer[key] for key in _TREATMENT):
+            was = {f"{key}_before": old[key] for key in _TREATMENT}
+            now = {f"{key}_now": layer[key] for key in _TREATMENT}
+            changed.append({"name": layer["name"], **was, **now})
     return changed
+
+
+# What is done with a layer.
+_TREATMENT = ("scheme", "ranks", "width")
 
 
 def _changed_classes(report: Report, baseline: Report) -> list[dict[str, Any]]:

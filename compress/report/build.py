@@ -216,11 +216,13 @@ def layers_sentence(report: Report) -> str:
     """Say how many layers were rewritten and by which rule."""
     head, result = report["headline"], report["result"]
     total = head["rewritten"] + head["kept"]
+    narrow = sum(bool(layer["width"]) for layer in result["layers"])
+    fewer = f", {narrow:,} of them with fewer channels" if narrow else ""
     rule = ""
     if result["rule"]:
         value = "" if result["value"] is None else f" {text.number(result['value'], 6)}"
         rule = f" Rule: {result['rule'].replace('_', ' ')}{value}."
-    return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten.{rule}"
+    return f"{head['rewritten']} of {text.plural(total, 'layer')} rewritten{fewer}.{rule}"
 
 
 def refit_sentence(report: Report) -> str:
@@ -232,7 +234,8 @@ def refit_sentence(report: Report) -> str:
     changed = sum(layer["refitted"] for layer in result["layers"])
     outcome = f"new weights kept in {text.plural(changed, 'layer')}."
     if path == "graph":
-        return f"Refitted along the graph, layer by layer and then jointly: {outcome}"
+        ways = "Refitted along the graph, layer by layer and then jointly"
+        return f"{ways}; {reason}: {outcome}" if reason else f"{ways}: {outcome}"
     return f"Refitted layer by layer only, since {reason or 'there is no graph'}: {outcome}"
 
 

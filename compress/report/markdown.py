@@ -97,8 +97,8 @@ def _baseline(baseline: dict[str, Any]) -> list[str]:
     lines = [f"### Since {escape(baseline['name'])}", ""]
     lines += _table(("", "baseline", "now", "change"), baseline_rows(baseline))
     for row in baseline["layers"]:
-        was = f"{row['scheme_before']} {text.ranks(row['ranks_before'])}"
-        now = f"{row['scheme_now']} {text.ranks(row['ranks_now'])}"
+        was = text.treatment(row["scheme_before"], row["ranks_before"], row["width_before"])
+        now = text.treatment(row["scheme_now"], row["ranks_now"], row["width_now"])
         lines.append(f"- {escape(row['name'])}: {escape(was)} → {escape(now)}")
     return lines + ([""] if baseline["layers"] else [])
 
@@ -151,16 +151,15 @@ def _layers(result: dict[str, Any]) -> list[str]:
                 layer["name"],
                 layer["shape"],
                 layer["scheme"].replace("_", "-") if rewritten else "kept",
-                f"{text.ranks(layer['ranks'])} of {text.whole(layer['full_rank'])}"
-                if rewritten
-                else text.UNKNOWN,
+                text.sizes(layer) if rewritten else text.UNKNOWN,
                 f"{text.count(layer['dense_macs'])} → {text.count(layer['macs'])}",
                 text.number(layer["predicted_relative_mse"]),
                 text.number(in_place["relative_mse"] if in_place else None),
                 text.why(layer),
             )
         )
-    head = ("layer", "shape", "scheme", "rank", "MACs", "predicted", "measured", "why")
+    size = text.sizes_heading(result["layers"])
+    head = ("layer", "shape", "scheme", size, "MACs", "predicted", "measured", "why")
     note = "Relative mean squared error: predicted, and measured in place on validation images."
     return _folded(f"Layers ({len(rows)})", [note, "", *_table(head, rows)]) if rows else []
 

@@ -128,7 +128,7 @@ def _environment() -> jinja2.Environment:
         name: getattr(text, name)
         for name in (
             "percent", "signed", "measured", "change", "count", "whole", "size", "ratio",
-            "seconds", "number", "probability", "ranks", "plural",
+            "seconds", "number", "probability", "plural",
         )
     }  # fmt: skip
     return environment

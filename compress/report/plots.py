@@ -66,6 +66,7 @@ def _layer(layer: dict[str, Any]) -> Data:
         **{k: layer[k] for k in _COPIED},
         "rewritten": rewritten,
         "ranks": text.ranks(layer["ranks"]),
+        "width": text.widths(layer["width"]) if layer["width"] else None,
         "rank_share": rank / full if rewritten and rank and full else None,
         "break_even_share": layer["break_even"] / full if layer["break_even"] and full else None,
         "predicted": layer["predicted_relative_mse"] if rewritten else None,

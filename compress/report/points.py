@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from compress.plan import DENSE
+from compress.plan import DENSE, NARROW
 from compress.report import text
 from compress.report.build import REPORT_FORMAT, Report, end_metric
 from compress.result import SweepResult, to_dict
@@ -45,8 +45,8 @@ def build_sweep_report(sweep: SweepResult) -> Report:
 def points(report: Report) -> list[Point]:
     """Return the points of a sweep's or a comparison's report as rows, see `COLUMNS`.
 
-    Beside the columns a row holds ``ranks`` and ``schemes`` by layer and, for a sweep's point that
-    met the test set, the same measures ``on_test``. A change is in points, of
+    Beside the columns a row holds ``ranks``, ``widths`` and ``schemes`` by layer and, for a sweep's
+    point that met the test set, the same measures ``on_test``. A change is in points, of
     the validation set for a sweep and of the set that the headline speaks of for a run.
     """
     if report["kind"] == "sweep":
@@ -60,13 +60,11 @@ def layer_names(rows: list[Point]) -> list[str]:
 
 
 def treatment(row: Point, layer: str) -> str:
-    """Say what a point does with a layer: ``"output 12"``, ``"kept"`` or a dash."""
+    """Say what a point does with a layer: ``"output 12"``, ``"narrow 24→48"``, ``"kept"``."""
     scheme = row["schemes"].get(layer)
     if scheme is None:
         return text.UNKNOWN
-    if scheme == DENSE:
-        return "kept"
-    return f"{scheme.replace('_', '-')} {text.ranks(row['ranks'].get(layer))}"
+    return text.treatment(scheme, row["ranks"].get(layer), row["widths"].get(layer))
 
 
 def shown(row: Point, key: str) -> str:
@@ -103,20 +101,33 @@ def rule_label(rule: str, value: float | None) -> str:
 
 
 def render_csv(report: Report) -> str:
-    """Return the points as CSV: one row a point, then one column of ranks for each layer."""
+    """Return the points as CSV: one row a point, then one column of ranks for each layer.
+
+    Layers that any point makes narrower have a column of widths as well, such as ``24x48``.
+    """
     rows = points(report)
     layers = layer_names(rows)
+    narrow = [name for name in layers if any(name in row["widths"] for row in rows)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(_harmless(f"rank {name}") for name in layers)])
+    columns = [*(f"rank {name}" for name in layers), *(f"width {name}" for name in narrow)]
+    writer.writerow([*COLUMNS, *map(_harmless, columns)])
     for row in rows:
-        ranks = [
-            "x".join(str(r) for r in row["ranks"].get(name, ()))
-            or (DENSE if name in row["schemes"] else "")
-            for name in layers
-        ]
-        writer.writerow([_cell(row[c]) for c in COLUMNS] + ranks)
+        ranks = [_times(row["ranks"].get(name)) or _whole(row, name) for name in layers]
+        widths = [_times(row["widths"].get(name)) for name in narrow]
+        writer.writerow([_cell(row[c]) for c in COLUMNS] + ranks + widths)
     return out.getvalue()
+
+
+def _times(numbers: Any) -> str:
+    return "x".join(str(n) for n in numbers or ())
+
+
+def _whole(row: Point, layer: str) -> str:
+    """Say of a layer without ranks whether it is dense or only narrower."""
+    if layer not in row["schemes"]:
+        return ""
+    return NARROW if layer in row["widths"] else DENSE
 
 
 def _cell(value: Any) -> Any:
@@ -146,6 +157,7 @@ def _of_sweep(point: dict[str, Any]) -> Point:
         "on_test": on_test if test else None,
         "seconds": point["seconds"],
         "ranks": point["ranks"],
+        "widths": point["widths"],
         # A layer with ranks was rewritten, whether or not the sweep recorded the scheme.
         "schemes": point["schemes"]
         | {name: "rank" for name in point["ranks"] if name not in point["schemes"]},
@@ -173,6 +185,7 @@ def _of_run(run: dict[str, Any]) -> Point:
         "chosen": False,
         "seconds": sum(result["seconds"].values()) or None,
         "ranks": {layer["name"]: layer["ranks"] for layer in result["layers"]},
+        "widths": {x["name"]: x["width"] for x in result["layers"] if x["width"]},
         "schemes": {layer["name"]: layer["scheme"] for layer in result["layers"]},
         "verdict": run["verdict"],
         "latency_ratio": head["latency_ratio"],

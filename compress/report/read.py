@@ -43,6 +43,8 @@ class _Treatment:
     ranks_before: tuple[int, ...]
     scheme_now: str
     ranks_now: tuple[int, ...]
+    width_before: tuple[int, int] | None = None
+    width_now: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

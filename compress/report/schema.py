@@ -93,7 +93,8 @@ def _baseline() -> Schema:
         "change": _NUMBER,
         "better": {"type": ["boolean", "null"]},
     }
-    treatment = {"scheme": _STRING, "ranks": _array(_COUNT)}
+    width = {"anyOf": [_array({"type": "integer"}), {"type": "null"}]}
+    treatment = {"scheme": _STRING, "ranks": _array(_COUNT), "width": width}
     layer = {"name": _STRING} | {
         f"{key}_{when}": kind for key, kind in treatment.items() for when in ("before", "now")
     }

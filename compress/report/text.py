@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.plan import DENSE
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
 UNKNOWN = "\N{EN DASH}"
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -99,6 +100,37 @@ def probability(p: float | None) -> str:
 def ranks(values: Any) -> str:
     """Ranks of a layer as ``"8"`` or ``"8 × 16"``."""
     return f" {TIMES} ".join(str(v) for v in values) if values else UNKNOWN
+
+
+def widths(values: Any) -> str:
+    """The inputs and outputs of a layer as ``"24→48"``."""
+    return ARROW.join(str(v) for v in values) if values else UNKNOWN
+
+
+def sizes(layer: Mapping[str, Any]) -> str:
+    """Say what is left of a layer: of its rank ``"8 of 16"``, of its width ``"24→48 of 24→96"``."""
+    said = []
+    if layer["ranks"]:
+        said.append(f"{ranks(layer['ranks'])} of {whole(layer['full_rank'])}")
+    if layer["width"]:
+        # A shape begins with the inputs and outputs of the whole layer.
+        before = str(layer["shape"]).split(" ")[0] or UNKNOWN
+        said.append(f"{widths(layer['width'])} of {before}")
+    return ", ".join(said) or UNKNOWN
+
+
+def sizes_heading(layers: Iterable[Mapping[str, Any]]) -> str:
+    """What a column of `sizes` is called."""
+    return "rank or width" if any(layer["width"] for layer in layers) else "rank"
+
+
+def treatment(scheme: str, of_rank: Any, width: Any) -> str:
+    """Say what happens to a layer: ``"output 12"``, ``"narrow 24→48"`` or both, ``"kept"``."""
+    if scheme == DENSE:
+        return "kept"
+    said = [ranks(of_rank)] if of_rank or not width else []
+    said += [widths(width)] if width else []
+    return f"{scheme.replace('_', '-')} {', '.join(said)}"
 
 
 def plural(n: int, noun: str, many: str = "") -> str:

@@ -38,6 +38,9 @@ class LayerResult:
         shape: Text such as ``"64→64 3x3 s1"``.
         scheme: ``"dense"`` where the layer was kept.
         ranks: Ranks per group; ``()`` for dense, two for ``two_sided``, else one.
+        width: Inputs and outputs that stayed where channels were taken out, else None; ``shape``
+            begins with those of the whole layer. The scheme is ``"narrow"`` where nothing else
+            happened.
         full_rank: First rank at which the scheme loses nothing; ``min(d, c_out)`` for dense.
         break_even: Largest rank that still saves; 0 where none does.
         reason: How the rank was chosen, or why the layer was kept.
@@ -79,6 +82,7 @@ class LayerResult:
     samples_per_dimension: float | None = None
     dense_seconds: float | None = None
     seconds: float | None = None
+    width: tuple[int, int] | None = None
 
     @property
     def rewritten(self) -> bool:

@@ -130,7 +130,11 @@ class Result:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One point of a sweep; ``ratio`` is its MACs over those of the folded original."""
+    """One point of a sweep; ``ratio`` is its MACs over those of the folded original.
+
+    ``ranks`` are those of every layer that is rewritten, ``widths`` the inputs and outputs of every
+    layer that channels are taken out of.
+    """
 
     rule: str
     value: float
@@ -145,6 +149,7 @@ class SweepPoint:
     pareto: bool = False
     chosen: bool = False
     seconds: float | None = None
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from compress.report.read import check_point
 from compress.result import SweepPoint, from_dict, to_dict
 from compress.untrusted import read_json
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 POINTS = "sweep.points"
 CHOSEN = "chosen"
 _CALIBRATION = "sweep.calibration-"

@@ -21,6 +21,7 @@ from compress.measure.cost import model_cost
 from compress.network.baseline import Network
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import current_versions
+from compress.pipeline.promised import PromisedBudgets
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.result import Cost, EndMetric, SweepPoint, SweepResult
@@ -137,7 +138,14 @@ class SweepWork:
         # The candidates do not depend on the budget, and they are what costs time.
         budgets = chooser(self.prepared.config).budgets(currency)
         metric = self.config.metric
-        return lambda value: Plan(rule, value, metric, tuple(budgets.spend(value)))
+        job = dataclasses.replace(self.job, network=network)
+
+        def plan(value: float) -> Plan:
+            # Each point begins with what was predicted, as a run does.
+            choices = PromisedBudgets(job, calibration, budgets).spend(value)
+            return Plan(rule, value, metric, tuple(choices))
+
+        return plan
 
     def points(self) -> list[SweepPoint]:
         """Measure every point that is not finished yet; return all in the grid's order.
@@ -173,9 +181,10 @@ class SweepWork:
         """
         start = time.perf_counter()
         schemes = {c.name: c.scheme for c in plan.choices}
-        ranks = {c.name: (*c.ranks, *(c.width or ())) for c in plan.choices if c.rewritten}
+        ranks = {c.name: c.ranks for c in plan.choices if c.rewritten}
+        widths = {c.name: c.width for c in plan.choices if c.width is not None}
         for other in others:
-            if (other.schemes, other.ranks) == (schemes, ranks):
+            if (other.schemes, other.ranks, other.widths) == (schemes, ranks, widths):
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
         replaced = self.job.fitter.carry_out(plan, self.calibration)
         model = replaced.model.to(self.inputs.dtype)
@@ -190,6 +199,7 @@ class SweepWork:
             ratio=cost.macs / max(self.folded.macs, 1),
             ranks=ranks,
             schemes=schemes,
+            widths=widths,
             validation=measured["validation"],
             test=measured.get("test"),
             seconds=time.perf_counter() - start,

@@ -370,6 +370,22 @@ def test_inspect_lists_layers_with_and_without_data(bench: Workbench) -> None:
     assert "Spectra of the outputs from 36 images." in text
 
 
+def test_inspect_lists_what_can_become_narrower_together(bench: Workbench) -> None:
+    result = command("inspect", bench.checkpoint, "--model", SPEC, "--json")
+    found = json.loads(result.stdout)
+    groups = {group["name"]: group for group in found["groups"]}
+    assert groups["conv1"] == {
+        "name": "conv1", "size": 8, "made_by": ["conv1"], "changed_by": [], "read_by": ["conv2"],
+        "reason": None,
+    }  # fmt: skip
+    assert groups["conv2"]["read_by"] == ["head"]
+    assert found["left"] == {"head": "they are an output of the network"}
+    text = command("inspect", bench.checkpoint, "--model", SPEC).stdout
+    row = next(line for line in text.splitlines() if line.split()[:2] == ["conv1", "conv1"])
+    assert row.split()[-2:] == ["conv2", "8"]
+    assert "No channels taken out of head: they are an output of the network" in text
+
+
 def test_inspect_needs_a_shape_from_somewhere(bench: Workbench) -> None:
     spec = f"{Path(SPEC.rpartition(':')[0])}:sequence"
     from networks.tiny import sequence

@@ -56,3 +56,65 @@ def test_shared_layers_count_once_per_call() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert count_macs(model, torch.rand(1, 4)) == 32
+
+
+class Sharing(nn.Module):
+    """A layer beside two blocks that both call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.first, self.second = Calling(self.shared), Calling(self.shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Calling(nn.Module):
+    """A layer of its own after one that it shares."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared = shared
+        self.own = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.shared(x)) @ self.shared.weight
+
+
+def test_what_blocks_share_counts_for_itself_and_not_for_them() -> None:
+    network = prepare(Sharing(), torch.rand(1, 4))
+    assert macs_by_module(network.model, torch.rand(1, 4)) == {
+        "shared": 32, "first": 16, "first.own": 16, "second": 16, "second.own": 16,
+    }  # fmt: skip
+    assert network.macs == count_macs(network.model, torch.rand(1, 4)) == 96
+
+
+class ClassToken(nn.Module):
+    """Passes a view of a parameter to its block, together with the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.rand(1, 1, 4))
+        self.block = Joined()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block((self.token.expand(len(x), -1, -1), x))
+
+
+class Joined(nn.Module):
+    """A layer for two inputs, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer(torch.cat(both, 1))
+
+
+def test_views_of_parameters_are_no_obstacle() -> None:
+    model = ClassToken().eval()
+    assert count_macs(model, torch.rand(1, 2, 4)) == 3 * 16
+    assert macs_by_module(model, torch.rand(1, 2, 4)) == {"block.layer": 3 * 16}
+    assert all(p.requires_grad for p in model.parameters())

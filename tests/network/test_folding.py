@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.network.baseline import prepare
 from compress.network.folding import FoldedPair, fold_batch_norms
 from compress.network.tracing import trace
 from compress.running.forward import same_outputs
@@ -246,3 +247,38 @@ def test_same_outputs() -> None:
     assert not same_outputs(before, before + 0.2)
     assert not same_outputs(before, before * float("nan"))
     assert same_outputs(before * 0, before * 0)
+
+
+class Cancelling(nn.Module):
+    """Adds much and takes it away again, which leaves little of what a float32 knew."""
+
+    def __init__(self, *, wrong: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.wrong = wrong
+        nn.init.uniform_(self.norm.running_mean, -1, 1)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.wrong:
+            y = y + self.conv.weight.sum()
+        return (y + 1e5) - 1e5
+
+
+def test_rounding_that_the_network_makes_much_of_is_no_reason_against_folding() -> None:
+    torch.manual_seed(0)
+    model, example = Cancelling().eval(), torch.randn(1, 3, 6, 6)
+    network = prepare(model, example)
+    assert [pair.norm for pair in network.folded] == ["norm"]
+    assert network.graph is not None
+    # The fold itself is right, as double precision shows: the weights alone are rounded.
+    with torch.no_grad():
+        exact = model.double()(example.double())
+        assert (network.model.double()(example.double()) - exact).abs().max() < 1e-5
+
+
+def test_a_fold_that_changes_such_a_network_is_undone() -> None:
+    torch.manual_seed(0)
+    network = prepare(Cancelling(wrong=True).eval(), torch.randn(1, 3, 6, 6))
+    assert network.folded == ()

@@ -148,9 +148,19 @@ class OwnFunction(nn.Module):
         return found
 
 
+class Assigns(Base):
+    """Writes into parts of what it has computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y[:, 2:5, ::2] = y[:, 2:5, 1::2] * 2
+        y[:, -1] += y[:, 0]
+        return self.b(y)
+
+
 TRACED: list[Callable[[], nn.Module]] = [
     ChecksSize, Chunks, Unpacks, Resizes, Tokens, Loops, Nested, Structured, Parameter, Attention,
-    OwnFunction,
+    OwnFunction, Assigns,
 ]  # fmt: skip
 
 
@@ -227,6 +237,20 @@ class ByContent(Base):
 @pytest.mark.parametrize("how", ["branch", "item", "list", "float", "equal", "int"])
 def test_a_forward_that_decides_by_content_has_no_graph(how: str) -> None:
     assert trace(ByContent(how).eval(), torch.rand(1, 3, 8, 8)) is None
+
+
+class AssignsToView(Base):
+    """Writes into memory that another name shares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        part = y[:, :3]
+        part[:, 1] = 0.0
+        return self.b(y)
+
+
+def test_writing_into_shared_memory_has_no_graph() -> None:
+    assert trace(AssignsToView().eval(), torch.rand(1, 3, 8, 8)) is None
 
 
 class ByCount(Base):

@@ -218,6 +218,8 @@ def test_every_point_is_what_a_single_run_gives(network: Any, rule: Any, text: A
         assert rewritten
         assert swept_point.ranks == rewritten
         assert swept_point.schemes == {c.name: c.scheme for c in alone.plan.choices}
+        widths = {c.name: c.width for c in alone.plan.choices if c.width is not None}
+        assert swept_point.widths == widths
         cost = alone.result.cost.compressed
         assert (swept_point.macs, swept_point.params, swept_point.bytes) == (
             cost.macs, cost.params, cost.bytes,

@@ -232,7 +232,7 @@
       const names = items.map((d) => d.name), axis = naming(names, width);
       return {
         at: { x: "rank_share", y: "name" }, pointer: "pointerY",
-        title: (d) => `${d.name}\n${d.scheme.replaceAll("_", "-")} rank ${d.ranks} of ${d.full_rank}\nbreak-even ${d.break_even ?? "unknown"}`,
+        title: (d) => `${d.name}\n${d.scheme.replaceAll("_", "-")} rank ${d.ranks} of ${d.full_rank}${d.width ? `\nwidth ${d.width} of ${d.shape.split(" ")[0]}` : ""}\nbreak-even ${d.break_even ?? "unknown"}`,
         legend: [["rank", css("accent")], ["break-even", css("loss"), "bar"]],
         plot: {
           height: rows(names), marginLeft: axis.marginLeft, marginRight: 24,
