@@ -128,8 +128,8 @@ def _disagreeing(choices: Mapping[str, Choice], sites: Sites, channels: ChannelM
             if slot.name in choices
         }
         if len(set(widths.values())) > 1:
-            made = ", ".join(f"{width} of {name}" for name, width in widths.items())
-            problems.append(f"these layers make the same channels, of which as many stay: {made}")
+            made = ", ".join(f"{width} of {name!r}" for name, width in widths.items())
+            problems.append(f"layers that make the same channels do not keep as many: {made}")
         if len(set(widths.values())) != 1 or any(name not in choices for name in layers):
             unknown.update(layers)
             continue
