@@ -38,6 +38,9 @@ from compress.plan import NARROW, Choice, Plan
 from compress.progress import Track, silent
 from compress.running.memory_format import in_memory_format
 
+# A refit is taken back where outputs came this much further from the original's.
+CLEARLY_WORSE = 0.02
+
 
 @dataclass(frozen=True)
 class RefitPath:
@@ -204,6 +207,8 @@ class Fitter:
     def _best(self, models: list[nn.Module]) -> tuple[int, str]:
         """The stage of a refit whose network is nearest to the original on validation images.
 
+        The last stage counts as that unless it is clearly worse: few images decide.
+
         Returns:
             Its index, and why it is not the last; empty where it is.
         """
@@ -215,8 +220,8 @@ class Fitter:
         _, *apart = divergences(networks, batches, reading, form)
         # Not a number where a network's outputs are not finite.
         best = min(range(len(apart)), key=lambda i: (not apart[i] < math.inf, apart[i], -i))
-        if best == len(apart) - 1:
-            return best, ""
+        if apart[-1] <= apart[best] * (1 + CLEARLY_WORSE):
+            return len(apart) - 1, ""
         times = apart[-1] / max(apart[best], 1e-30)
         return (
             best,
