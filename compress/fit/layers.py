@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from compress.fit.predict import (
     unseen_mse,
 )
 from compress.fit.walk import RefitImages, RefitSettings, Traced
-from compress.fit.whole import divergences
+from compress.fit.whole import divergences, nearest
 from compress.layers import registered_kind
 from compress.linalg.fit import fit
 from compress.network.baseline import Network
@@ -213,16 +212,7 @@ class Fitter:
         networks = [self.network.model, *models]
         reading, form = self.network.reading, self.loader.memory_format
         _, *apart = divergences(networks, batches, reading, form)
-        # Not a number where a network's outputs are not finite.
-        best = min(range(len(apart)), key=lambda i: (not apart[i] < math.inf, apart[i], -i))
-        if best == len(apart) - 1:
-            return best, ""
-        times = apart[-1] / max(apart[best], 1e-30)
-        return (
-            best,
-            "it left the outputs on validation images "
-            f"{times:.3g} times as far from the original's",
-        )
+        return nearest(apart)
 
     def _cut(self, fitted: Fitted) -> Cut:
         """The network whose layers are factored."""
