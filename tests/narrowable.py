@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ from compress.calibrate.collect import calibrate
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.removal import Narrower, readers_of
 from compress.calibrate.statistics import Source
+from compress.choose.choices import make_choice
 from compress.config import WAYS
 from compress.network.baseline import Network, prepare
+from compress.network.narrowing import widths_at
+from compress.plan import DENSE, NARROW, Plan
 
 
 class Mobile(nn.Module):
@@ -147,3 +151,28 @@ def narrower_of(network: Network, images: Tensor, **settings: object) -> Narrowe
     recipe = recipe_of(network, **settings)
     found = calibrate(network.model, network.sites, batches, Source(len(images)), recipe)
     return Narrower(network.model, network.sites, network.channels, found)
+
+
+def plan_of(
+    network: Network,
+    widths: Mapping[str, int],
+    ranks: Mapping[str, tuple[str, tuple[int, ...]]] = {},
+    locked: Collection[str] = (),
+) -> Plan:
+    """A plan by hand.
+
+    Args:
+        network: The network.
+        widths: Of some groups.
+        ranks: Scheme and ranks of some layers.
+        locked: Layers that stay as they are.
+    """
+    wide = {w.name: w for w in widths_at(network.model, network.channels, widths)}
+    choices = []
+    for site in network.sites:
+        width = wide.get(site.name)
+        scheme, taken = ranks.get(site.name, (NARROW if width else DENSE, ()))
+        io = None if width is None else (width.inputs, width.outputs)
+        choice = make_choice(site, scheme, taken, "by hand", 0, io)
+        choices.append(replace(choice, locked=site.name in locked))
+    return Plan("macs", 0.5, "loss", tuple(choices))

@@ -21,6 +21,8 @@ from compress.rules import Currency, Sized
 # How many ranks of a scheme a budget may choose from; fewer where each is a pair.
 GRID_POINTS = 32
 GRID_POINTS_PAIRS = 12
+# Width patterns for which ranks are chosen exactly, at most.
+MOST_PATTERNS = 40
 
 Size = Callable[[Sized], int]
 Width = tuple[int, int] | None
@@ -68,19 +70,40 @@ class Budgets:
             BudgetError: The fraction cannot be reached; the smallest reachable one is named.
         """
         room = fraction * self.total - self.fixed
-        patterns: list[Pattern] = [{}]
-        if self.widths is not None and fraction < 1:
-            patterns = self.widths.patterns(room + self._fixed_layers({}))
-        spent = [s for s in (self._ranked(pattern, room) for pattern in patterns) if s is not None]
-        if not spent:
+        best = self._ranked({}, room) if self.widths is None or fraction >= 1 else self._wide(room)
+        if best is None:
             raise self._unreachable(fraction, self.smallest() * self.total - self.fixed)
-        best = min(spent, key=lambda s: s.loss)
         widths = {} if self.widths is None else self.widths.layer_widths(best.pattern)
         why = self.why or f"best within {self.currency.name} {fraction:g}"
         return [
             self._choice(site, best.chosen.get(site.name), widths.get(site.name), why)
             for site in self.sites
         ]
+
+    def _wide(self, room: float) -> _Spent | None:
+        """Widths and ranks within a budget, or None where there are none."""
+        assert self.widths is not None
+        whole = room + self._fixed_layers({})
+        patterns, price = self.widths.patterns(whole)
+        spent = [s for s in (self._ranked(pattern, room) for pattern in patterns) if s is not None]
+        if not spent:
+            return None
+        best, tried = min(spent, key=lambda s: s.loss), patterns
+        while len(tried) < MOST_PATTERNS:
+            better = None
+            for bound, pattern in self.widths.beside(best.pattern, price, whole):
+                if bound >= best.loss or len(tried) >= MOST_PATTERNS:
+                    break
+                if pattern in tried:
+                    continue
+                tried = [*tried, pattern]
+                other = self._ranked(pattern, room)
+                if other is not None and other.loss < best.loss:
+                    better = best = other
+                    break
+            if better is None:
+                break
+        return best
 
     def _ranked(self, pattern: Pattern, room: float) -> _Spent | None:
         """Ranks within a budget at some widths, or None where there are none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from compress.fit.predict import (
     unseen_mse,
 )
 from compress.fit.walk import RefitImages, RefitSettings, Traced
-from compress.fit.whole import divergences
+from compress.fit.whole import divergences, nearest
 from compress.layers import registered_kind
 from compress.linalg.fit import fit
 from compress.network.baseline import Network
@@ -37,9 +36,6 @@ from compress.network.sites import LayerSite
 from compress.plan import NARROW, Choice, Plan
 from compress.progress import Track, silent
 from compress.running.memory_format import in_memory_format
-
-# A refit is taken back where outputs came this much further from the original's.
-CLEARLY_WORSE = 0.02
 
 
 @dataclass(frozen=True)
@@ -207,8 +203,6 @@ class Fitter:
     def _best(self, models: list[nn.Module]) -> tuple[int, str]:
         """The stage of a refit whose network is nearest to the original on validation images.
 
-        The last stage counts as that unless it is clearly worse: few images decide.
-
         Returns:
             Its index, and why it is not the last; empty where it is.
         """
@@ -218,16 +212,7 @@ class Fitter:
         networks = [self.network.model, *models]
         reading, form = self.network.reading, self.loader.memory_format
         _, *apart = divergences(networks, batches, reading, form)
-        # Not a number where a network's outputs are not finite.
-        best = min(range(len(apart)), key=lambda i: (not apart[i] < math.inf, apart[i], -i))
-        if apart[-1] <= apart[best] * (1 + CLEARLY_WORSE):
-            return len(apart) - 1, ""
-        times = apart[-1] / max(apart[best], 1e-30)
-        return (
-            best,
-            "it left the outputs on validation images "
-            f"{times:.3g} times as far from the original's",
-        )
+        return nearest(apart)
 
     def _cut(self, fitted: Fitted) -> Cut:
         """The network whose layers are factored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from compress.running.forward import evaluation_mode, run_model
 from compress.running.memory_format import in_memory_format
 from compress.running.outputs import Reading
 from compress.running.structure import count
+
+# Nearer or farther by less than this part is rounding or chance.
+NOISE = 1e-3
 
 
 def divergences(
@@ -42,3 +46,28 @@ def divergences(
                 reference = result if reference is None else reference
                 totals[index] += float(reading.divergence(reference, result).sum())
     return [total / max(images, 1) for total in totals]
+
+
+def nearest(apart: Sequence[float]) -> tuple[int, str]:
+    """The stage whose network is nearest to the original; a later one where that is no matter.
+
+    Args:
+        apart: Of each stage, the first as fitted, how far it is; not a number where its outputs
+            are not finite.
+
+    Returns:
+        Its index, and why it is not the last; empty where it is.
+    """
+    finite = [distance for distance in apart if distance < math.inf]
+    enough = min(finite, default=-math.inf) * (1 + NOISE)
+    best = max((i for i, distance in enumerate(apart) if distance <= enough), default=0)
+    last = apart[-1]
+    if best == len(apart) - 1:
+        return best, ""
+    if not last < math.inf:
+        return best, "it left outputs on validation images that are not finite"
+    times = last / max(apart[best], 1e-30)
+    return (
+        best,
+        f"it left the outputs on validation images {times:.4g} times as far from the original's",
+    )

@@ -51,7 +51,10 @@ def measured(
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        def keep(_: nn.Module, args: tuple[Tensor], output: Tensor, i=inputs, o=outputs) -> Tensor:
+        def keep(
+            _: nn.Module, args: tuple[Tensor], output: Tensor,
+            i: list[Tensor] = inputs, o: list[Tensor] = outputs,
+        ) -> Tensor:  # fmt: skip
             i.append(args[0].detach().clone())
             o.append(output)
             return output.clone()  # in-place operations then spare what is kept

@@ -168,8 +168,8 @@ def cost(setting: Setting, choices: list[Choice]) -> float:
 
 
 CASES = [("chain", "macs"), ("chain", "params"), ("mobile", "macs"), ("joined", "macs")]
-# How much worse than the best a plan may be; a chain of three groups has few good ones.
-SLACK = {"chain": 1.4, "mobile": 1.01, "joined": 1.01}
+# How much worse than the best a plan may be.
+SLACK = 1.02
 each_case = pytest.mark.parametrize(("name", "currency"), CASES)
 
 
@@ -187,7 +187,7 @@ def test_as_good_as_trying_everything(name: str, currency: str) -> None:
             continue
         assert cost(s, choices) <= fraction * s.total() + 1e-6
         found, best = s.loss(choices), s.optimum(fraction)
-        assert best * (1 - 1e-9) <= found <= best * SLACK[name] + 1e-12, fraction
+        assert best * (1 - 1e-9) <= found <= best * SLACK + 1e-12, fraction
         narrowed += any(c.width is not None for c in choices)
         try:
             ranks = alone.spend(fraction)
@@ -222,6 +222,24 @@ def test_never_over_the_budget_and_all_widths_agree(case: tuple[str, str], fract
         rank = choice.ranks[0] if choice.factored else None
         assert getattr(choice, s.currency) == s.sized(site, io, rank)
     assert s.own.spend(fraction) == list(choices.values())
+
+
+def test_bounds_are_never_above_what_exact_ranks_come_to() -> None:
+    """Or patterns that are better would be passed over; and they are near it."""
+    s = setting("mobile")
+    assert s.own.widths is not None
+    for fraction in (0.4, 0.6, 0.8):
+        room = fraction * s.own.total - s.own.fixed
+        whole = room + s.own._fixed_layers({})
+        patterns, price = s.own.widths.patterns(whole)
+        beside = s.own.widths.beside(patterns[1], price, whole)
+        assert [bound for bound, _ in beside] == sorted(bound for bound, _ in beside)
+        own = {o.group.name: o.group.size for o in s.own.widths.options}
+        for bound, pattern in beside[::7]:
+            changed = [g for g in own if pattern.get(g) != patterns[1].get(g)]
+            assert 1 <= len(changed) <= 2
+            spent = s.own._ranked(pattern, room)
+            assert spent is None or spent.loss >= bound - 1e-12
 
 
 def test_a_whole_budget_changes_nothing_that_would_lose() -> None:

@@ -182,10 +182,11 @@ def test_the_plan_of_a_run_gives_the_same_bytes_again(bench_folder: Path) -> Non
 Edit = Callable[[dict[str, Any]], None]
 
 
-def edited(folder: Path, edit: Edit) -> Path:
+def edited(folder: Path, *edits: Edit) -> Path:
     plan = json.loads((folder / "out" / "plan.json").read_text())
     choices = {c["name"]: c for c in plan["choices"]}
-    edit(choices)
+    for edit in edits:
+        edit(choices)
     path = folder / "edited.json"
     path.write_text(json.dumps(plan))
     return path
@@ -234,43 +235,43 @@ def one(choices: dict[str, Any], name: str, **changes: Any) -> None:
     choices[name].update(changes)
 
 
-WRONG: dict[str, tuple[Edit, list[str]]] = {
+WRONG: dict[str, tuple[list[Edit], list[str]]] = {
     "one member alone": (
-        lambda c: (group(c, 7), one(c, "second.3", width=[6, 6])),
+        [lambda c: group(c, 7), lambda c: one(c, "second.3", width=[6, 6])],
         ["layer 'second.3': its width is [6, 6], and [7, 7] is what"],
     ),
     "only the first": (
-        lambda c: (group(c, 7), one(c, "second.0", width=[_inputs(c["second.0"]), 9])),
+        [lambda c: group(c, 7), lambda c: one(c, "second.0", width=[_inputs(c["second.0"]), 9])],
         ["layer 'second.3': its width is [7, 7], and [9, 9]", "layer 'second.6': its width is [7,"],
     ),
     "larger than the layer": (
-        lambda c: group(c, 21), ["layer 'second.3': width [21, 21] is outside 1 to [20, 20]"],
+        [lambda c: group(c, 21)], ["layer 'second.3': width [21, 21] is outside 1 to [20, 20]"],
     ),
     "zero": (
-        lambda c: group(c, 0), ["layer 'second.3': width [0, 0] is outside 1 to [20, 20]"],
+        [lambda c: group(c, 0)], ["layer 'second.3': width [0, 0] is outside 1 to [20, 20]"],
     ),
     "a layer that cannot be narrowed": (
-        lambda c: one(c, "head", width=[_inputs(c["head"]), 2], scheme=NARROW, ranks=[]),
+        [lambda c: one(c, "head", width=[_inputs(c["head"]), 2], scheme=NARROW, ranks=[])],
         ["layer 'head': its width is", "they are an output of the network"],
     ),
     "a sum of two": (
-        lambda c: one(c, "first.6", width=[_inputs(c["first.6"]), 3], scheme=NARROW, ranks=[]),
+        [lambda c: one(c, "first.6", width=[_inputs(c["first.6"]), 3], scheme=NARROW, ranks=[])],
         ["layers that make the same channels do not keep as many", "3 of 'first.6'"],
     ),
     "narrow without a width": (
-        lambda c: one(c, "second.3", width=None, scheme=NARROW, ranks=[]),
+        [lambda c: one(c, "second.3", width=None, scheme=NARROW, ranks=[])],
         ["layer 'second.3': a narrow layer has a width"],
     ),
     "dense with a width": (
-        lambda c: (group(c, 7), one(c, "second.3", scheme="dense")),
+        [lambda c: group(c, 7), lambda c: one(c, "second.3", scheme="dense")],
         ["layer 'second.3': a dense layer has no width"],
     ),
     "a rank beyond the width": (
-        lambda c: (group(c, 3), one(c, "second.6", scheme="output", ranks=[8])),
+        [lambda c: group(c, 3), lambda c: one(c, "second.6", scheme="output", ranks=[8])],
         ["layer 'second.6': ranks [8] are outside 1 to [3]"],
     ),
     "narrow with ranks": (
-        lambda c: (group(c, 3), one(c, "second.6", ranks=[1])),
+        [lambda c: group(c, 3), lambda c: one(c, "second.6", ranks=[1])],
         ["layer 'second.6': a narrow layer has no ranks"],
     ),
 }  # fmt: skip
@@ -280,8 +281,8 @@ WRONG: dict[str, tuple[Edit, list[str]]] = {
 def test_widths_that_do_not_fit_are_told_before_any_work(
     case: str, bench_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit, messages = WRONG[case]
-    plan = edited(bench_folder, edit)
+    edits, messages = WRONG[case]
+    plan = edited(bench_folder, *edits)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("images were looked at")
