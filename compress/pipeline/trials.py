@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from compress.config import RunConfig
-from compress.data import ImageSet, Loader
+from compress.data import ImageSet, Loader, check_labels
 from compress.errors import CompressError
 from compress.inputs.functions import Metric, loss_function, metric_function
 from compress.inputs.load import Inputs
-from compress.measure.accuracy import custom_value, require_ranked
+from compress.measure.accuracy import custom_value, require_labels, require_ranked
 from compress.measure.by_task import ByTask, has_targets, require_targets
 from compress.network.baseline import Network
 from compress.rules.target_drop import TARGET_DROP
@@ -28,7 +28,8 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
     Raises:
         ModelError: Accuracy cannot be measured, the user's own measure or loss fails, or what a
             task is measured by is not installed or does not fit the outputs.
-        DataError: Targets cannot be put into one batch, or are not those of the task.
+        DataError: Targets cannot be put into one batch, or are not those of the task; or the test
+            set's labels do not fit the outputs.
     """
     metric = metric_function(config)
     if isinstance(metric, TaskMeasure):
@@ -38,6 +39,9 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
         _try_metric(metric, network.original, images, loader)
     elif inputs.test is not None or config.task:
         require_ranked(network.reading)
+        if inputs.test is not None:
+            require_labels(inputs.test)
+            check_labels(inputs.test, network.reading.scores(network.result).shape[1])
     if config.metric == "loss" and loss_function(config) is not None:
         _try_loss(network.model, inputs.split.fit, loader, config)
 

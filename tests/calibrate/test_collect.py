@@ -387,7 +387,7 @@ def test_the_cheaper_side_unless_a_scheme_needs_patches(
     layer: nn.Module, schemes: tuple[str, ...], wanted: bool
 ) -> None:
     x = torch.zeros(1, layer.weight.shape[1], *(5,) * (layer.weight.dim() - 2))
-    assert wants_patches(site_of(layer, x), schemes) == wanted
+    assert wants_patches(site_of(layer, x), Recipe(schemes=schemes)) == wanted
 
 
 def test_kept_layers_are_passed_over() -> None:
