@@ -14,8 +14,8 @@ from compress.running.memory_format import in_memory_format
 from compress.running.outputs import Reading
 from compress.running.structure import count
 
-# Nearer or farther by less than this part is rounding or chance.
-NOISE = 1e-3
+# A refit is taken back where outputs came this much farther from the original's: few images decide.
+CLEARLY_WORSE = 0.02
 
 
 def divergences(
@@ -49,7 +49,7 @@ def divergences(
 
 
 def nearest(apart: Sequence[float]) -> tuple[int, str]:
-    """The stage whose network is nearest to the original; a later one where that is no matter.
+    """The stage whose network is nearest to the original; the last unless it is clearly worse.
 
     Args:
         apart: Of each stage, the first as fitted, how far it is; not a number where its outputs
@@ -59,15 +59,14 @@ def nearest(apart: Sequence[float]) -> tuple[int, str]:
         Its index, and why it is not the last; empty where it is.
     """
     finite = [distance for distance in apart if distance < math.inf]
-    enough = min(finite, default=-math.inf) * (1 + NOISE)
-    best = max((i for i, distance in enumerate(apart) if distance <= enough), default=0)
-    last = apart[-1]
-    if best == len(apart) - 1:
-        return best, ""
+    least, last = min(finite, default=math.nan), apart[-1]
+    if last <= least * (1 + CLEARLY_WORSE):
+        return len(apart) - 1, ""
+    best = max((i for i, distance in enumerate(apart) if distance == least), default=0)
     if not last < math.inf:
         return best, "it left outputs on validation images that are not finite"
-    times = last / max(apart[best], 1e-30)
+    times = last / max(least, 1e-30)
     return (
         best,
-        f"it left the outputs on validation images {times:.4g} times as far from the original's",
+        f"it left the outputs on validation images {times:.3g} times as far from the original's",
     )

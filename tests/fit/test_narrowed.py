@@ -206,9 +206,9 @@ def test_how_far_outputs_are_apart() -> None:
     ("apart", "best", "why"),
     [
         ((1.0, 0.5, 0.4), 2, ""),
-        ((1.0, 0.5, 0.5000001), 2, ""),  # that is rounding
-        ((1.0, 0.5, 0.51), 1, "1.02 times as far"),
-        ((1.0, 1.5, 1.003), 0, "1.003 times as far"),
+        ((1.0, 0.5, 0.505), 2, ""),  # that may be chance
+        ((1.0, 0.5, 0.52), 1, "1.04 times as far"),
+        ((1.0, 1.015, 1.5), 0, "1.5 times as far"),
         ((1.0, 1.0, 1.0), 2, ""),
         ((0.0, 0.0), 1, ""),
         ((0.0, 1.0), 0, "times as far"),
@@ -216,7 +216,6 @@ def test_how_far_outputs_are_apart() -> None:
         ((1.0, math.nan, 0.5), 2, ""),
         ((math.nan, 0.5, math.nan), 1, "not finite"),
         ((math.nan, math.nan), 0, "not finite"),
-        ((1.0,), 0, ""),
     ],
 )
 def test_the_stage_that_is_nearest(apart: tuple[float, ...], best: int, why: str) -> None:
