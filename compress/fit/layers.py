@@ -203,8 +203,6 @@ class Fitter:
     def _best(self, models: list[nn.Module]) -> tuple[int, str]:
         """The stage of a refit whose network is nearest to the original on validation images.
 
-        The last stage counts as that unless it is clearly worse: few images decide.
-
         Returns:
             Its index, and why it is not the last; empty where it is.
         """
