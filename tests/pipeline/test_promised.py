@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -25,9 +24,14 @@ def images(count: int) -> Tensor:
     return torch.tensor(pixels).unsqueeze(1).float() / 255
 
 
-def run(count: int = 48, **settings: Any) -> Compressed:
+def run(count: int = 48) -> Compressed:
     return compress.compress_model(
-        settled(vgg()), images(count), macs=0.6, refit=False, no_latency=True, **settings
+        settled(vgg()),
+        images(count),
+        macs=0.6,
+        refit=False,
+        no_latency=True,
+        schemes=("output", "narrow"),
     )
 
 
