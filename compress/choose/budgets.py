@@ -22,7 +22,7 @@ from compress.rules import Currency, Sized
 GRID_POINTS = 32
 GRID_POINTS_PAIRS = 12
 # Width patterns for which ranks are chosen exactly, at most.
-MOST_PATTERNS = 40
+MOST_PATTERNS = 20
 
 Size = Callable[[Sized], int]
 Width = tuple[int, int] | None
