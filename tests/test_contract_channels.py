@@ -177,7 +177,7 @@ def check_costs(network: Network, found: Cut, images: Tensor) -> None:
             assert again.geometry == found.sites[width.name].geometry
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(drawn_steps, st.booleans())
 def test_half_of_every_group_can_go_once_it_is_not_read(steps: list[Step], flat: bool) -> None:
     network = built(steps, flat=flat)

@@ -38,7 +38,7 @@ from compress.choose.choices import make_choice
 from compress.config import make_config
 from compress.files import RUNTIME_FILE, SEAL_KEY, sealed_record, sealed_tensors
 from compress.network.baseline import Network, prepare
-from compress.plan import DENSE, Plan
+from compress.plan import DENSE, NARROW, Plan
 from compress.report import build_comparison, build_report, build_sweep_report, render_json
 from compress.result import SweepResult, to_dict
 from compress.timing.layers import LatencyTable, Setting
@@ -228,9 +228,20 @@ def a_plan() -> Plan:
     return Plan("threshold", 0.01, "loss", tuple(choices), "torchvision:resnet18", "ab", "cd")
 
 
+def a_narrow_plan() -> Plan:
+    """A plan that takes channels out between the convolutions of the tiny network."""
+    widths = {"conv1": (1, 4), "conv2": (4, 12)}
+    choices = [
+        make_choice(site, NARROW, (), "asked", 0, widths[site.name]) if site.name in widths
+        else make_choice(site, DENSE, (), "kept", 0)
+        for site in network().sites
+    ]  # fmt: skip
+    return Plan("macs", 0.5, "loss", tuple(choices))
+
+
 def plans() -> list[bytes]:
     """Plans as JSON."""
-    return [a_plan().to_json().encode()]
+    return [plan.to_json().encode() for plan in (a_plan(), a_narrow_plan())]
 
 
 def reports() -> list[bytes]:

@@ -1,0 +1,93 @@
+"""Budgets whose choice is checked on validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from networks.narrow import settled, vgg
+from stopwatch import stop_the_clock
+from torch import Tensor
+from workbench import made_images
+
+import compress
+from compress.calibrate.held_out import HeldOutLoss
+from compress.pipeline import promised
+from compress.pipeline.outcome import Compressed
+
+Losses = Mapping[str, HeldOutLoss]
+
+
+def images(count: int) -> Tensor:
+    pixels, _ = made_images(count, seed=1)
+    return torch.tensor(pixels).unsqueeze(1).float() / 255
+
+
+def run(count: int = 48) -> Compressed:
+    return compress.compress_model(
+        settled(vgg()),
+        images(count),
+        macs=0.6,
+        refit=False,
+        no_latency=True,
+        schemes=("output", "narrow"),
+    )
+
+
+class Watched:
+    """Answers in the place of `ratios`, and notes what it was asked."""
+
+    def __init__(self, *answers: dict[str, float]) -> None:
+        self.answers = [*answers]
+        self.asked: list[tuple[dict[str, float], Losses]] = []
+
+    def __call__(self, predicted: Mapping[str, float], measured: Losses) -> dict[str, float]:
+        self.asked.append((dict(predicted), measured))
+        return self.answers.pop(0) if self.answers else {}
+
+
+@pytest.fixture(autouse=True)
+def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_the_clock(monkeypatch)
+
+
+def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Watched()
+    monkeypatch.setattr(promised, "ratios", kept)
+    before = run().plan
+    assert len(kept.asked) == 1
+    predicted, measured = kept.asked[0]
+    rewritten = {c.name for c in before.choices if c.rewritten}
+    assert predicted.keys() == measured.keys() == rewritten
+    worst = max(predicted, key=lambda name: predicted[name])
+    watched = Watched({worst: 1e6})
+    monkeypatch.setattr(promised, "ratios", watched)
+    after = run().plan
+    assert len(watched.asked) == 2
+    losses = watched.asked[1][0]
+    assert losses.get(worst, 0.0) < 1e-3 * predicted[worst]
+    assert sum(c.macs for c in after.choices) <= 0.6 * sum(c.dense_macs for c in after.choices)
+    assert after["3"] != before["3"] or after["6"] != before["6"]
+
+
+def test_it_is_chosen_anew_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{i}" for i in (3, 6, 10, 12, 0)]
+    watched = Watched(*({name: 1e6} for name in names))
+    monkeypatch.setattr(promised, "ratios", watched)
+    run()
+    assert 2 <= len(watched.asked) <= promised.ROUNDS
+    # All that there is, dearer by as much: the same again, and that is the end of it.
+    alike = Watched(*(dict.fromkeys(names, 2.0) for _ in range(5)))
+    monkeypatch.setattr(promised, "ratios", alike)
+    run()
+    assert len(alike.asked) == 1
+
+
+def test_few_validation_images_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched()
+    monkeypatch.setattr(promised, "ratios", watched)
+    run(4 * (promised.LEAST_IMAGES - 1))  # a quarter are for validation
+    assert not watched.asked
+    run(4 * promised.LEAST_IMAGES)
+    assert watched.asked
