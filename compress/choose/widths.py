@@ -15,7 +15,7 @@ channels taken out would have added to the layer's error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -208,7 +208,7 @@ class Widths:
         return float(self.currency.size(site))
 
 
-def site_cost(site: LayerSite):  # type: ignore[no-untyped-def]
+def site_cost(site: LayerSite) -> Callable[[Candidate], Candidate | None]:
     """Return what gives a candidate the cost that it has for a layer; None where it is no use."""
 
     def costed(candidate: Candidate) -> Candidate | None:
