@@ -86,8 +86,8 @@ class Budgets:
         whole = room + self._fixed_layers({})
         patterns, price = self.widths.patterns(whole)
         spent = [s for s in (self._ranked(pattern, room) for pattern in patterns) if s is not None]
-        if not spent:
-            return None
+        if not spent:  # where hardly anything is left, a layer may be too narrow to be factored
+            return self._ranked(self.widths.narrowest(), room)
         best, tried = min(spent, key=lambda s: s.loss), patterns
         while len(tried) < MOST_PATTERNS:
             better = None

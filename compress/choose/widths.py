@@ -210,10 +210,14 @@ class Widths:
 
 def site_cost(site: LayerSite) -> Callable[[Candidate], Candidate | None]:
     """Return what gives a candidate the cost that it has for a layer; None where it is no use."""
+    # Of a layer with a single output left, for one, nothing can be factored.
+    able = site.schemes
 
     def costed(candidate: Candidate) -> Candidate | None:
         if candidate.scheme == DENSE:
             return replace(candidate, macs=site.macs, params=site.params)
+        if candidate.scheme not in able:
+            return None
         limits = scheme_named(candidate.scheme).full_ranks(site.geometry)
         if any(r >= limit for r, limit in zip(candidate.ranks, limits, strict=True)):
             return None
