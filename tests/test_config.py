@@ -167,3 +167,8 @@ def test_a_rule_is_a_setting_like_any_other(rule: Rule, tmp_path: Path) -> None:
     assert make_config(read_toml(path)) == config
     with pytest.raises(ConfigError, match=f"{rule.name} = -1.0"):
         make_config({rule.name: -1.0})
+
+
+def test_a_message_that_asks_ends_with_the_question() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'narrow'\?$"):
+        RunConfig(schemes=("narow",))

@@ -116,7 +116,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         found = [*wrong_values(dataclasses.fields(self), self), *problems(self)]
         if found:
-            raise ConfigError("; ".join(found) + ".")
+            text = "; ".join(found)
+            raise ConfigError(text if text.endswith("?") else text + ".")
 
     @property
     def chosen_rule(self) -> Rule:
