@@ -41,8 +41,6 @@ from compress.vision.torchvision import load_torchvision
 HERE = Path(__file__).resolve()
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 384)
 IMAGES = 16
-# Which schemes there are decides how long a run takes, and hardly whether it works.
-SCHEMES = "output"
 # Families of timm that are neither convolutional nor hybrids: what they compute with beyond the
 # first cut into patches is attention or matrix products alone.
 NO_CONVOLUTIONS = frozenset((
@@ -282,7 +280,7 @@ def measured(row: Row, folder: Path) -> Row:
             "--data", f"tensors:{folder / 'pictures.npz'}",
             "--resize", str(row.size), "--crop", str(row.size),
             "--macs", str(row.budget), "--calibration-images", str(IMAGES),
-            "--schemes", SCHEMES, "--no-latency", "--threads", "1",
+            "--no-latency", "--threads", "1",
             "--output", str(folder / "result"), "--force",
         ]  # fmt: skip
         row.code, said = compress(arguments)
