@@ -12,8 +12,10 @@ from compress.untrusted import Unreadable, read_json, read_record
 
 PLAN_FORMAT = 1
 DENSE = "dense"
-# Not a scheme of one layer: channels are taken out of several at once.
+# No schemes of one layer: channels, or directions of them, are taken out of several at once.
 NARROW = "narrow"
+SLICE = "slice"
+NARROWER = (NARROW, SLICE)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Choice:
         seconds: Measured time of a batch as chosen, where time was the cost; ``dense_seconds`` as
             it was.
         width: Inputs and outputs that stay where channels are taken out, else None; may be edited.
-            The scheme is ``"narrow"`` where nothing else happens to the layer.
+            The scheme is ``"narrow"`` or ``"slice"`` where nothing else happens to the layer.
     """
 
     name: str
@@ -85,12 +87,16 @@ class Choice:
     @property
     def factored(self) -> bool:
         """Whether it is replaced by a chain."""
-        return self.scheme not in (DENSE, NARROW)
+        return self.scheme not in (DENSE, *NARROWER)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices for every layer, in execution order, with the rule that made them."""
+    """Choices for every layer, in execution order, with the rule that made them.
+
+    Attributes:
+        slices: Whether channels that can be mixed are cut in directions; else by selection.
+    """
 
     rule: str
     value: float | None
@@ -99,6 +105,12 @@ class Plan:
     model: str = ""
     source_sha256: str = ""
     calibration: str = ""
+    slices: bool = True
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How groups of channels are cut."""
+        return NARROWER if self.slices else (NARROW,)
 
     def __getitem__(self, name: str) -> Choice:
         for choice in self.choices:

@@ -18,7 +18,7 @@ from compress.choose.choices import narrowed_site
 from compress.layers import kind_of, registered_kind
 from compress.network.baseline import Network, prepare
 from compress.network.channels import ChannelGroup
-from compress.network.narrowing import Cut, cut, widths_of
+from compress.network.narrowing import Cut, Part, cut, widths_of
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -136,30 +136,42 @@ def built(steps: list[Step], *, flat: bool) -> Network:
     return network
 
 
-def blinded(network: Network, stays: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Let no layer look at what goes; the weights and biases of those that did."""
-    for name, stay in stays.items():
+def blinded(network: Network, stays: dict[str, Part]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Let no layer look at what goes; the weights of mixed inputs and biases of those that did."""
+    turns: dict[str, Tensor] = {}
+    for name, part in stays.items():
         group = network.channels.group(name)
-        gone = [i for i in range(group.size) if i not in stay.tolist()]
+        turn = torch.eye(group.size, dtype=torch.float64) if part.turn is None else part.turn
+        gone = turn[[i for i in range(group.size) if i not in part.stay.tolist()]]
         for slot in group.consumers:
             layer = network.model.get_submodule(slot.name)
             weight = layer.get_parameter("weight").data
             transposed = type(layer).__name__.startswith("ConvTranspose")
             into = weight if transposed else weight.transpose(0, 1)
-            into[slot.places[gone].flatten()] = 0
+            whole = turns.setdefault(slot.name, torch.eye(len(into), dtype=torch.float64))
+            for places in slot.places.T:
+                seen = torch.tensordot(gone.to(into), into[places], dims=([1], [0]))
+                into[places] -= torch.tensordot(gone.T.to(into), seen, dims=([1], [0]))
+                whole[places.unsqueeze(1), places] = turn
     found = {}
-    for name in stays:
-        for slot in network.channels.group(name).consumers:
-            layer = network.model.get_submodule(slot.name)
-            kind = registered_kind(layer)
-            bias = layer._parameters.get("bias")
-            zeros = torch.zeros(kind.geometry(layer).out_channels, dtype=torch.float64)
-            found[slot.name] = (kind.weight(layer), zeros if bias is None else bias.detach())
+    for slot in (s for name in stays for s in network.channels.group(name).consumers):
+        layer = network.model.get_submodule(slot.name)
+        kind = registered_kind(layer)
+        bias = layer._parameters.get("bias")
+        zeros = torch.zeros(kind.geometry(layer).out_channels, dtype=torch.float64)
+        weight = kind.weight(layer)
+        mixed = torch.einsum("goi...,ji->goj...", weight, turns[slot.name].to(weight))
+        found[slot.name] = (mixed, zeros if bias is None else bias.detach())
     return found
 
 
-def halves(group: ChannelGroup, generator: torch.Generator) -> Tensor:
-    return torch.randperm(group.size, generator=generator)[: (group.size + 1) // 2].sort()[0]
+def halves(group: ChannelGroup, generator: torch.Generator) -> Part:
+    """Half of the channels, of mixtures of them where these would do as well."""
+    stay = torch.randperm(group.size, generator=generator)[: (group.size + 1) // 2].sort()[0]
+    if not group.linear:
+        return Part(stay)
+    drawn = torch.randn(group.size, group.size, generator=generator, dtype=torch.float64)
+    return Part(stay, torch.linalg.qr(drawn)[0])
 
 
 def check_costs(network: Network, found: Cut, images: Tensor) -> None:
@@ -203,9 +215,9 @@ def test_half_of_every_group_can_go_once_it_is_not_read(steps: list[Step], flat:
                 seen[slot.name] |= places
                 assert len(slot.places) == group.size
     # Whoever makes what stays gives the same of it as before.
-    for name, (axis, stay) in found.nodes.items():
+    for name, (axis, part) in found.nodes.items():
         assert axis >= 1
-        assert stay.tolist() == sorted(set(stay.tolist())), name
+        assert part.stay.tolist() == sorted(set(part.stay.tolist())), name
 
 
 def between(case: Case) -> tuple[Network, Tensor]:

@@ -206,7 +206,8 @@ def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
             if other is found:
                 replace_module(model, name, rest)
     for width in manifest.widths:
-        narrow = resized(model.get_submodule(width.name), width.inputs, width.outputs)
+        module = model.get_submodule(width.name)
+        narrow = resized(module, width.inputs, width.outputs, biased=width.biased)
         for alias in width.aliases:
             replace_module(model, alias, narrow)
     for replacement in manifest.replacements:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,12 +15,18 @@ from compress.calibrate.statistics import Calibration, LayerStatistics
 from compress.layers import registered_kind
 from compress.linalg.moments import Moments
 from compress.linalg.problem import Problem
-from compress.linalg.selection import Reader, Removal, compensated, removal
+from compress.linalg.selection import (
+    Reader,
+    Removal,
+    compensated,
+    removal,
+    removal_of_directions,
+)
 from compress.network.baseline import Network
 from compress.network.channels import ChannelGroup, ChannelMap, Slot
-from compress.network.narrowing import Cut, cut
+from compress.network.narrowing import Cut, Part, cut, turns_of
 from compress.network.sites import LayerSite
-from compress.plan import Plan
+from compress.plan import NARROW, NARROWER, SLICE, Plan
 
 # Longer patches of a layer would take minutes and gigabytes.
 LONGEST_READER = 4608
@@ -49,6 +55,13 @@ def readers_of(network: Network) -> frozenset[str]:
     return frozenset(slot.name for group in found for slot in group.consumers)
 
 
+def way_of(group: ChannelGroup, ways: Collection[str]) -> str | None:
+    """How a group is cut: ``"slice"`` where that is allowed and possible, ``"narrow"``, or not."""
+    if group.linear and SLICE in ways:
+        return SLICE
+    return NARROW if NARROW in ways else None
+
+
 @dataclass(frozen=True)
 class Lost:
     """What a layer loses with some of its inputs, on the rows seen.
@@ -71,12 +84,14 @@ class Narrower:
         sites: Its layers.
         channels: Its channels.
         calibration: Statistics, with the patches of `readers_of`.
+        ways: ``"narrow"``, ``"slice"`` or both.
     """
 
     model: nn.Module
     sites: tuple[LayerSite, ...]
     channels: ChannelMap
     calibration: Calibration
+    ways: Collection[str] = NARROWER
 
     @cached_property
     def by_name(self) -> dict[str, LayerSite]:
@@ -89,7 +104,8 @@ class Narrower:
         return tuple(
             group
             for group in groups_of(self.channels, self.sites)
-            if all(
+            if way_of(group, self.ways) is not None
+            and all(
                 slot.name in found and found[slot.name].inputs is not None
                 for slot in group.consumers
             )
@@ -98,10 +114,16 @@ class Narrower:
     def removal(self, name: str) -> Removal:
         """The order in which the channels of a group can go; worked out once."""
         known = self.calibration.removals
-        if name not in known:
-            group = self.channels.group(name)
-            known[name] = removal([self._reader(slot) for slot in group.consumers])
-        return known[name]
+        way = self.way(name)
+        if (way, name) not in known:
+            find = removal_of_directions if way == SLICE else removal
+            consumers = self.channels.group(name).consumers
+            known[way, name] = find([self._reader(slot) for slot in consumers])
+        return known[way, name]
+
+    def way(self, name: str) -> str:
+        """How a group is cut; see `way_of`."""
+        return way_of(self.channels.group(name), self.ways) or NARROW
 
     def cut(self, widths: Mapping[str, int]) -> tuple[Cut, dict[str, Lost]]:
         """The network with groups of given widths, what is lost put into what stays.
@@ -112,19 +134,24 @@ class Narrower:
         Returns:
             The network, and what the layers lose that read the channels.
         """
-        stay = {name: self.removal(name).stay(width) for name, width in widths.items()}
+        parts: dict[str, Part] = {}
         gone: dict[str, list[Tensor]] = {}
-        for name, kept in stay.items():
-            group = self.channels.group(name)
+        for name, width in widths.items():
+            found, group = self.removal(name), self.channels.group(name)
+            turn = None if found.basis is None else found.basis.mT.cpu()
+            parts[name] = Part(found.stay(width), turn)
             mask = torch.ones(group.size, dtype=torch.bool)
-            mask[kept] = False
+            mask[parts[name].stay] = False
             for slot in group.consumers:
                 gone.setdefault(slot.name, []).append(slot.places[mask].flatten())
+        turns = turns_of(self.model, self.channels, parts)
         weights, lost = {}, {}
         for name, places in gone.items():
             if any(len(p) for p in places):
-                weights[name], lost[name] = self._weight(self.by_name[name], torch.cat(places))
-        return cut(self.model, self.sites, self.channels, stay, weights), lost
+                turn = turns.get(name, (None, None))[0]
+                reads = torch.cat(places), turn
+                weights[name], lost[name] = self._weight(self.by_name[name], *reads)
+        return cut(self.model, self.sites, self.channels, parts, weights), lost
 
     def statistics(self, found: Cut) -> dict[str, LayerStatistics]:
         """The statistics of the layers of a network with channels taken out."""
@@ -135,8 +162,7 @@ class Narrower:
                 result[name] = statistics
                 continue
             taps = self._taps(self.by_name[name])
-            inputs = None if kept.inputs is None else columns_of(kept.inputs, taps)
-            result[name] = _some(statistics, inputs, kept.outputs)
+            result[name] = _some(statistics, _patches(kept.inputs, taps), kept.outputs)
         return result
 
     def _problem(self, name: str) -> Problem:
@@ -154,20 +180,34 @@ class Narrower:
     def _taps(site: LayerSite) -> int:
         return math.prod(site.geometry.kernel_size)
 
-    def _weight(self, site: LayerSite, gone: Tensor) -> tuple[tuple[Tensor, Tensor], Lost]:
-        """The weight of a layer that does not look at some inputs, and its bias; what it loses."""
+    def _weight(
+        self, site: LayerSite, gone: Tensor, turn: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Lost]:
+        """The weight of a layer that does not look at some inputs, and its bias; what it loses.
+
+        Args:
+            site: The layer.
+            gone: The inputs that it does not look at.
+            turn: What mixes its inputs first; of these is the weight.
+        """
         module, problem = self.model.get_submodule(site.name), self._problem(site.name)
         statistics = self.calibration.statistics[site.name]
         assert problem.input_covariance is not None
         assert statistics.inputs is not None
         mask = torch.ones(site.geometry.in_channels, dtype=torch.bool)
         mask[gone] = False
-        columns = columns_of(mask.nonzero().flatten(), self._taps(site))
-        matrix = problem.matrix[0]
-        found = compensated(matrix, problem.input_covariance[0], columns.to(matrix.device))
-        bias = bias_of(module) + (matrix - found) @ statistics.inputs.mean[0]
-        loss, _ = problem.errors(found.unsqueeze(0))
-        delta = matrix - found
+        taps = self._taps(site)
+        columns = columns_of(mask.nonzero().flatten(), taps)
+        matrix, covariance = problem.matrix[0], problem.input_covariance[0]
+        whole = None if turn is None else _of_patches(turn, taps).to(matrix.device)
+        mixed = matrix.double(), covariance
+        if whole is not None:
+            mixed = mixed[0] @ whole.mT, whole @ covariance.double() @ whole.mT
+        found = compensated(*mixed, columns.to(matrix.device))
+        seen = found if whole is None else found @ whole
+        delta = matrix - seen
+        bias = bias_of(module) + delta @ statistics.inputs.mean[0]
+        loss, _ = problem.errors(seen.unsqueeze(0))
         error = (delta @ statistics.inputs.covariance[0] * delta).sum()
         mse = float(error) / site.geometry.out_channels
         shape = registered_kind(module).weight(module).shape
@@ -179,8 +219,21 @@ def columns_of(channels: Tensor, taps: int) -> Tensor:
     return (channels.unsqueeze(1) * taps + torch.arange(taps)).flatten()
 
 
+def _of_patches(turn: Tensor, taps: int) -> Tensor:
+    """What mixes whole patches where ``turn`` mixes channels."""
+    return torch.kron(turn, torch.eye(taps, dtype=turn.dtype))
+
+
+def _patches(part: Part | None, taps: int) -> Part | None:
+    """What stays of patches where a part of the channels stays."""
+    if part is None:
+        return None
+    turn = None if part.turn is None else _of_patches(part.turn, taps)
+    return Part(columns_of(part.stay, taps), turn)
+
+
 def _some(
-    statistics: LayerStatistics, inputs: Tensor | None, outputs: Tensor | None
+    statistics: LayerStatistics, inputs: Part | None, outputs: Part | None
 ) -> LayerStatistics:
     """Statistics of only some columns of a layer's patches, and some of its outputs."""
     of_rows = inputs if statistics.inputs is not None else outputs
@@ -193,16 +246,20 @@ def _some(
     )
 
 
-def _selected(moments: Moments | None, columns: Tensor | None, more: int = 0) -> Moments | None:
+def _selected(moments: Moments | None, part: Part | None, more: int = 0) -> Moments | None:
     """Moments of some columns, and of the last ``more`` as well."""
-    if moments is None or columns is None:
+    if moments is None or part is None:
         return moments
     length = moments.mean.shape[1]
-    chosen = torch.cat([columns, torch.arange(length - more, length)]).to(moments.mean.device)
+    stay = torch.cat([part.stay, torch.arange(length - more, length)])
+    turn = part.turn
+    if turn is not None and more:
+        turn = torch.block_diag(turn, torch.eye(more, dtype=turn.dtype))
+    whole = Part(stay, turn)
     found = Moments(1, 0, moments.mean.device)
     found.count = moments.count
-    found.mean = moments.mean[:, chosen]
-    found.scatter = moments.scatter[:, chosen][:, :, chosen]
+    found.mean = whole.of(moments.mean, 1)
+    found.scatter = whole.of_matrix(moments.scatter)
     return found
 
 

@@ -96,7 +96,9 @@ class Calibration:
     statistics: Mapping[str, LayerStatistics]
     source: Source
     metric: str
-    removals: dict[str, Removal] = field(default_factory=dict, repr=False, compare=False)
+    removals: dict[tuple[str, str], Removal] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
 
 def without_unseen(network: Network, calibration: Calibration) -> Network:

@@ -14,7 +14,7 @@ from compress.errors import BudgetError
 from compress.linalg.fit import Problem, grid_losses, rank_grid
 from compress.linalg.schemes import OUTPUT, scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, NARROW, Candidate, Choice
+from compress.plan import DENSE, Candidate, Choice
 from compress.progress import Track, silent
 from compress.rules import Currency, Sized
 
@@ -25,7 +25,6 @@ GRID_POINTS_PAIRS = 12
 MOST_PATTERNS = 20
 
 Size = Callable[[Sized], int]
-Width = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,19 @@ class Budgets:
         best = self._ranked({}, room) if self.widths is None or fraction >= 1 else self._wide(room)
         if best is None:
             raise self._unreachable(fraction, self.smallest() * self.total - self.fixed)
-        widths = {} if self.widths is None else self.widths.layer_widths(best.pattern)
+        widths: dict[str, tuple[int, int]] = {}
+        ways: dict[str, str] = {}
+        if self.widths is not None:
+            widths, ways = (
+                self.widths.layer_widths(best.pattern), self.widths.ways(best.pattern)
+            )  # fmt: skip
         why = self.why or f"best within {self.currency.name} {fraction:g}"
         return [
-            self._choice(site, best.chosen.get(site.name), widths.get(site.name), why)
+            self._choice(site, best.chosen.get(site.name), why)
+            if site.name not in widths
+            else _narrower(
+                site, best.chosen.get(site.name), (widths[site.name], ways[site.name]), why
+            )
             for site in self.sites
         ]
 
@@ -156,13 +164,7 @@ class Budgets:
         widths = self.widths and self.widths.dearer(factors)
         return replace(self, found=found, widths=widths)
 
-    def _choice(
-        self, site: LayerSite, candidate: Candidate | None, width: Width, why: str
-    ) -> Choice:
-        if width is not None:
-            scheme = NARROW if candidate is None or candidate.scheme == DENSE else candidate.scheme
-            ranks = candidate.ranks if candidate is not None else ()
-            return make_choice(site, scheme, ranks, why, 0, width)
+    def _choice(self, site: LayerSite, candidate: Candidate | None, why: str) -> Choice:
         if candidate is None:
             return kept(site, self.overrides.kept(site) or "no candidate")
         by_scheme = candidate.scheme if candidate.scheme != DENSE else OUTPUT.name
@@ -192,6 +194,16 @@ class Budgets:
             return ""
         parts = (f"{n or 'the model itself'} ({100 * fixed[n] / self.total:.0f}%)" for n in largest)
         return f" What cannot be rewritten: {', '.join(parts)}."
+
+
+def _narrower(
+    site: LayerSite, candidate: Candidate | None, how: tuple[tuple[int, int], str], why: str
+) -> Choice:
+    """The choice of a layer that gets a width in some way, and perhaps ranks."""
+    width, way = how
+    if candidate is None or candidate.scheme == DENSE:
+        return make_choice(site, way, (), why, 0, width)
+    return make_choice(site, candidate.scheme, candidate.ranks, why, 0, width)
 
 
 def options(

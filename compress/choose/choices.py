@@ -13,7 +13,7 @@ from compress.calibrate.statistics import Calibration
 from compress.linalg.fit import Problem
 from compress.linalg.schemes import Ranks, chain_macs, chain_params, scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, NARROW, Choice
+from compress.plan import DENSE, NARROWER, Choice
 from compress.rules import Sized
 
 
@@ -27,7 +27,7 @@ class SchemeCost:
 
 def scheme_cost(site: LayerSite, scheme: str, ranks: Ranks) -> SchemeCost:
     """Cost of a layer rewritten by a scheme; dense or narrow is the layer as it is."""
-    if scheme in (DENSE, NARROW):
+    if scheme in (DENSE, *NARROWER):
         return SchemeCost(site.macs, site.params)
     chain = scheme_named(scheme).stages(site.geometry, ranks)
     macs = site.count_macs(lambda call: chain_macs(chain, call.size))
@@ -68,11 +68,14 @@ def kept(site: LayerSite, reason: str) -> Choice:
 
 
 def narrowed_site(site: LayerSite, width: tuple[int, int]) -> LayerSite:
-    """A layer with fewer inputs and outputs."""
+    """A layer with fewer inputs and outputs.
+
+    It has a bias, for what is missed on average; a depthwise layer only where it had one.
+    """
     geometry = site.geometry
     groups = width[1] if geometry.groups > 1 else 1
     changed = geometry.with_(in_channels=width[0], out_channels=width[1], groups=groups)
-    return replace(site, geometry=changed)
+    return replace(site, geometry=changed, biased=site.biased or groups == 1)
 
 
 def make_choice(  # noqa: PLR0913 - what a record holds
@@ -87,7 +90,7 @@ def make_choice(  # noqa: PLR0913 - what a record holds
     narrow = site if width is None else narrowed_site(site, width)
     cost = scheme_cost(narrow, scheme, ranks)
     full = site.geometry.full_rank
-    if scheme not in (DENSE, NARROW):
+    if scheme not in (DENSE, *NARROWER):
         full = scheme_named(scheme).full_ranks(site.geometry)[0]
     return Choice(
         name=site.name,

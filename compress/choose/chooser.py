@@ -53,7 +53,7 @@ class Chooser:
         cls, network: Network, calibration: Calibration, config: RunConfig, track: Track = silent
     ) -> Chooser:
         """Return the chooser of a network, whose budgets are shares of all that it computes."""
-        channels = network.channels if config.narrows else ChannelMap()
+        channels = network.channels if config.narrower else ChannelMap()
         return cls(
             network.model, network.sites, calibration, config, track, network, network.elsewhere,
             channels,
@@ -68,7 +68,10 @@ class Chooser:
         """
         config = self.config
         choices = config.chosen_rule.choose(self, config.rule_value or 0.0)
-        return Plan(config.rule, config.rule_value, config.metric, tuple(choices))
+        return Plan(
+            config.rule, config.rule_value, config.metric, tuple(choices),
+            slices=config.slices,
+        )  # fmt: skip
 
     def by_spectrum(self, rank_of: RankOf | None, rule: str) -> list[Choice]:
         """Give each layer the rank that its spectrum calls for; see `compress.rules.Planning`."""
@@ -102,9 +105,11 @@ class Chooser:
     def _widths(
         self, overrides: Overrides, found: dict[str, list[Candidate]], currency: Currency
     ) -> Widths | None:
-        if not self.config.narrows or not self.channels.groups:
+        if not self.config.narrower or not self.channels.groups:
             return None
-        narrower = Narrower(self.model, self.sites, self.channels, self.calibration)
+        narrower = Narrower(
+            self.model, self.sites, self.channels, self.calibration, self.config.narrower
+        )
         options = width_options(narrower, overrides, self.track)
         sites = {site.name: site for site in self.sites}
         return Widths(options, sites, found, currency) if options else None

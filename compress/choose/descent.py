@@ -22,7 +22,7 @@ from compress.choose.choices import SchemeCost
 from compress.linalg.schemes import scheme_named
 from compress.network.channels import ChannelGroup
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, Candidate
+from compress.plan import DENSE, NARROW, Candidate
 from compress.rules import Currency
 
 # Rounds of visits at each price.
@@ -37,11 +37,15 @@ State = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Options:
-    """The widths that a group may take, ascending, the whole one last, and what each loses."""
+    """The widths that a group may take, ascending, the whole one last, and what each loses.
+
+    With the way in which it is cut, ``"narrow"`` or ``"slice"``.
+    """
 
     group: ChannelGroup
     widths: tuple[int, ...]
     losses: tuple[float, ...]
+    way: str = NARROW
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from compress.errors import PlanError, near_matches
 from compress.linalg.schemes import scheme_named
 from compress.network.channels import ChannelGroup, ChannelMap
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, NARROW, Choice, Plan
+from compress.plan import DENSE, NARROW, NARROWER, Choice, Plan
 
 Sites = Mapping[str, LayerSite]
 
@@ -55,7 +55,7 @@ def check_plan(plan: Plan, sites: tuple[LayerSite, ...], channels: ChannelMap) -
     return Plan(
         plan.rule, plan.value, plan.metric,
         tuple(_made(fitting[site.name], site) for site in sites),
-        plan.model, plan.source_sha256, plan.calibration,
+        plan.model, plan.source_sha256, plan.calibration, plan.slices,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _made(choice: Choice, site: LayerSite) -> Choice:
     """A choice that fits, with its costs; widths that take nothing out are none."""
     scheme, width = choice.scheme, choice.width
     if width == _whole(site):
-        scheme, width = DENSE if scheme == NARROW else scheme, None
+        scheme, width = DENSE if scheme in NARROWER else scheme, None
     made = make_choice(site, scheme, choice.ranks, choice.reason, choice.break_even, width)
     return replace(made, locked=choice.locked)
 
@@ -83,11 +83,11 @@ def _misfit(choice: Choice, site: LayerSite) -> str | None:
         if choice.scheme == DENSE:
             return f"a dense layer has no width; with one its scheme is {NARROW!r}"
         site = narrowed_site(site, choice.width)
-    if choice.scheme in (DENSE, NARROW):
+    if choice.scheme in (DENSE, *NARROWER):
         if choice.ranks:
             return f"a {choice.scheme} layer has no ranks"
-        if choice.scheme == NARROW and choice.width is None:
-            return "a narrow layer has a width: how many inputs and outputs stay"
+        if choice.scheme in NARROWER and choice.width is None:
+            return f"a {choice.scheme} layer has a width: how many inputs and outputs stay"
         return None
     return _unranked(choice, site)
 

@@ -27,7 +27,7 @@ from compress.choose.descent import Options, Search, State, stage_costs
 from compress.choose.overrides import Overrides
 from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, Candidate
+from compress.plan import DENSE, NARROW, SLICE, Candidate
 from compress.progress import Track, silent
 from compress.rules import Currency
 
@@ -59,7 +59,8 @@ def width_options(
     for group in track(free, "channels", len(free)):
         removal = narrower.removal(group.name)
         widths = _grid(group.size, overrides.config.round_to)
-        found.append(Options(group, widths, tuple(removal.loss(w) for w in widths)))
+        losses = tuple(removal.loss(w) for w in widths)
+        found.append(Options(group, widths, losses, narrower.way(group.name)))
     return tuple(found)
 
 
@@ -124,6 +125,15 @@ class Widths:
                     for side in sides:
                         now[side] -= gone * slot.places.shape[1]
         return {name: (now[0], now[1]) for name, now in found.items()}
+
+    def ways(self, pattern: Pattern) -> dict[str, str]:
+        """How layers become narrower at a pattern: ``"slice"`` where any of their groups is."""
+        found: dict[str, str] = {}
+        for option in self.options:
+            if pattern.get(option.group.name, option.group.size) < option.group.size:
+                for name in option.group.modules:
+                    found[name] = SLICE if option.way == SLICE else found.get(name, NARROW)
+        return found
 
     @cached_property
     def search(self) -> Search:

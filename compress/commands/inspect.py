@@ -94,13 +94,13 @@ def _channels(found: Inspection) -> list[str]:
     """The groups of channels that can be taken out, and why other outputs are left."""
     from compress.report import text
 
-    head = ("channels", "made by", "changed by", "read by", "number")
+    head = ("channels", "made by", "changed by", "read by", "scheme", "number")
     rows = [
         (g.name, shortened(g.made_by), shortened(g.changed_by) or text.UNKNOWN,
-         shortened(g.read_by), str(g.size))
+         shortened(g.read_by), g.way, str(g.size))
         for g in found.groups
     ]  # fmt: skip
-    lines = [*table(head, rows, left=4), ""] if rows else []
+    lines = [*table(head, rows, left=5), ""] if rows else []
     # Outputs of several layers are often left for one reason.
     left: dict[str, list[str]] = defaultdict(list)
     for group in found.groups:

@@ -24,7 +24,7 @@ from compress.config import (
 )
 from compress.errors import ConfigError
 from compress.linalg.schemes import SCHEME_NAMES
-from compress.plan import NARROW
+from compress.plan import NARROW, SLICE
 from compress.rules import RULE_NAMES, RULES
 
 
@@ -158,8 +158,8 @@ _RULES = (
 )  # fmt: skip
 _SCHEMES = (
     _o("--schemes", metavar="A,B", callback=_names, text="The schemes a budget may choose from: "
-       f"{', '.join(SCHEME_NAMES)}, and {NARROW}, which takes channels out of groups of layers "
-       "(not with --latency). Default all."),
+       f"{', '.join(SCHEME_NAMES)}, and {NARROW} and {SLICE}, which take channels, or mixtures of "
+       "them, out of groups of layers (not with --latency). Default all."),
 )  # fmt: skip
 _FIT = (
     _o("--refit/--no-refit", text="Refit on the compressed network, layer by layer "

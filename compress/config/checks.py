@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from compress.config.values import METRICS, TASK_NAMES, WAYS
 from compress.errors import near_matches, printable
 from compress.linalg.schemes import SCHEME_NAMES, SCHEMES
-from compress.plan import DENSE, NARROW
+from compress.plan import DENSE, NARROWER
 from compress.rules import RULE_NAMES, RULES
 
 _RANK = re.compile("0*[1-9][0-9]{0,8}")
@@ -87,10 +87,11 @@ def _contradictions(config: Settings) -> Iterable[str]:
             "no_latency and latency contradict each other: a budget of time is measured; give "
             "another budget, or let the time be measured"
         )
-    if set(config.schemes) == {NARROW}:
+    if config.schemes and set(config.schemes) <= set(NARROWER):
         for rule in RULES:
             if rule.name in config.rules and rule.weighs_layers and not rule.narrows:
-                yield f"{rule.name} takes no channels out: name another scheme than {NARROW}"
+                named = " and ".join(config.schemes)
+                yield f"{rule.name} takes no channels out: name another scheme than {named}"
     for name in config.rules:
         if name not in RULE_NAMES:
             yield f"there is no rank rule {name!r}{near_matches(name, RULE_NAMES)}"
@@ -134,9 +135,9 @@ def _wrong_names(config: Settings) -> Iterable[str]:
                 f"{near_matches(scheme, WAYS)}"
             )
     for pattern, scheme in config.scheme.items():
-        if scheme == NARROW:
+        if scheme in NARROWER:
             yield (
-                f"scheme {pattern}={NARROW} names one layer, and channels are taken out of whole "
+                f"scheme {pattern}={scheme} names one layer, and channels are taken out of whole "
                 "groups of layers at once: let a budget do it with --schemes, or give the layers "
                 "of a group their width in a plan. --keep leaves a layer's width as it is"
             )

@@ -14,7 +14,7 @@ from compress.config import values
 from compress.config.checks import problems, wrong_values
 from compress.errors import ConfigError
 from compress.linalg.schemes import OUTPUT, SCHEME_NAMES, SCHEMES
-from compress.plan import DENSE, NARROW
+from compress.plan import DENSE, NARROWER, SLICE
 from compress.rules import BY_HAND, DEFAULT_RULE, RULE_NAMES, Rule, rule_named
 
 
@@ -144,12 +144,19 @@ class RunConfig:
         asked |= {s.name for s in SCHEMES if s.rank_count > 1 and s.rank_count in counts}
         free = set(self.schemes) if self.chosen_rule.weighs_layers else {OUTPUT.name}
         found = tuple(s for s in SCHEME_NAMES if s in asked | free)
-        return (*found, NARROW) if self.narrows else found
+        return (*found, *self.narrower)
 
     @property
-    def narrows(self) -> bool:
-        """Whether channels may be taken out."""
-        return NARROW in self.schemes and self.chosen_rule.narrows
+    def narrower(self) -> tuple[str, ...]:
+        """How channels may be taken out: ``"narrow"``, ``"slice"``, both or not at all."""
+        if not self.chosen_rule.narrows:
+            return ()
+        return tuple(way for way in NARROWER if way in self.schemes)
+
+    @property
+    def slices(self) -> bool:
+        """Whether channels are cut in directions where that can be."""
+        return SLICE in self.schemes
 
     @property
     def pools(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.linalg.schemes import SCHEME_NAMES
-from compress.plan import NARROW
+from compress.plan import NARROWER
 
 METRICS = ("loss", "mse")
 TASK_NAMES = (
@@ -64,4 +64,4 @@ def seed(value: int) -> str | None:
 
 
 # What may be done to layers: each scheme to one, and channels taken out of several.
-WAYS = (*SCHEME_NAMES, NARROW)
+WAYS = (*SCHEME_NAMES, *NARROWER)

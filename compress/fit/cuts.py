@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+# In place of a number of positions: a node gives numbers alone, such as a size, which are not part
+# of what is carried on.
+NUMBERS = -1
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -30,7 +34,8 @@ def find_segments(
         graph: The network's.
         model: The network.
         refitted: From the qualified names that the graph calls layers by to their names.
-        positions: Of each node's value, how many an image has for one channel.
+        positions: Of each node's value, how many an image has for one channel; `NUMBERS` of what
+            holds no tensors.
     """
     nodes, modules = list(graph.nodes), dict(model.named_modules(remove_duplicate=False))
 
@@ -40,7 +45,8 @@ def find_segments(
         return node.op not in ("get_attr", "output")
 
     # What carries everything on may be a tuple, as a split gives: its parts are not one value.
-    cuts = [cut for cut in _cuts(nodes) if positions[cut]]
+    carried = [node for node, count in zip(nodes, positions, strict=True) if count != NUMBERS]
+    cuts = [cut for cut in _cuts(nodes, set(carried)) if positions[cut] > 0]
     segments = []
     start = cuts[0] if cuts else 0
     for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):
@@ -80,12 +86,13 @@ def join(segments: Sequence[Segment], most: int, positions: Sequence[int]) -> li
     return [segment for segment in joined if len(segment.layers) > 1]
 
 
-def _cuts(nodes: list[fx.Node]) -> Iterator[int]:
+def _cuts(nodes: list[fx.Node], carried: set[fx.Node]) -> Iterator[int]:
     """Indices of the nodes whose value alone is needed by what comes after them."""
     place = {node: i for i, node in enumerate(nodes)}
     needed: set[fx.Node] = set()
     for i, node in enumerate(nodes):
-        needed.add(node)
+        if node in carried:
+            needed.add(node)
         needed = {n for n in needed if any(place[user] > i for user in n.users)}
         if needed == {node}:
             yield i

@@ -11,11 +11,14 @@ all factors are refitted, not only the last. Layers that were kept stay as they 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
+from compress.calibrate.fisher import Objective
 from compress.fit.factors import Factors
+from compress.fit.frequencies import Frequencies, measured
 from compress.fit.frontier import Frontier, Pair, spill_folder
 from compress.fit.lockstep import residual_partner
 from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows
@@ -60,6 +63,8 @@ def refit(
         for name, found in factors.items():
             walk.install(sites[name], found)
         walk.start(images)
+        if settings.weigh:
+            walk.frequencies = walk.measured(by_alias, settings)
         for node in track(steps, "refit", len(steps)):
             name = by_alias[str(node.target)]
             rows = walk.advance(node, sites[name], settings.seed)
@@ -71,8 +76,29 @@ def refit(
     return current, outcome
 
 
+# Images whose gradients tell how smooth errors may be: their power is a mean over all channels.
+POWER_IMAGES = 64
+
+
 class _InOrder(Walk):
     """The walk that stops at one layer after the other."""
+
+    frequencies: Mapping[str, Frequencies] = MappingProxyType({})
+
+    def measured(
+        self, by_alias: Mapping[str, str], settings: RefitSettings
+    ) -> dict[str, Frequencies]:
+        """What errors of layers cost by how smoothly they vary, by name; from some fit images."""
+        first = self.lockstep.nodes[0].name
+        batches, images = [], 0
+        for batch in self.batches(held_out=False):
+            if images >= POWER_IMAGES:
+                break
+            batches.append((self.frontier.look(batch)[first].dense, self.labels[batch]))
+            images += self.sizes[batch]
+        objective = Objective(images, settings.seed, settings.loss, settings.reading)
+        found = measured(self.traced.model, list(by_alias), batches, objective)
+        return {by_alias[alias]: frequencies for alias, frequencies in found.items()}
 
     def advance(self, node: fx.Node, site: LayerSite, seed: int) -> Rows:
         """Bring all batches to a node; return what its layer sees."""
@@ -80,7 +106,7 @@ class _InOrder(Walk):
         index = nodes.index(node)
         segment = nodes[self.position + 1 : index]
         partner = residual_partner(node, set(nodes[:index]), self.lockstep.modules)
-        found = Rows.of(site, self.device)
+        found = Rows.of(site, self.device, self.frequencies.get(site.name))
         sampling = Sampling(len(self.held_out), seed, self.device)
         needed = {source.name for n in (*segment, node) for source in n.all_input_nodes}
         needed |= set() if partner is None else {partner.name}
@@ -92,6 +118,7 @@ class _InOrder(Walk):
             patches = patch_rows(given, site.geometry, positions)
             targets = output_rows(target, site.geometry, positions)
             found.add(patches, targets, held_out=held_out)
+            found.add_images(given, target, site, held_out=held_out)
             self.frontier.put(batch, environment)
         self.position = index - 1
         return found

@@ -112,9 +112,10 @@ def refit_jointly(
             shape = shapes[segment.end]
             assert shape is not None  # or it would not suit
             kept = walk.cut.nodes.get(walk.lockstep.nodes[segment.end].name)
-            channels = shape[1] if kept is None else len(kept[1])
+            channels = shape[1] if kept is None else len(kept[1].stay)
             root = metrics.get(segment.end, torch.eye(channels)).to(walk.device)
-            better = _improve(Stretch(walk, segment, root), current.factors, settings.seed)
+            stretch = Stretch(walk, segment, root, positions[segment.end])
+            better = _improve(stretch, current.factors, settings.seed)
             current.factors.update(better.factors)
             current.kept.update(better.kept)
             walk.finish(segment)

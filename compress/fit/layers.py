@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from compress.calibrate.problems import absorbed_bias, bias_of, fit_problem, layer_problem
@@ -15,7 +16,7 @@ from compress.calibrate.removal import Narrower, group_widths
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
 from compress.data import ImageSet, Loader, Split
 from compress.fit.by_module import Watched, refit_by_module
-from compress.fit.factors import Factors, whole
+from compress.fit.factors import Factors, partly, whole
 from compress.fit.in_order import refit
 from compress.fit.jointly import Improved, Movable, refit_jointly
 from compress.fit.predict import (
@@ -26,14 +27,14 @@ from compress.fit.predict import (
     unseen_mse,
 )
 from compress.fit.walk import RefitImages, RefitSettings, Traced
-from compress.fit.whole import divergences, nearest
+from compress.fit.whole import SHARES, best_share, divergences
 from compress.layers import registered_kind
 from compress.linalg.fit import fit
 from compress.network.baseline import Network
 from compress.network.chains import rewrite
 from compress.network.narrowing import Cut
 from compress.network.sites import LayerSite
-from compress.plan import NARROW, Choice, Plan
+from compress.plan import NARROWER, Choice, Plan
 from compress.progress import Track, silent
 from compress.running.memory_format import in_memory_format
 
@@ -133,7 +134,7 @@ class Fitter:
     def fit(self, plan: Plan, calibration: Calibration) -> Fitted:
         """Fit every chosen scheme to nothing but the statistics; arguments as `carry_out`."""
         network = self.network
-        narrower = Narrower(network.model, network.sites, network.channels, calibration)
+        narrower = Narrower(network.model, network.sites, network.channels, calibration, plan.ways)
         cut, lost = narrower.cut(group_widths(plan, network.channels))
         sites, statistics = cut.sites, narrower.statistics(cut)
         modules = dict(cut.model.named_modules(remove_duplicate=False))
@@ -158,7 +159,7 @@ class Fitter:
             if not c.rewritten and not c.locked and sites[c.name].skip is None
         ]  # fmt: skip
         # Depthwise layers that became narrower.
-        free += [c.name for c in plan.choices if c.scheme == NARROW and c.name not in factors]
+        free += [c.name for c in plan.choices if c.scheme in NARROWER and c.name not in factors]
         return Fitted(factors, predicted, tuple(free), cut)
 
     def _held_out_mse(
@@ -178,41 +179,81 @@ class Fitter:
 
     def replace(self, fitted: Fitted) -> Replaced:
         """Rewrite the model with fitted factors, and refit them."""
-        factors, cut = fitted.factors, self._cut(fitted)
-        first = rewrite(cut.model, cut.sites, {n: f.chain for n, f in factors.items()})
+        now = Improved(fitted.factors, {})
+        first = model = self._rewritten(fitted, now)
         path = self._refit_path(fitted)
         if path.path == "none":
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
-        stages = self._refitted(fitted)
-        models = [first]
-        for new in stages:
-            chains = {n: f.chain for n, f in new.factors.items()}
-            models.append(rewrite(cut.model, cut.sites, chains, new.kept))
-        best, left = self._best(models)
-        if best == 0:
-            reason = f"it was taken back, since {left}"
-            path = replace(path, reason=f"{path.reason}; {reason}" if path.reason else reason)
-            return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
-        new = stages[best - 1]
-        changed = tuple(name for name in factors if new.factors[name] is not factors[name])
-        changed += tuple(new.kept)
-        if left:
-            path = replace(path, reason=f"the joint refit was taken back, since {left}")
-        return Replaced(models[best], first, fitted.predicted, changed, path, fitted.cut)
+        said = [path.reason] if path.reason else []
+        for title, stage in self._stages(fitted):
+            after = stage(now)
+            share, why, chosen = self._kept_share(fitted, model, (now, after))
+            if why:
+                part = "was taken back" if share == 0 else f"was kept to {100 * share:.0f}%"
+                said.append(f"{title} {part}, since {why}")
+            if chosen is not None:
+                now, model = chosen
+        factors = fitted.factors
+        changed = tuple(name for name in factors if now.factors[name] is not factors[name])
+        path = replace(path, reason="; ".join(said))
+        changed += tuple(now.kept)
+        return Replaced(model, first, fitted.predicted, changed, path, fitted.cut)
 
-    def _best(self, models: list[nn.Module]) -> tuple[int, str]:
-        """The stage of a refit whose network is nearest to the original on validation images.
+    def _rewritten(self, fitted: Fitted, now: Improved) -> nn.Module:
+        cut = self._cut(fitted)
+        return rewrite(cut.model, cut.sites, {n: f.chain for n, f in now.factors.items()}, now.kept)
+
+    def _kept_share(
+        self, fitted: Fitted, model: nn.Module, stages: tuple[Improved, Improved]
+    ) -> tuple[float, str, tuple[Improved, nn.Module] | None]:
+        """How much of a refit brings the whole network nearest to the original.
+
+        Args:
+            fitted: What the refit began with.
+            model: The network before it.
+            stages: What the layers were before and after it.
 
         Returns:
-            Its index, and why it is not the last; empty where it is.
+            The share, why it is not all, and what the layers and the network then are; None of
+            them where nothing is kept.
         """
+        before, after = stages
         if not self.network.reading.parts:  # nothing says how far results are apart
-            return len(models) - 1, ""
+            return 1.0, "", (after, self._rewritten(fitted, after))
+        apart = [self._apart(model)]
+        best: tuple[Improved, nn.Module] | None = None
+        for share in SHARES:
+            mixed = self._partly(fitted, before, after, share)
+            tried = self._rewritten(fitted, mixed)
+            apart.append(self._apart(tried))
+            if best is None or best_share(apart)[0] == share:
+                best = mixed, tried
+            if len(apart) > 2 and apart[-1] >= apart[-2]:
+                break
+        share, why = best_share(apart)
+        return share, why, best if share else None
+
+    def _apart(self, model: nn.Module) -> float:
+        """How far a network's outputs on validation images are from the original's."""
         batches = (inputs for inputs, _ in self.loader.placed(self.split.validation))
-        networks = [self.network.model, *models]
         reading, form = self.network.reading, self.loader.memory_format
-        _, *apart = divergences(networks, batches, reading, form)
-        return nearest(apart)
+        return divergences([self.network.model, model], batches, reading, form)[1]
+
+    def _partly(self, fitted: Fitted, before: Improved, after: Improved, share: float) -> Improved:
+        """What the layers are with a share of their changes."""
+        cut = self._cut(fitted)
+        factors = {
+            name: partly(before.factors[name], new, share, cut.sites[name].geometry)
+            for name, new in after.factors.items()
+        }
+        kept = {}
+        for name, new in after.kept.items():
+            old = before.kept.get(name) or cut.model.get_submodule(name).state_dict()
+            kept[name] = {
+                key: torch.lerp(old[key].to(value), value, share) if share < 1 else value
+                for key, value in new.items()
+            }
+        return Improved(factors, {**before.kept, **kept})
 
     def _cut(self, fitted: Fitted) -> Cut:
         """The network whose layers are factored."""
@@ -235,12 +276,8 @@ class Fitter:
             return RefitPath("modules", "the network has no graph")
         return RefitPath("graph")
 
-    def _refitted(self, fitted: Fitted) -> list[Improved]:
-        """Refit layer by layer in execution order, then jointly between cuts of the graph.
-
-        Returns:
-            What each of these came to.
-        """
+    def _stages(self, fitted: Fitted) -> list[tuple[str, Callable[[Improved], Improved]]]:
+        """Refits, each with a name: in execution order, then jointly between cuts of the graph."""
         network, recipe = self.network, self.recipe
         sites = self._cut(fitted).sites
         settings = RefitSettings(
@@ -253,17 +290,27 @@ class Fitter:
             whole = recipe.loss is not None and self.split.fit.source.collates
             return RefitImages(fit, validation, whole)
 
-        with in_memory_format(network.model, self.loader.memory_format):
-            if network.graph is None:
-                watched = Watched(network.model, sites)
-                factors = fitted.factors
-                found, _ = refit_by_module(watched, factors, images(), settings, self.track)
-                return [Improved(found, {})]
-            traced = Traced(network.model, network.graph, sites, network.result, fitted.cut)
-            found, _ = refit(traced, fitted.factors, images(), settings, self.track)
-            movable = Movable(found, fitted.free)
-            jointly = refit_jointly(traced, movable, images(), settings, self.track)
-            return [Improved(found, {}), jointly]
+        def by_module(now: Improved) -> Improved:
+            watched = Watched(network.model, sites)
+            with in_memory_format(network.model, self.loader.memory_format):
+                found, _ = refit_by_module(watched, now.factors, images(), settings, self.track)
+            return Improved(found, {})
+
+        if network.graph is None:
+            return [("it", by_module)]
+        traced = Traced(network.model, network.graph, sites, network.result, fitted.cut)
+
+        def in_order(now: Improved) -> Improved:
+            with in_memory_format(network.model, self.loader.memory_format):
+                found, _ = refit(traced, now.factors, images(), settings, self.track)
+            return Improved(found, {})
+
+        def jointly(now: Improved) -> Improved:
+            movable = Movable(now.factors, fitted.free)
+            with in_memory_format(network.model, self.loader.memory_format):
+                return refit_jointly(traced, movable, images(), settings, self.track)
+
+        return [("the refit layer by layer", in_order), ("the joint refit", jointly)]
 
 
 @dataclass(frozen=True)
@@ -279,7 +326,7 @@ class _Layer:
         statistics = self.statistics
         problem = layer_problem(self.site, self.module, statistics)
         factors, loss, mse = None, 0.0, 0.0
-        if choice.scheme == NARROW:
+        if choice.scheme in NARROWER:
             weight = registered_kind(self.module).weight(self.module).double()
             factors = Factors(whole(weight), bias_of(self.module), problem.weighting)
         elif choice.rewritten:

@@ -82,13 +82,17 @@ class Lockstep:
             return Pair(dense, dense)
         return Pair(dense, side("compressed", {**self.modules, **self.chains}))
 
-    def across(self, value: Any, start: int, end: int, *, compressed: bool) -> Any:
+    def across(
+        self, value: Any, start: int, end: int, numbers: dict[str, Any], *, compressed: bool
+    ) -> Any:
         """Take a value through only one network, over nodes that nothing else leads into.
 
         Args:
             value: What node ``start`` gave.
             start: Index of a node that carries everything on.
             end: Index of a later one, or the same.
+            numbers: Of nodes before that gave numbers, such as sizes, what they gave in this
+                network for these images; those on the way are added.
             compressed: Which of the two networks.
 
         Returns:
@@ -98,7 +102,7 @@ class Lockstep:
             return value
         modules = {**self.modules, **self.chains} if compressed else self.modules
         # A copy, since the first node may change it in place.
-        values: dict[str, Any] = {self.nodes[start].name: cloned(value)}
+        values: dict[str, Any] = {**numbers, self.nodes[start].name: cloned(value)}
         for node in self.nodes[start + 1 : end + 1]:
             if node.op == "get_attr":
                 values[node.name] = operator.attrgetter(str(node.target))(self.model)
@@ -106,7 +110,16 @@ class Lockstep:
                 values[node.name] = fx.node.map_arg(node.args[0], lambda n: values[n.name])
             else:
                 values[node.name] = _call(node, lambda source: values[source.name], modules)
+            if plain(values[node.name]):
+                numbers[node.name] = values[node.name]
         return values[self.nodes[end].name]
+
+
+def plain(value: Any) -> bool:
+    """Whether a value is made of numbers, sizes and the like alone, without any tensor."""
+    if isinstance(value, tuple | list):
+        return all(plain(part) for part in value)
+    return value is None or isinstance(value, int | float | str | torch.dtype | torch.device)
 
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Any], modules: Mapping[str, nn.Module]) -> Any:

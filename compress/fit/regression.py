@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.fit.factors import LEAST_GAIN, Factors, whole
+from compress.fit.frequencies import Frequencies, lowest_of_rows
 from compress.layers import registered_kind
 from compress.linalg.fit import Covariances, Problem, refine
-from compress.linalg.geometry import Geometry
+from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import solve_psd
 from compress.linalg.schemes import scheme_named
@@ -35,6 +36,8 @@ ROWS = 1 << 16
 # weakest ridge is ten times the rounding.
 LONG_PATCH = 1200
 ROWS_PER_NUMBER = 8
+# Numbers of patches unfolded at a time.
+_CHUNK = 1 << 24
 
 
 def most_rows(geometry: Geometry) -> int:
@@ -59,21 +62,59 @@ class Refit:
 
 
 class Regression:
-    """Moments of rows ``[patch, target]`` of one layer."""
+    """Moments of rows ``[patch, target]`` of one layer.
 
-    def __init__(self, site: LayerSite, device: torch.device) -> None:
+    Args:
+        site: The layer.
+        device: Where they are kept.
+        frequencies: What errors cost by how smoothly they vary; without them all alike.
+    """
+
+    def __init__(
+        self, site: LayerSite, device: torch.device, frequencies: Frequencies | None = None
+    ) -> None:
         g = site.geometry
         self.d = g.in_features
-        self.moments = Moments(g.groups, g.in_features + g.out_features, device)
+        self.frequencies = frequencies
+        self.moments, self.constant, self.waves = (
+            Moments(g.groups, g.in_features + g.out_features, device) for _ in range(3)
+        )
 
     def add(self, patches: Tensor, targets: Tensor) -> None:
         """Add ``[groups, rows, in_features]`` and ``[groups, rows, out_features]``."""
         self.moments.update(torch.cat([patches, targets], dim=2))
 
+    def add_lowest(self, patches: Tensor, targets: Tensor) -> None:
+        """Add the lowest frequencies of whole images, ``[groups, images, lowest, features]``."""
+        assert self.frequencies is not None
+        rows = torch.cat([patches, targets], dim=3)
+        self.constant.update(rows[:, :, 0])
+        scale = self.frequencies.excess[1:].sqrt().to(rows)
+        self.waves.update((rows[:, :, 1:] * scale.unsqueeze(1)).flatten(1, 2))
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Of whole rows, at the scale of one position, once all are added."""
+        found = self.frequencies
+        if found is None or not self.constant.count:
+            return self.moments.covariance
+        # Cosines but the constant one have no mean that a bias could take.
+        smooth = float(found.excess[0]) * self.constant.covariance
+        smooth += (len(found.excess) - 1) * self.waves.second_moment
+        return found.rest * self.moments.covariance + smooth / found.positions
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of whole rows."""
+        found = self.frequencies
+        if found is None or not self.constant.count:
+            return self.moments.mean
+        return self.constant.mean / math.sqrt(found.positions)
+
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances of patches, of targets with patches, of targets, once all rows are added."""
-        covariance, d = self.moments.covariance, self.d
+        covariance, d = self.covariance, self.d
         return covariance[:, :d, :d], covariance[:, d:, :d], covariance[:, d:, d:]
 
     def error(self, weighting: Tensor, matrix: Tensor, bias: Tensor) -> float:
@@ -81,12 +122,14 @@ class Regression:
         xx, tx, tt = self.parts
         gram = tt - matrix @ tx.mT - tx @ matrix.mT + matrix @ xx @ matrix.mT
         rest = self.bias(matrix) - bias
+        if self.frequencies is not None and self.constant.count:
+            rest = rest * math.sqrt(self.frequencies.rest + float(self.frequencies.excess[0]))
         gram = gram + rest.unsqueeze(2) * rest.unsqueeze(1)
         return float((weighting * gram).sum())
 
     def bias(self, matrix: Tensor) -> Tensor:
         """The bias that makes the mean exact, ``[groups, out]``."""
-        mean = self.moments.mean
+        mean = self.mean
         return mean[:, self.d :] - (matrix @ mean[:, : self.d].unsqueeze(2)).squeeze(2)
 
 
@@ -98,13 +141,29 @@ class Rows:
     held_out: Regression
 
     @classmethod
-    def of(cls, site: LayerSite, device: torch.device) -> Rows:
-        """No rows yet."""
-        return cls(Regression(site, device), Regression(site, device))
+    def of(
+        cls, site: LayerSite, device: torch.device, frequencies: Frequencies | None = None
+    ) -> Rows:
+        """No rows yet; arguments as `Regression`."""
+        return cls(*(Regression(site, device, frequencies) for _ in range(2)))
 
     def add(self, patches: Tensor, targets: Tensor, *, held_out: bool) -> None:
         """Add ``[groups, rows, in_features]`` and ``[groups, rows, out_features]``."""
         (self.held_out if held_out else self.train).add(patches, targets)
+
+    def add_images(self, given: Tensor, target: Tensor, site: LayerSite, *, held_out: bool) -> None:
+        """Add the lowest frequencies of whole images ``[images, channels, *size]``."""
+        into = self.held_out if held_out else self.train
+        size = tuple(target.shape[2:])
+        if into.frequencies is None or size != into.frequencies.size:
+            return
+        geometry = site.geometry
+        length = geometry.groups * (geometry.in_features + geometry.out_features)
+        step = max(_CHUNK // (math.prod(size) * length), 1)
+        for start in range(0, len(target), step):
+            part = slice(start, start + step)
+            rows = patch_rows(given[part], geometry), output_rows(target[part], geometry)
+            into.add_lowest(*(lowest_of_rows(r, size) for r in rows))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from compress.calibrate.fisher import Objective
 from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
-from compress.fit.cuts import Segment
+from compress.fit.cuts import NUMBERS, Segment
 from compress.fit.frontier import Frontier, Pair
+from compress.fit.lockstep import plain
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import regularise, square_roots
@@ -25,6 +26,9 @@ from compress.running.structure import cloned, concatenated, count, part, rebuil
 EPOCHS = 12
 # Images a step, whatever the batches are: results must not depend on what fits into memory.
 STEP_IMAGES = 32
+# Large maps tell as much with fewer of them: positions a step, and the fewest images.
+STEP_POSITIONS = 1 << 16
+LEAST_IMAGES = 4
 # Steps are this part of each weight's root mean square: factors are balanced, layers differ.
 STEP = 0.01
 LARGEST_GRADIENT = 10.0
@@ -35,11 +39,14 @@ class StretchWalk(Walk):
 
     Attributes:
         layers: The compressed network's layers that may change, by name.
+        plain: Names of the nodes that give numbers, once `shapes` was called.
     """
 
     def __init__(self, traced: Traced, frontier: Frontier) -> None:
         super().__init__(traced, frontier)
         self.layers: dict[str, nn.Module] = {}
+        self.plain: set[str] = set()
+        self._numbers: dict[tuple[int, bool], dict[str, Any]] = {}
 
     def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
         """Put a module in a layer's place in the compressed network; it may change."""
@@ -51,7 +58,10 @@ class StretchWalk(Walk):
         self.place(site, copy.deepcopy(self.layer(site)))
 
     def shapes(self) -> list[torch.Size | None]:
-        """Of each node, the shape of what it gives for the first batch; None of no tensor."""
+        """Of each node, the shape of what it gives for the first batch; None of no tensor.
+
+        Notes which nodes give numbers.
+        """
         nodes = self.lockstep.nodes
         first = nodes[0].name
         images = cloned(self.frontier.look(0)[first].dense)
@@ -62,14 +72,40 @@ class StretchWalk(Walk):
                 if node.name not in environment:
                     self.lockstep.run(environment, [node])
                 value = environment[node.name].dense
+                if node.op != "output" and plain(value):
+                    self.plain.add(node.name)
                 found.append(value.shape if isinstance(value, Tensor) else None)
         return found
 
     def positions(self, shapes: Sequence[torch.Size | None]) -> list[int]:
-        """Of each node's value, how many positions an image has for one channel; 0 of no tensor."""
+        """Of each node's value, how many positions an image has for one channel.
+
+        0 of what is not a tensor with channels, and `NUMBERS` of numbers.
+        """
         images = self.sizes[0]
         known = [s if s is not None and len(s) > 1 else None for s in shapes]
-        return [0 if s is None else s[0] * math.prod(s[2:]) // images for s in known]
+        found = [0 if s is None else s[0] * math.prod(s[2:]) // images for s in known]
+        nodes = self.lockstep.nodes
+        return [
+            NUMBERS if node.name in self.plain else count
+            for node, count in zip(nodes, found, strict=True)
+        ]
+
+    def reads_numbers(self, segment: Segment) -> bool:
+        """Whether a stretch reads numbers that came before it."""
+        nodes = self.lockstep.nodes
+        before = {n for n in nodes[: segment.start + 1] if n.name in self.plain}
+        inside = nodes[segment.start + 1 : segment.end + 1]
+        return any(source in before for node in inside for source in node.all_input_nodes)
+
+    def numbers(self, batch: int, *, compressed: bool) -> dict[str, Any]:
+        """What nodes gave a batch that are no part of what a cut carries on."""
+        return self._numbers.setdefault((batch, compressed), {})
+
+    def across(self, batch: int, value: Any, start: int, end: int, *, compressed: bool) -> Any:
+        """Take a batch's value through one of the networks; see `Lockstep.across`."""
+        numbers = self.numbers(batch, compressed=compressed)
+        return self.lockstep.across(value, start, end, numbers, compressed=compressed)
 
     def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
         """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
@@ -92,8 +128,7 @@ class StretchWalk(Walk):
         name = self.lockstep.nodes[end].name
         if name not in self.cut.nodes:
             return weighting
-        stay = self.cut.nodes[name][1].to(weighting.device)
-        return weighting[:, stay][:, :, stay]
+        return self.cut.nodes[name][1].of_matrix(weighting)
 
     def _gradients(
         self, batch: int, segments: list[Segment], objective: Objective
@@ -103,11 +138,11 @@ class StretchWalk(Walk):
         value = with_gradients(self.frontier.look(batch)[nodes[0].name].dense)
         ends, at = {}, 0
         for segment in segments:
-            value = self.lockstep.across(value, at, segment.end, compressed=False)
+            value = self.across(batch, value, at, segment.end, compressed=False)
             if not value.requires_grad:  # nothing before it is a real number, such as words
                 value = value.detach().requires_grad_()
             ends[segment.end], at = value, segment.end
-        outputs = self.lockstep.across(value, at, self.lockstep.result, compressed=False)
+        outputs = self.across(batch, value, at, self.lockstep.result, compressed=False)
         total = objective(rebuilt(self.traced.result, outputs), self.labels[batch])
         gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
         for end, gradient in zip(ends, gradients, strict=True):
@@ -120,10 +155,10 @@ class StretchWalk(Walk):
             for batch in range(len(self.held_out)):
                 (pair,) = self.frontier.take(batch).values()
                 dense, given = (
-                    self.lockstep.across(value, self.position, segment.start, compressed=second)
+                    self.across(batch, value, self.position, segment.start, compressed=second)
                     for value, second in ((pair.dense, False), (pair.compressed, True))
                 )
-                target = self.lockstep.across(dense, segment.start, segment.end, compressed=False)
+                target = self.across(batch, dense, segment.start, segment.end, compressed=False)
                 self.frontier.put(batch, {"stretch": Pair(target, given)})
         self.position = segment.start
 
@@ -132,13 +167,13 @@ class StretchWalk(Walk):
         with torch.no_grad():
             for batch in range(len(self.held_out)):
                 (pair,) = self.frontier.take(batch).values()
-                reached = self.through(segment, pair.compressed)
+                reached = self.through(segment, batch, pair.compressed)
                 self.frontier.put(batch, {"cut": Pair(pair.dense, reached)})
         self.position = segment.end
 
-    def through(self, segment: Segment, given: Any) -> Tensor:
-        """What the compressed network's stretch makes of its input."""
-        found: Tensor = self.lockstep.across(given, segment.start, segment.end, compressed=True)
+    def through(self, segment: Segment, batch: int, given: Any) -> Tensor:
+        """What the compressed network's stretch makes of a batch's input."""
+        found: Tensor = self.across(batch, given, segment.start, segment.end, compressed=True)
         return found
 
 
@@ -150,11 +185,13 @@ class Stretch:
         walk: The walk that stands there.
         segment: Where it is, and its layers.
         root: ``G^½ [channels, channels]`` that its error is weighted by.
+        positions: How many an image has where it ends.
     """
 
     walk: StretchWalk
     segment: Segment
     root: Tensor
+    positions: int = 1
 
     def parameters(self) -> list[nn.Parameter]:
         """All weights that may change."""
@@ -184,6 +221,9 @@ class Stretch:
         sizes, batches = self.walk.sizes, self.walk.batches(held_out=False)
         each = max(STEP_IMAGES // sizes[0], 1)
         steps = [batches[i : i + each] for i in range(0, len(batches), each)]
+        most = max(STEP_POSITIONS // max(self.positions, 1), LEAST_IMAGES)
+        if self.walk.reads_numbers(self.segment):  # which may be those of a whole batch
+            most = STEP_IMAGES
         scales = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
         groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, scales, strict=True)]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
@@ -195,22 +235,43 @@ class Stretch:
         for _ in range(EPOCHS):
             for index in torch.randperm(len(steps), generator=generator).tolist():
                 adam.zero_grad()
-                images = sum(sizes[batch] for batch in steps[index])
-                for batch in steps[index]:
-                    error, count = self._loss(batch)
+                parts = _drawn([(b, sizes[b]) for b in steps[index]], most, generator)
+                images = sum(end - start for _, start, end in parts)
+                for batch, start, end in parts:
+                    error, count = self._loss(batch, start, end)
                     torch.autograd.backward(error * (count / images / scale))
                 nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
                 adam.step()
                 schedule.step()
 
-    def _loss(self, batch: int) -> tuple[Tensor, int]:
-        """Weighted error of a batch, the mean over its images, and their number."""
+    def _loss(self, batch: int, start: int = 0, end: int | None = None) -> tuple[Tensor, int]:
+        """Weighted error of images of a batch, their mean, and how many they are."""
         (pair,) = self.walk.frontier.look(batch).values()
-        output = self.walk.through(self.segment, pair.compressed)
-        images = count(pair.compressed)
-        end = self.walk.lockstep.nodes[self.segment.end].name
-        wanted = self.walk.cut.of_node(end, pair.dense)
+        whole = start == 0 and end in (None, self.walk.sizes[batch])
+        given, target = (
+            value if whole else part(value, start, end) for value in (pair.compressed, pair.dense)
+        )
+        output = self.walk.through(self.segment, batch, given)
+        images = count(given)
+        last = self.walk.lockstep.nodes[self.segment.end].name
+        wanted = self.walk.cut.of_node(last, target)
         return (channel_rows(output - wanted) @ self.root).square().sum() / images, images
+
+
+def _drawn(
+    batches: Sequence[tuple[int, int]], most: int, generator: torch.Generator
+) -> list[tuple[int, int, int]]:
+    """At most so many images of batches that hold some: batch, first and end.
+
+    Drawn anew for each step, in one run of a batch; all where there are no more.
+    """
+    if sum(size for _, size in batches) <= most:
+        return [(batch, 0, size) for batch, size in batches]
+    batch, size = batches[int(torch.randint(len(batches), (), generator=generator))]
+    if size <= most:
+        return [(batch, 0, size)]
+    start = int(torch.randint(size - most + 1, (), generator=generator))
+    return [(batch, start, start + most)]
 
 
 def pieces(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:

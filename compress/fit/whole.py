@@ -1,4 +1,9 @@
-"""Whether a refit made the whole network better, not only each of its parts."""
+"""How much of a refit makes the whole network better, not only each of its parts.
+
+A refit fits many weights to few images, one part of the network after the other, and what each part
+gains on images that it was not fitted to is small beside what all of them learn by heart. Half of
+the way is then often better than all of it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,10 @@ from compress.running.memory_format import in_memory_format
 from compress.running.outputs import Reading
 from compress.running.structure import count
 
-# A refit is taken back where outputs came this much farther from the original's: few images decide.
+# Parts of the changes that are tried, all of them first.
+SHARES = (1.0, 0.75, 0.5, 0.25)
+# All is kept unless outputs are so much farther from the original's than with less: few images
+# decide.
 CLEARLY_WORSE = 0.02
 
 
@@ -48,25 +56,28 @@ def divergences(
     return [total / max(images, 1) for total in totals]
 
 
-def nearest(apart: Sequence[float]) -> tuple[int, str]:
-    """The stage whose network is nearest to the original; the last unless it is clearly worse.
+def best_share(apart: Sequence[float]) -> tuple[float, str]:
+    """How much of a refit to keep; all of it unless that is clearly worse than less.
 
     Args:
-        apart: Of each stage, the first as fitted, how far it is; not a number where its outputs
-            are not finite.
+        apart: How far the network before the refit is, and then those with the first of `SHARES`
+            of the changes; not a number where outputs are not finite.
 
     Returns:
-        Its index, and why it is not the last; empty where it is.
+        The share, and why it is not all; empty where it is.
     """
+    shares = (0.0, *SHARES)
     finite = [distance for distance in apart if distance < math.inf]
-    least, last = min(finite, default=math.nan), apart[-1]
-    if last <= least * (1 + CLEARLY_WORSE):
-        return len(apart) - 1, ""
+    least, whole = min(finite, default=math.nan), apart[1]
+    if whole <= least * (1 + CLEARLY_WORSE):
+        return 1.0, ""
     best = max((i for i, distance in enumerate(apart) if distance == least), default=0)
-    if not last < math.inf:
-        return best, "it left outputs on validation images that are not finite"
-    times = last / max(least, 1e-30)
-    return (
-        best,
-        f"it left the outputs on validation images {times:.3g} times as far from the original's",
-    )
+    if not whole < math.inf:
+        left = "all of it left outputs on validation images that are not finite"
+    else:
+        times = whole / max(least, 1e-30)
+        left = (
+            "all of it left the outputs on validation images "
+            f"{times:.3g} times as far from the original's"
+        )
+    return shares[best], left

@@ -9,6 +9,10 @@ together (dependency graphs: Fang et al., "DepGraph: Towards Any Structural Prun
 What an operation does to channels is not looked up but tried out: it treats each by itself if some
 of the channels give just their part of what all channels give. Operations of the user's own are so
 covered as well, and one that names a number of channels, such as a reshape, fails and is left.
+
+Where an operation gives of mixed channels the same mixture of what it gives of them, as a sum or a
+mean over positions does and an activation does not, the channels can also be rotated: what lies
+between the layers that make and those that read them is linear.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ class ChannelGroup:
         producers: Layers that have them among their outputs.
         consumers: Layers that have them among their inputs.
         through: Modules with parameters of each: depthwise convolutions and norms.
+        linear: Whether mixtures of the channels would do as well as the channels.
     """
 
     name: str
@@ -63,6 +68,7 @@ class ChannelGroup:
     producers: tuple[Slot, ...]
     consumers: tuple[Slot, ...]
     through: tuple[Slot, ...]
+    linear: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -132,6 +138,8 @@ class _Classes:
     def __init__(self) -> None:
         self.parent: list[int] = []
         self.fixed: dict[int, str] = {}
+        # Those that cannot be mixed with others.
+        self.apart: set[int] = set()
 
     def new(self, count: int) -> Tensor:
         """Labels of ``count`` new channels."""
@@ -155,6 +163,12 @@ class _Classes:
                 reason = self.fixed.pop(high, None)
                 if reason is not None:
                     self.fixed.setdefault(low, reason)
+                if high in self.apart:
+                    self.apart.add(low)
+
+    def part(self, labels: Tensor) -> None:
+        """Say that these channels cannot be mixed."""
+        self.apart.update(self.root(label) for label in labels.tolist())
 
     def fix(self, labels: Tensor, reason: str) -> None:
         """Leave these channels."""
@@ -283,6 +297,8 @@ class _Reader:
         if name in known:
             self.classes.merge(known[name], labels)
         known[name] = labels
+        if known is self.through:
+            self.classes.part(labels)
 
     def _joined(self, node: fx.Node, value: Tensor) -> bool:
         """Whether a concatenation along the channels was followed."""
@@ -328,20 +344,28 @@ class _Reader:
         labels = [k.labels for k in known.values()]
         for other in labels[1:]:
             self.classes.merge(labels[0], other)
+        if not self._mixes(node, known, axis, count):
+            self.classes.part(labels[0])
         return NodeChannels(axis, labels[0].repeat_interleave(repeats))
+
+    def _drawn(self, node: fx.Node, known: Mapping[fx.Node, NodeChannels]) -> dict[fx.Node, Any]:
+        """What a node reads, random numbers in place of the channels."""
+        values = {n: self.values[n] for n in node.all_input_nodes}
+        for source in known:
+            value = values[source]
+            if value.is_floating_point():
+                drawn = torch.randn(value.shape, generator=self.generator)
+                values[source] = drawn.to(value)
+        return values
 
     def _tried(
         self, node: fx.Node, known: Mapping[fx.Node, NodeChannels], some: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """What an operation makes of random numbers, and of some of their channels."""
-        values = {n: self.values[n] for n in node.all_input_nodes}
+        values = self._drawn(node, known)
         parts = dict(values)
         for source, found in known.items():
-            value = values[source]
-            if value.is_floating_point():
-                drawn = torch.randn(value.shape, generator=self.generator)
-                values[source] = drawn.to(value)
-            parts[source] = values[source].index_select(found.axis, some.to(value.device))
+            parts[source] = values[source].index_select(found.axis, some.to(values[source].device))
         try:
             whole, part = self._run(node, values), self._run(node, parts)
         except KeyboardInterrupt:
@@ -349,6 +373,23 @@ class _Reader:
         except BaseException:  # fewer channels may be refused in any way
             return None
         return (whole, part) if isinstance(whole, Tensor) and isinstance(part, Tensor) else None
+
+    def _mixes(
+        self, node: fx.Node, known: Mapping[fx.Node, NodeChannels], axis: int, count: int
+    ) -> bool:
+        """Whether an operation gives of mixed channels a mixture of what it gives of them."""
+        values = self._drawn(node, known)
+        if not all(values[source].is_floating_point() for source in known):
+            return False
+        drawn = torch.randn(count, count, generator=self.generator, dtype=torch.float64)
+        turn = torch.linalg.qr(drawn)[0]
+        mixed = dict(values)
+        for source, found in known.items():
+            mixed[source] = mixture(values[source], turn, found.axis).contiguous()
+        whole, made = self._run(node, values), self._run(node, mixed)
+        return whole.is_floating_point() and torch.allclose(
+            mixture(whole, turn, axis), made, 1e-4, 1e-4 * float(whole.abs().max())
+        )
 
     def found(self) -> ChannelMap:
         """Gather channels that the same modules make, change and read."""
@@ -375,7 +416,8 @@ class _Reader:
                 continue
             taken[name] += 1
             unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            groups.append(_group(unique, [by_class[root] for root in roots]))
+            linear = not self.classes.apart.intersection(roots)
+            groups.append(_group(unique, [by_class[root] for root in roots], linear=linear))
             members.append(torch.tensor(roots))
         nodes = {
             node.name: NodeChannels(found.axis, self.classes.roots(found.labels))
@@ -426,7 +468,22 @@ def _unfit(places: list[tuple[str, str, int]]) -> str | None:
     return f"{both[0]} reads what it makes itself" if both else None
 
 
-def _group(name: str, channels: list[list[tuple[str, str, int]]]) -> ChannelGroup:
+def mixture(value: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """Mix the channels of a value.
+
+    Args:
+        value: Channels along ``axis``, each perhaps several times in a row, as where a map was
+            flattened.
+        rows: ``[mixtures, channels]``: what of each channel is in a mixture.
+        axis: That of the channels.
+    """
+    count = rows.shape[1]
+    split = value.unflatten(axis, (count, value.shape[axis] // count))
+    found: Tensor = torch.tensordot(split, rows.to(value), dims=([axis], [1])).movedim(-1, axis)
+    return found.flatten(axis, axis + 1)
+
+
+def _group(name: str, channels: list[list[tuple[str, str, int]]], *, linear: bool) -> ChannelGroup:
     slots: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
     for places in channels:
         found: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -442,4 +499,6 @@ def _group(name: str, channels: list[list[tuple[str, str, int]]]) -> ChannelGrou
             if role == wanted
         )
 
-    return ChannelGroup(name, len(channels), of("producers"), of("consumers"), of("through"))
+    return ChannelGroup(
+        name, len(channels), of("producers"), of("consumers"), of("through"), linear
+    )

@@ -1,7 +1,9 @@
 """Taking channels out of a network: every module that has them becomes narrower, none is added.
 
 Exact where the layers that read the channels do not look at them; what they would have looked at
-is first put into the channels that stay (`compress.linalg.selection`).
+is first put into the channels that stay (`compress.linalg.selection`). Where only linear operations
+lie between the layers that make and those that read channels, mixtures of them can stay instead:
+the former give the mixtures, and the latter read them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import kind_of, registered_kind
-from compress.network.channels import NORMS, ChannelMap, Slot
+from compress.network.channels import NORMS, ChannelMap, Slot, mixture
 from compress.network.sites import LayerSite
 from compress.running.modules import module_names, replace_module
 
@@ -27,20 +29,56 @@ class Width:
         name: Its qualified name; ``aliases`` are all of them.
         inputs: Channels that it reads.
         outputs: Channels that it gives.
+        biased: Whether it has a bias, which it may have got.
     """
 
     name: str
     aliases: tuple[str, ...]
     inputs: int
     outputs: int
+    biased: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which channels of a value stay.
+
+    Attributes:
+        stay: Their indices, ascending.
+        turn: Orthogonal ``[channels, channels]`` that mixes them first; None where nothing does.
+    """
+
+    stay: Tensor
+    turn: Tensor | None = None
+
+    def of(self, value: Tensor, axis: int) -> Tensor:
+        """What stays of a value with channels along an axis."""
+        if self.turn is None:
+            return value.index_select(axis, self.stay.to(value.device))
+        return mixture(value, self.turn[self.stay], axis)
+
+    def within(self, value: Tensor, found: Tensor, axis: int) -> Tensor:
+        """A value with another one in place of what stays of it."""
+        if self.turn is None:
+            return value.index_copy(axis, self.stay.to(value.device), found)
+        change = found - self.of(value, axis)
+        return value + mixture(change, self.turn[self.stay].mT, axis)
+
+    def of_matrix(self, matrix: Tensor) -> Tensor:
+        """What stays of ``[..., channels, channels]``, both its rows and its columns."""
+        if self.turn is not None:
+            turn = self.turn.to(matrix)
+            matrix = turn @ matrix @ turn.mT
+        stay = self.stay.to(matrix.device)
+        return matrix[..., stay, :][..., stay]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which channels of a module stay, ascending; None where all do."""
+    """Which channels of a module stay; None where all do."""
 
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
+    inputs: Part | None = None
+    outputs: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -51,22 +89,22 @@ class Cut:
         model: The narrower network; the network itself where nothing was cut.
         sites: Its layers by name; those that did not change are the same.
         kept: Of each module that became narrower, what it kept, by its first name.
-        nodes: Of each node of the graph that gives fewer channels, the axis and those that stay.
+        nodes: Of each node of the graph that gives fewer channels, the axis and what stays.
         widths: The widths to rebuild it with.
     """
 
     model: nn.Module
     sites: Mapping[str, LayerSite]
     kept: Mapping[str, Kept] = field(default_factory=dict)
-    nodes: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
+    nodes: Mapping[str, tuple[int, Part]] = field(default_factory=dict)
     widths: tuple[Width, ...] = ()
 
     def of_node(self, name: str, value: Tensor) -> Tensor:
         """What stays of a node's value of the whole network."""
         if name not in self.nodes:
             return value
-        axis, stay = self.nodes[name]
-        return value.index_select(axis, stay.to(value.device))
+        axis, part = self.nodes[name]
+        return part.of(value, axis)
 
     def inputs_of(self, name: str, value: Tensor) -> Tensor:
         """What stays of a layer's input ``[N, channels, ...]`` or ``[..., channels]``."""
@@ -82,10 +120,8 @@ class Cut:
         linear = site is not None and site.geometry.kind == "linear"
         return value.dim() - 1 if linear else 1
 
-    def _chosen(self, name: str, value: Tensor, stay: Tensor | None) -> Tensor:
-        if stay is None:
-            return value
-        return value.index_select(self.axis(name, value), stay.to(value.device))
+    def _chosen(self, name: str, value: Tensor, part: Part | None) -> Tensor:
+        return value if part is None else part.of(value, self.axis(name, value))
 
 
 def _gone(
@@ -140,7 +176,7 @@ def cut(
     model: nn.Module,
     sites: Iterable[LayerSite],
     channels: ChannelMap,
-    groups: Mapping[str, Tensor],
+    groups: Mapping[str, Part],
     weights: Mapping[str, tuple[Tensor, Tensor]],
 ) -> Cut:
     """Take channels out of a network.
@@ -149,12 +185,13 @@ def cut(
         model: The network; it is left as it was.
         sites: Its layers.
         channels: Its channels.
-        groups: By group, the indices of those that stay.
+        groups: By group, which stay.
         weights: For each layer that reads channels that go, the weight ``[groups, out, in,
-            *kernel]`` that no longer looks at them, and its bias ``[out]``.
+            *kernel]`` of its mixed inputs that no longer looks at them, and its bias ``[out]``.
     """
     by_name = {site.name: site for site in sites}
-    gone = _gone(groups, channels)
+    gone = _gone({name: part.stay for name, part in groups.items()}, channels)
+    turns = turns_of(model, channels, groups)
     if not gone:
         return Cut(model, by_name)
     new = copy.deepcopy(model)
@@ -165,9 +202,10 @@ def cut(
         module = new.get_submodule(name)
         if name in weights:
             module = _with_weight(module, *weights[name])
+        turn = turns.get(name, (None, None))
         stays = Kept(
-            _stay(inputs, widths_of(module)[0]) if inputs else None,
-            _stay(outputs, widths_of(module)[1]) if outputs else None,
+            Part(_stay(inputs, widths_of(module)[0]), turn[0]) if inputs else None,
+            Part(_stay(outputs, widths_of(module)[1]), turn[1]) if outputs else None,
         )
         narrow = _narrowed(module, stays)
         for alias in names[name]:
@@ -187,19 +225,78 @@ def _stay(gone: set[int], count: int) -> Tensor:
     return mask.nonzero().flatten()
 
 
-def _nodes(channels: ChannelMap, groups: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
+def turns_of(
+    model: nn.Module, channels: ChannelMap, groups: Mapping[str, Part]
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """What mixes the inputs and outputs of modules before channels go, orthogonal.
+
+    Args:
+        model: The network.
+        channels: Its channels.
+        groups: By group, which stay.
+    """
+    found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for name, part in groups.items():
+        if part.turn is None or len(part.stay) == len(part.turn):
+            continue
+        group = channels.group(name)
+        for side, slots in enumerate((group.consumers, group.producers)):
+            for slot in slots:
+                both = list(found.get(slot.name, (None, None)))
+                size = widths_of(model.get_submodule(slot.name))[side]
+                whole = both[side]
+                whole = torch.eye(size, dtype=torch.float64) if whole is None else whole
+                both[side] = _turned(whole, slot.places.T, part.turn)
+                found[slot.name] = both[0], both[1]
+    return found
+
+
+def _turned(whole: Tensor, copies: Iterable[Tensor], turn: Tensor) -> Tensor:
+    """An orthogonal matrix that also mixes channels, wherever copies of them lie."""
+    for places in copies:
+        whole[places.unsqueeze(1), places] = turn.to(whole)
+    return whole
+
+
+def _nodes(channels: ChannelMap, groups: Mapping[str, Part]) -> dict[str, tuple[int, Part]]:
     gone: set[int] = set()
+    turned: dict[int, tuple[str, int]] = {}
     for group, labels in zip(channels.groups, channels.members, strict=True):
         if group.name in groups:
+            part = groups[group.name]
             mask = torch.ones(len(labels), dtype=torch.bool)
-            mask[groups[group.name]] = False
+            mask[part.stay] = False
             gone.update(labels[mask].tolist())
+            if part.turn is not None:
+                turned.update({label: (group.name, i) for i, label in enumerate(labels.tolist())})
     found = {}
     for name, node in channels.nodes.items():
-        stay = [i for i, label in enumerate(node.labels.tolist()) if label not in gone]
-        if len(stay) < len(node.labels):
-            found[name] = (node.axis, torch.tensor(stay))
+        of_node = node.labels.tolist()
+        stay = [i for i, label in enumerate(of_node) if label not in gone]
+        if len(stay) < len(of_node):
+            turn = _turn_of(of_node, turned, groups)
+            found[name] = (node.axis, Part(torch.tensor(stay), turn))
     return found
+
+
+def _turn_of(
+    labels: list[int], turned: Mapping[int, tuple[str, int]], groups: Mapping[str, Part]
+) -> Tensor | None:
+    """What mixes the channels of a node, given what each of them is."""
+    places: dict[str, dict[int, list[int]]] = {}
+    for place, label in enumerate(labels):
+        if label in turned:
+            group, channel = turned[label]
+            places.setdefault(group, {}).setdefault(channel, []).append(place)
+    if not places:
+        return None
+    whole = torch.eye(len(labels), dtype=torch.float64)
+    for group, channels in places.items():
+        turn = groups[group].turn
+        assert turn is not None  # or nothing of it would be turned
+        copies = zip(*(channels[i] for i in range(len(turn))), strict=True)
+        whole = _turned(whole, (torch.tensor(copy) for copy in copies), turn)
+    return whole
 
 
 def widths_of(module: nn.Module) -> tuple[int, int]:
@@ -219,8 +316,14 @@ def widths_of(module: nn.Module) -> tuple[int, int]:
     raise ValueError(f"a {type(module).__name__} has no channels to take out")
 
 
-def resized(module: nn.Module, inputs: int, outputs: int) -> nn.Module:
+def resized(module: nn.Module, inputs: int, outputs: int, *, biased: bool) -> nn.Module:
     """Return a module of other widths, no larger than its own, whose values are left over.
+
+    Args:
+        module: As wide as it was.
+        inputs: Channels that it reads.
+        outputs: Channels that it gives.
+        biased: Whether it gets a bias where it has none.
 
     Raises:
         ValueError: The module cannot have them.
@@ -228,7 +331,11 @@ def resized(module: nn.Module, inputs: int, outputs: int) -> nn.Module:
     now = widths_of(module)
     if not (1 <= inputs <= now[0] and 1 <= outputs <= now[1]):
         raise ValueError(f"{type(module).__name__} of {now} cannot have widths {inputs}, {outputs}")
-    return _narrowed(module, Kept(torch.arange(inputs), torch.arange(outputs)))
+    found = _narrowed(module, Kept(Part(torch.arange(inputs)), Part(torch.arange(outputs))))
+    if biased and kind_of(found) is not None and found._parameters.get("bias") is None:
+        weight = registered_kind(found).weight(found)
+        return _with_weight(found, weight, weight.new_zeros(outputs))
+    return found
 
 
 def _with_weight(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
@@ -248,25 +355,27 @@ def _narrowed(module: nn.Module, kept: Kept) -> nn.Module:
     if geometry.groups > 1:
         if kept.outputs is None or geometry.groups != geometry.out_channels:
             raise ValueError("a grouped layer has no channels to take out")
-        count = len(kept.outputs)
-        weight = weight.index_select(0, kept.outputs.to(weight.device))
+        weight = kept.outputs.of(weight, 0)
+        count = len(weight)
         geometry = geometry.with_(in_channels=count, out_channels=count, groups=count)
     else:
-        for axis, stay in ((2, kept.inputs), (1, kept.outputs)):
-            if stay is not None:
-                weight = weight.index_select(axis, stay.to(weight.device))
+        if kept.inputs is not None:  # the weight is already one of mixed inputs
+            weight = Part(kept.inputs.stay).of(weight, 2)
+        if kept.outputs is not None:
+            weight = kept.outputs.of(weight, 1)
         geometry = geometry.with_(in_channels=weight.shape[2], out_channels=weight.shape[1])
     values = None if bias is None else bias.detach().clone()
     if values is not None and kept.outputs is not None:
-        values = values.index_select(0, kept.outputs.to(values.device))
+        values = kept.outputs.of(values, 0)
     return _as(module, kind.build(geometry, weight.clone(), values))
 
 
 def _each_narrowed(module: nn.Module, kept: Kept) -> nn.Module:
     """A norm or activation with parameters of each channel, with only some of them."""
-    stay = kept.outputs if kept.outputs is not None else kept.inputs
-    if stay is None:
+    part = kept.outputs if kept.outputs is not None else kept.inputs
+    if part is None:
         return module
+    stay = part.stay
     count = widths_of(module)[1]
     narrow = copy.deepcopy(module)
 
@@ -308,8 +417,7 @@ class _Within(nn.Module):
         if kept.outputs is None:
             return found
         whole: Tensor = self.whole(x)
-        axis = self.cut.axis(self.name, whole)
-        return whole.index_copy(axis, kept.outputs.to(whole.device), found)
+        return kept.outputs.within(whole, found, self.cut.axis(self.name, whole))
 
 
 def within(cut: Cut, name: str, whole: nn.Module, narrow: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.calibrate.collect import calibrate
 from compress.calibrate.problems import layer_problem
 from compress.calibrate.recipe import Recipe
-from compress.calibrate.removal import unread
+from compress.calibrate.removal import unread, way_of
 from compress.calibrate.statistics import Calibration, Source, without_unseen
 from compress.choose import break_even
 from compress.config import RunConfig
@@ -25,6 +25,7 @@ from compress.network.channels import ChannelGroup, Slot
 from compress.network.recurrent import RecurrentLayer
 from compress.network.sites import LayerSite
 from compress.pipeline.places import check_files
+from compress.plan import NARROW, NARROWER
 from compress.progress import Track, silent
 from compress.result import Cost
 from compress.rules.spectrum import rank_by_energy, rank_by_threshold
@@ -84,6 +85,7 @@ class InspectedGroup:
         made_by: Names of the layers that have them among their outputs.
         changed_by: Modules with parameters of each: depthwise convolutions and norms.
         read_by: Layers that have them among their inputs.
+        way: ``"slice"`` where mixtures of them can stay, else ``"narrow"``.
         reason: Why a budget leaves them all the same; None where it may take some out.
     """
 
@@ -92,6 +94,7 @@ class InspectedGroup:
     made_by: tuple[str, ...]
     changed_by: tuple[str, ...]
     read_by: tuple[str, ...]
+    way: str
     reason: str | None
 
 
@@ -268,6 +271,7 @@ def _group(group: ChannelGroup, network: Network) -> InspectedGroup:
         made_by=names(group.producers),
         changed_by=names(group.through),
         read_by=names(group.consumers),
+        way=way_of(group, NARROWER) or NARROW,
         reason=unread(group, {site.name: site for site in network.sites}),
     )
 

@@ -25,7 +25,7 @@ from compress.measure.accuracy import Yardstick
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.trials import try_out
-from compress.plan import NARROW
+from compress.plan import NARROWER
 from compress.progress import Track, silent
 from compress.running.structure import placed
 
@@ -89,7 +89,7 @@ class Job:
             samples_per_dimension=config.samples_per_dimension,
             seed=config.seed,
             reading=self.network.reading,
-            readers=readers_of(self.network) if NARROW in schemes else frozenset(),
+            readers=readers_of(self.network) if set(schemes) & set(NARROWER) else frozenset(),
         )
 
     @property

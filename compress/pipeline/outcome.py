@@ -147,6 +147,11 @@ class Record:
         return judged(result, limits_of(job.config))
 
 
+def _biased(model: nn.Module, name: str) -> bool:
+    """Whether a layer by itself has a bias; chains have one anyway."""
+    return model.get_submodule(name)._parameters.get("bias") is not None
+
+
 def manifest_of(job: Job, plan: Plan, final: nn.Module, source: Source) -> Manifest:
     """Say how a model that nothing has verified yet is rebuilt and where it came from.
 
@@ -166,7 +171,10 @@ def manifest_of(job: Job, plan: Plan, final: nn.Module, source: Source) -> Manif
         unpacked=job.network.unpacked,
         plain=job.network.baked.layers,
         folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
-        widths=widths_at(job.network.model, channels, group_widths(plan, channels)),
+        widths=tuple(
+            replace(width, biased=_biased(final, width.name))
+            for width in widths_at(job.network.model, channels, group_widths(plan, channels))
+        ),
         replacements=tuple(
             Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)
             for c in plan.choices

@@ -59,6 +59,7 @@ def choose(job: Job, calibration: Calibration) -> Plan:
     plan = Plan(config.rule, config.rule_value, config.metric, tuple(choices))
     return dataclasses.replace(
         plan,
+        slices=config.slices,
         model=job.inputs.spec,
         source_sha256=job.inputs.sha256,
         calibration=calibration.source.data,

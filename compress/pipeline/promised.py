@@ -71,7 +71,8 @@ class PromisedBudgets:
         if not names:
             return {}
         job = self.job
-        plan = Plan(job.config.rule, None, job.config.metric, tuple(choices))
+        config = job.config
+        plan = Plan(config.rule, None, config.metric, tuple(choices), slices=config.slices)
         fitter = dataclasses.replace(job.fitter, refit=False)
         fitted = fitter.fit(plan, self.calibration)
         replaced = fitter.replace(fitted)

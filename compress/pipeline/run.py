@@ -32,7 +32,7 @@ from compress.pipeline.outcome import Compressed, Record
 from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
 from compress.pipeline.unfinished import Work, kept_on_failure
-from compress.plan import NARROW, Plan
+from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
 from compress.running.memory_format import put_in_format
@@ -103,7 +103,8 @@ def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:
         return schemes
     # With those that the rule had in play, so that the plan's calibration file serves.
     used = {choice.scheme for choice in plan.choices}
-    used |= {NARROW for choice in plan.choices if choice.width is not None}
+    if any(choice.width is not None for choice in plan.choices):
+        used.update(plan.ways)
     return tuple(name for name in WAYS if name in used or name in schemes)
 
 

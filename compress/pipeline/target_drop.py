@@ -37,7 +37,8 @@ def choose_within_drop(job: Job, chooser: Chooser, points: float) -> list[Choice
     before = yardstick.known(network.original, images, "search: original")
 
     def drop(choices: list[Choice]) -> float:
-        plan = Plan(job.config.rule, points, job.config.metric, tuple(choices))
+        config = job.config
+        plan = Plan(config.rule, points, config.metric, tuple(choices), slices=config.slices)
         replaced = job.fitter.carry_out(plan, chooser.calibration)
         metric = yardstick.compare(network.original, replaced.model, images, "search", before)
         return metric.drop or 0.0

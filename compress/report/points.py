@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from compress.plan import DENSE, NARROW
+from compress.plan import DENSE, NARROW, NARROWER
 from compress.report import text
 from compress.report.build import REPORT_FORMAT, Report, end_metric
 from compress.result import SweepResult, to_dict
@@ -125,9 +125,12 @@ def _times(numbers: Any) -> str:
 
 def _whole(row: Point, layer: str) -> str:
     """Say of a layer without ranks whether it is dense or only narrower."""
-    if layer not in row["schemes"]:
+    scheme = row["schemes"].get(layer)
+    if scheme is None:
         return ""
-    return NARROW if layer in row["widths"] else DENSE
+    if layer not in row["widths"]:
+        return DENSE
+    return scheme if scheme in NARROWER else NARROW
 
 
 def _cell(value: Any) -> Any:

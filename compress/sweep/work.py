@@ -137,13 +137,13 @@ class SweepWork:
             return lambda value: chooser(self.grid.at(self.config, value)).plan()
         # The candidates do not depend on the budget, and they are what costs time.
         budgets = chooser(self.prepared.config).budgets(currency)
-        metric = self.config.metric
+        metric, slices = self.config.metric, self.config.slices
         job = dataclasses.replace(self.job, network=network)
 
         def plan(value: float) -> Plan:
             # Each point begins with what was predicted, as a run does.
             choices = PromisedBudgets(job, calibration, budgets).spend(value)
-            return Plan(rule, value, metric, tuple(choices))
+            return Plan(rule, value, metric, tuple(choices), slices=slices)
 
         return plan
 

@@ -138,7 +138,7 @@ def test_statistics_of_what_is_left_are_those_taken_of_it(name: str, *, weigh: b
     for group in network.channels.groups:  # in this order, whatever is best
         removal = narrower.removal(group.name)
         gone = torch.arange(group.size // 3)
-        narrower.calibration.removals[group.name] = type(removal)(
+        narrower.calibration.removals[narrower.way(group.name), group.name] = type(removal)(
             torch.cat([gone, stay[group.name]]), removal.losses
         )
     cut, lost = narrower.cut({n: len(s) for n, s in stay.items()})

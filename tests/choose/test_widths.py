@@ -26,7 +26,7 @@ from compress.errors import BudgetError
 from compress.fit.layers import Fitter
 from compress.network.baseline import Network, prepare
 from compress.network.sites import LayerSite
-from compress.plan import NARROW, Choice, Plan
+from compress.plan import NARROWER, Choice, Plan
 from compress.rules.macs import BY_MACS
 from compress.rules.params import BY_PARAMS
 
@@ -69,7 +69,7 @@ class Setting:
     narrower: Narrower
 
     def budgets(self, **given: object) -> Budgets:
-        config = make_config({"schemes": ("output", NARROW), self.currency: 0.5, **given})
+        config = make_config({"schemes": ("output", *NARROWER), self.currency: 0.5, **given})
         network, calibration = self.network, self.narrower.calibration
         chooser = Chooser.of(network, calibration, config)
         return chooser.budgets(CURRENCIES[self.currency])
@@ -86,7 +86,9 @@ class Setting:
         each = 1 if geometry.groups > 1 else inputs
         numbers = taps * each * outputs if rank is None else rank * (taps * each + outputs)
         if self.currency == "params":
-            return numbers + (outputs if site.biased or rank is not None else 0)
+            whole = (geometry.in_channels, geometry.out_channels)
+            got = rank is not None or (geometry.groups == 1 and io != whole)
+            return numbers + (outputs if site.biased or got else 0)
         return numbers * site.positions
 
     def total(self) -> float:

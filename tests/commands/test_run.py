@@ -376,13 +376,13 @@ def test_inspect_lists_what_can_become_narrower_together(bench: Workbench) -> No
     groups = {group["name"]: group for group in found["groups"]}
     assert groups["conv1"] == {
         "name": "conv1", "size": 8, "made_by": ["conv1"], "changed_by": [], "read_by": ["conv2"],
-        "reason": None,
+        "way": "narrow", "reason": None,
     }  # fmt: skip
     assert groups["conv2"]["read_by"] == ["head"]
     assert found["left"] == {"head": "they are an output of the network"}
     text = command("inspect", bench.checkpoint, "--model", SPEC).stdout
     row = next(line for line in text.splitlines() if line.split()[:2] == ["conv1", "conv1"])
-    assert row.split()[-2:] == ["conv2", "8"]
+    assert row.split()[-3:] == ["conv2", "narrow", "8"]
     assert "No channels taken out of head: they are an output of the network" in text
 
 

@@ -93,6 +93,69 @@ def test_a_graph_is_cut_where_one_tensor_goes_on(network: Network) -> None:
     assert find_segments(network.graph, network.model, {}, positions) == []
 
 
+class Sized(nn.Module):
+    """Reads sizes at its start and uses them inside and at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, stride=2)
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+        self.fourth = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, size = x.size(0), x.shape[-2:]
+        x = self.second(torch.relu(self.first(x)))
+        x = nn.functional.interpolate(torch.relu(x), size=size)
+        x = self.fourth(torch.relu(self.third(x)).view(count, 8, *size))
+        return self.head(torch.relu(x).mean((2, 3)).view(count, -1))
+
+
+def test_sizes_read_at_the_start_do_not_join_everything(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = prepare(Sized().eval(), torch.randn(1, 3, 9, 9))
+    ranks = dict.fromkeys(("first", "second", "third", "fourth"), ("output", 3))
+    found = factors_of(network, images[:64], ranks)
+    walk = StretchWalk(traced_of(network), Frontier(1 << 30, Path()))
+    walk.start(RefitImages(labelled(images[:5]), []))
+    positions = walk.positions(walk.shapes())
+    segments = find_segments(network.graph, network.model, {n: n for n in ranks}, positions)
+    assert [s.layers for s in segments] == [("first", "second"), ("third", "fourth")]
+    assert [walk.reads_numbers(s) for s in segments] == [False, True]
+    # Of 96 images in batches of 10 the last is smaller, so sizes differ.
+    better = improved(network, images, found, size=10)
+    changed = {n for n in ranks if better.factors[n] is not found[n]}
+    assert changed
+
+    def error(factors: dict[str, Factors]) -> float:
+        model = rewritten(network, factors)
+        with torch.no_grad():
+            return float((model(images[64:]) - network.model(images[64:])).square().mean())
+
+    assert error(better.factors) < error(found)
+
+
+def test_large_maps_take_fewer_images(
+    network: Network, images: Tensor, factors: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stretches, "STEP_POSITIONS", 81 * 6)
+    seen: list[int] = []
+    through = StretchWalk.through
+
+    def counted(walk: StretchWalk, segment: Segment, batch: int, given: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append(len(given))
+        return through(walk, segment, batch, given)
+
+    monkeypatch.setattr(StretchWalk, "through", counted)
+    one, two = (improved(network, images, factors) for _ in range(2))
+    assert 6 in seen
+    assert set(seen) <= {6, 8}
+    for name, found in one.factors.items():
+        assert torch.equal(found.fit.matrix, two.factors[name].fit.matrix)
+
+
 def test_a_stretch_ends_before_a_pooling(network: Network) -> None:
     assert network.graph is not None
     nodes = list(network.graph.nodes)

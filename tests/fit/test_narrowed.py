@@ -24,7 +24,7 @@ from compress.fit.jointly import Improved
 from compress.fit.layers import Fitter, Replaced
 from compress.fit.lockstep import Lockstep
 from compress.fit.regression import Rows
-from compress.fit.whole import divergences, nearest
+from compress.fit.whole import best_share, divergences
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows
 from compress.network.baseline import Network
@@ -205,21 +205,22 @@ def test_how_far_outputs_are_apart() -> None:
 @pytest.mark.parametrize(
     ("apart", "best", "why"),
     [
-        ((1.0, 0.5, 0.4), 2, ""),
-        ((1.0, 0.5, 0.505), 2, ""),  # that may be chance
-        ((1.0, 0.5, 0.52), 1, "1.04 times as far"),
-        ((1.0, 1.015, 1.5), 0, "1.5 times as far"),
-        ((1.0, 1.0, 1.0), 2, ""),
-        ((0.0, 0.0), 1, ""),
-        ((0.0, 1.0), 0, "times as far"),
-        ((1.0, math.nan, math.inf), 0, "not finite"),
-        ((1.0, math.nan, 0.5), 2, ""),
-        ((math.nan, 0.5, math.nan), 1, "not finite"),
-        ((math.nan, math.nan), 0, "not finite"),
+        ((1.0, 0.4, 0.5), 1.0, ""),
+        ((1.0, 0.505, 0.5), 1.0, ""),  # that may be chance
+        ((1.0, 0.52, 0.5, 0.6), 0.75, "1.04 times as far"),
+        ((1.0, 0.9, 0.6, 0.4, 0.5), 0.5, "2.25 times as far"),
+        ((1.0, 1.5, 1.2, 1.1, 1.015), 0.0, "1.5 times as far"),
+        ((1.0, 1.0, 1.0), 1.0, ""),
+        ((0.0, 0.0), 1.0, ""),
+        ((0.0, 1.0), 0.0, "times as far"),
+        ((1.0, math.nan, math.inf), 0.0, "not finite"),
+        ((1.0, math.nan, 0.5), 0.75, "not finite"),
+        ((math.nan, 0.5, math.nan), 1.0, ""),
+        ((math.nan, math.nan), 0.0, "not finite"),
     ],
 )
-def test_the_stage_that_is_nearest(apart: tuple[float, ...], best: int, why: str) -> None:
-    found, reason = nearest(apart)
+def test_the_share_that_is_nearest(apart: tuple[float, ...], best: float, why: str) -> None:
+    found, reason = best_share(apart)
     assert found == best
     assert why in reason
     assert bool(reason) == bool(why)
@@ -265,14 +266,14 @@ def test_what_leaves_the_whole_worse_is_taken_back(
     found = fitter.replace(fitted)
     assert found.refit.path == "graph"
     if second == "good":
-        assert "taken back" not in found.refit.reason
+        assert "the joint refit was taken back" not in found.refit.reason
         return
     if first == "good":
-        assert found.refit.reason.startswith("the joint refit was taken back")
+        assert "the joint refit was taken back" in found.refit.reason
         assert found.refitted
         assert found.model is not found.fitted
     else:
-        assert found.refit.reason.startswith("it was taken back")
+        assert found.refit.reason.startswith("the refit layer by layer was taken back")
         assert found.model is found.fitted
         assert found.refitted == ()
     image = smooth(4, NETWORKS["mobile"][1])

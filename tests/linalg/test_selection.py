@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.linalg.selection import Reader, Removal, compensated, removal
+from compress.linalg.selection import (
+    Reader,
+    Removal,
+    compensated,
+    removal,
+    removal_of_directions,
+)
 
 
 def moments(rows: int, length: int, seed: int) -> Tensor:
@@ -95,6 +101,60 @@ def test_a_channel_that_another_foretells_costs_nothing() -> None:
     assert float(torch.trace(delta @ covariance @ delta.T)) < 1e-6 * scale
     gone = [k for k in range(8) if k not in stay.tolist()]
     assert bool((weight[:, gone] == 0).all())
+
+
+def turned(r: Reader, basis: Tensor) -> Reader:
+    """What a layer reads in directions of its channels."""
+    whole = torch.zeros_like(r.covariance)
+    for columns in r.columns.T:
+        whole[columns.unsqueeze(1), columns] = basis
+    return Reader(r.root @ whole, whole.T @ r.covariance @ whole, r.columns)
+
+
+@pytest.mark.parametrize(
+    "readers",
+    [
+        [reader(12, 1, 5, 0)],
+        [reader(8, 4, 6, 1)],
+        [reader(9, 1, 3, 2), reader(9, 3, 4, 3)],
+    ],
+    ids=["one tap", "four taps", "two readers"],
+)
+def test_directions_lose_what_least_squares_leave(readers: list[Reader]) -> None:
+    found = removal_of_directions(readers)
+    basis = found.basis
+    assert basis is not None
+    size = len(basis)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(size, dtype=torch.float64))
+    assert found.order.tolist() == list(range(size))[::-1]
+    again = [turned(r, basis) for r in readers]
+    scale = float(found.losses[-1])
+    for gone in range(size):
+        expected = loss_without(again, found.order[:gone].tolist())
+        assert float(found.losses[gone]) == pytest.approx(expected, rel=1e-5, abs=1e-6 * scale)
+
+
+def test_no_directions_lose_less_for_one_reader() -> None:
+    """The singular values that are left are a bound (Eckart & Young, 1936)."""
+    r = reader(10, 1, 10, 7)
+    values = torch.linalg.svdvals(r.root @ torch.linalg.cholesky(r.covariance)).square()
+    bounds = torch.cat([values.new_zeros(1), values.flip(0).cumsum(0)[:-1]])
+    torch.testing.assert_close(removal_of_directions([r]).losses, bounds, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_of_a_low_rank_is_cut_to_it_without_loss() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(9, 4, dtype=torch.float64, generator=generator)
+    covariance = mix @ moments(300, 4, 8) @ mix.T
+    roots = torch.randn(2, 5, 9, dtype=torch.float64, generator=generator)
+    columns = torch.arange(9).unsqueeze(1)
+    found = removal_of_directions([Reader(root, covariance, columns) for root in roots])
+    whole = float(sum(torch.trace(root @ covariance @ root.T) for root in roots))
+    assert float(found.losses[5]) < 1e-6 * whole
+    assert float(found.losses[6]) > 1e-3 * whole
+    assert float(removal([Reader(root, covariance, columns) for root in roots]).losses[5]) < (
+        1e-5 * whole
+    )
 
 
 def test_dead_channels_go_first() -> None:

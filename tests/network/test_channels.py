@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.layers import registered_kind
 from compress.network.baseline import Network, prepare
-from compress.network.narrowing import Cut, cut, resized, widths_of
+from compress.network.narrowing import Cut, Part, cut, resized, widths_of
 
 
 def described(network: Network) -> dict[str, tuple[int, list[str], list[str], list[str]]]:
@@ -32,6 +32,15 @@ def test_a_mobile_block_has_a_stream_and_hidden_channels() -> None:
         "expand": (12, ["expand", "excite"], ["depthwise"], ["squeeze", "project"]),
         "squeeze": (4, ["squeeze"], [], ["excite"]),
     }
+
+
+def test_only_a_stream_without_activations_can_be_mixed() -> None:
+    network, _ = prepared("mobile")
+    assert {g.name: g.linear for g in network.channels.groups} == {
+        "stem": True, "expand": False, "squeeze": False,
+    }  # fmt: skip
+    for name in ("joined", "tokens", "chain", "upscaled"):
+        assert not any(g.linear for g in prepared(name)[0].channels.groups), name
 
 
 def test_joined_branches_are_groups_of_their_own_and_flattened_channels_repeat() -> None:
@@ -75,7 +84,8 @@ def blinded(network: Network, groups: dict[str, Tensor]) -> tuple[nn.Module, Cut
             weight = registered_kind(layer).weight(layer).clone()
             bias = layer.bias.detach().clone()  # type: ignore[union-attr, operator]
             weights[slot.name] = (weight, bias)
-    return blind, cut(blind, network.sites, network.channels, groups, weights)
+    parts = {name: Part(stay) for name, stay in groups.items()}
+    return blind, cut(blind, network.sites, network.channels, parts, weights)
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -98,7 +108,7 @@ def test_what_nobody_looks_at_can_go(name: str) -> None:
     for width in narrow.widths:
         now = narrow.model.get_submodule(width.name)
         assert widths_of(now) == (width.inputs, width.outputs)
-        again = resized(blind.get_submodule(width.name), width.inputs, width.outputs)
+        again = resized(blind.get_submodule(width.name), width.inputs, width.outputs, biased=False)
         assert {k: v.shape for k, v in again.state_dict().items()} == {
             k: v.shape for k, v in now.state_dict().items()
         }
@@ -106,7 +116,7 @@ def test_what_nobody_looks_at_can_go(name: str) -> None:
 
 def test_taking_out_nothing_gives_the_network_itself() -> None:
     network, _ = prepared("mobile")
-    groups = {g.name: torch.arange(g.size) for g in network.channels.groups}
+    groups = {g.name: Part(torch.arange(g.size)) for g in network.channels.groups}
     found = cut(network.model, network.sites, network.channels, groups, {})
     assert found.model is network.model
     assert not found.widths
@@ -166,6 +176,6 @@ def test_what_treats_each_channel_by_itself_keeps_them_together(
 
 def test_widths_that_a_module_cannot_have() -> None:
     with pytest.raises(ValueError, match="cannot have widths 9, 2"):
-        resized(nn.Conv2d(4, 8, 3), 9, 2)
+        resized(nn.Conv2d(4, 8, 3), 9, 2, biased=False)
     with pytest.raises(ValueError, match="no channels"):
         widths_of(nn.ReLU())

@@ -43,6 +43,16 @@ def vgg() -> nn.Module:
     )  # fmt: skip
 
 
+def without_biases() -> nn.Module:
+    """Layers that read channels and have no bias, and no norm behind them to get one from."""
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 20, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(80, 24, bias=False), nn.ReLU(), nn.Linear(24, 3, bias=False),
+    )  # fmt: skip
+
+
 class Branching(nn.Module):
     """A network without a graph: its forward decides by what its images hold."""
 
