@@ -36,7 +36,11 @@ ROWS = 1 << 16
 # weakest ridge is ten times the rounding.
 LONG_PATCH = 1200
 ROWS_PER_NUMBER = 8
-# Numbers of patches unfolded at a time.
+# Numbers of patches that are unfolded for their lowest frequencies: images beyond these, but at
+# least so many, are only looked at by position.
+LOWEST_NUMBERS = 1 << 28
+LEAST_IMAGES = 64
+# Those unfolded at a time.
 _CHUNK = 1 << 24
 
 
@@ -159,7 +163,10 @@ class Rows:
             return
         geometry = site.geometry
         length = geometry.groups * (geometry.in_features + geometry.out_features)
-        step = max(_CHUNK // (math.prod(size) * length), 1)
+        numbers = math.prod(size) * length
+        if into.constant.count >= max(LOWEST_NUMBERS // numbers, LEAST_IMAGES):
+            return
+        step = max(_CHUNK // numbers, 1)
         for start in range(0, len(target), step):
             part = slice(start, start + step)
             rows = patch_rows(given[part], geometry), output_rows(target[part], geometry)

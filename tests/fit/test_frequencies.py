@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.fit.frequencies import Power, cosines, lowest_of_rows, measured, transformed
+from compress.fit.regression import Rows
+from compress.linalg.geometry import output_rows, patch_rows
+from compress.network.baseline import prepare
 
 
 def test_cosines_are_orthonormal_and_begin_with_the_mean() -> None:
@@ -86,3 +89,36 @@ def test_gradients_are_those_of_autograd() -> None:
     torch.testing.assert_close(found["0"].excess, expected.excess, rtol=1e-4, atol=1e-5)
     assert found["0"].size == (6, 6)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("size", [(5, 7), (12, 12)])
+def test_a_regression_costs_what_its_errors_do(size: tuple[int, ...]) -> None:
+    """With all positions seen, against each image's error transformed by itself."""
+    generator = torch.Generator().manual_seed(2)
+    layer = nn.Conv2d(3, 4, 1)
+    site = prepare(nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(1, 3, *size)).sites[0]
+    inputs, targets = (torch.randn(9, c, *size, generator=generator).double() for c in (3, 4))
+    power = Power()
+    power.add(torch.nn.functional.avg_pool2d(targets, 3, 1, 1) + 0.2)
+    frequencies = power.frequencies()
+    assert frequencies is not None
+    rows = Rows.of(site, torch.device("cpu"), frequencies)
+    rows.add(patch_rows(inputs, site.geometry), output_rows(targets, site.geometry), held_out=False)
+    rows.add_images(inputs, targets, site, held_out=False)
+    weighting = torch.randn(4, 4, generator=generator).double()
+    weighting = weighting @ weighting.T
+    matrix = torch.randn(1, 4, 3, generator=generator).double()
+
+    def cost(bias: Tensor) -> float:
+        error = targets - torch.einsum("oi,nihw->nohw", matrix[0], inputs) - bias.view(1, 4, 1, 1)
+        root = torch.linalg.cholesky(weighting)
+        each = torch.einsum("nohw,oc->nchw", error, root)
+        smooth = transformed(each).square().sum((0, 1)) @ frequencies.excess
+        whole = frequencies.rest * each.square().sum() + smooth
+        return float(whole) / (len(targets) * math.prod(size))
+
+    best = rows.train.bias(matrix)
+    for bias in (best, best + 0.3, torch.zeros_like(best)):
+        found = rows.train.error(weighting.unsqueeze(0), matrix, bias)
+        assert found == pytest.approx(cost(bias), rel=1e-6)
+    assert cost(best) < min(cost(best + 0.05), cost(best - 0.05))

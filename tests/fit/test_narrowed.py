@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from compress.calibrate.removal import Narrower
 from compress.data import Loader, as_images, split
 from compress.fit import layers
-from compress.fit.factors import Factors
+from compress.fit.factors import Factors, partly
 from compress.fit.frontier import Pair
 from compress.fit.in_order import _InOrder
-from compress.fit.jointly import Improved
+from compress.fit.jointly import Improved, Movable
 from compress.fit.layers import Fitter, Replaced
 from compress.fit.lockstep import Lockstep
 from compress.fit.regression import Rows
+from compress.fit.walk import Traced
 from compress.fit.whole import best_share, divergences
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows
@@ -279,6 +280,33 @@ def test_what_leaves_the_whole_worse_is_taken_back(
     image = smooth(4, NETWORKS["mobile"][1])
     with torch.no_grad():
         assert bool(found.model(image).isfinite().all())
+
+
+def test_of_a_refit_that_goes_too_far_a_part_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes past what is best by as much as that is away: half of the way."""
+    _, _, narrower = setting("mobile")
+    fitter = replace(fitter_of("mobile"), split=split(as_images(smooth(40, (3, 8, 8))), 40, 0))
+    fitted = fitter.fit(plan("mobile"), narrower.calibration)
+    best, worse = fitted.factors, spoiled(fitted.factors, 0.5)
+
+    def too_far(traced: Traced, factors: Mapping[str, Factors], *rest: Any) -> Any:
+        del rest
+        sites = traced.sites
+        return {n: partly(f, best[n], 2.0, sites[n].geometry) for n, f in factors.items()}, {}
+
+    def nothing(traced: Traced, movable: Movable, *rest: Any) -> Improved:
+        del traced, rest
+        return Improved(dict(movable.factors), {})
+
+    monkeypatch.setattr(layers, "refit", too_far)
+    monkeypatch.setattr(layers, "refit_jointly", nothing)
+    found = fitter.replace(replace(fitted, factors=worse))
+    assert found.refit.reason.startswith("the refit layer by layer was kept to 50%, since all")
+    assert "joint" not in found.refit.reason
+    expected = fitter.replace(fitted).fitted
+    image = smooth(4, NETWORKS["mobile"][1])
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(image), expected(image), rtol=1e-4, atol=1e-5)
 
 
 def test_without_images_to_judge_there_is_no_refit() -> None:
