@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from compress.choose.choices import break_even, kept, make_choice, rounded_up, scheme_cost
 from compress.choose.knapsack import UnreachableBudgetError, allocate
 from compress.choose.overrides import Latitude, Overrides
-from compress.choose.widths import Pattern, Widths
+from compress.choose.widths import Narrowed, Pattern, Widths
 from compress.errors import BudgetError
 from compress.linalg.fit import Problem, grid_losses, rank_grid
 from compress.linalg.schemes import OUTPUT, scheme_named
@@ -72,19 +72,10 @@ class Budgets:
         best = self._ranked({}, room) if self.widths is None or fraction >= 1 else self._wide(room)
         if best is None:
             raise self._unreachable(fraction, self.smallest() * self.total - self.fixed)
-        widths: dict[str, tuple[int, int]] = {}
-        ways: dict[str, str] = {}
-        if self.widths is not None:
-            widths, ways = (
-                self.widths.layer_widths(best.pattern), self.widths.ways(best.pattern)
-            )  # fmt: skip
+        narrowed = {} if self.widths is None else self.widths.narrowed(best.pattern)
         why = self.why or f"best within {self.currency.name} {fraction:g}"
         return [
-            self._choice(site, best.chosen.get(site.name), why)
-            if site.name not in widths
-            else _narrower(
-                site, best.chosen.get(site.name), (widths[site.name], ways[site.name]), why
-            )
+            self._choice(site, best.chosen.get(site.name), narrowed.get(site.name), why)
             for site in self.sites
         ]
 
@@ -164,7 +155,13 @@ class Budgets:
         widths = self.widths and self.widths.dearer(factors)
         return replace(self, found=found, widths=widths)
 
-    def _choice(self, site: LayerSite, candidate: Candidate | None, why: str) -> Choice:
+    def _choice(
+        self, site: LayerSite, candidate: Candidate | None, narrowed: Narrowed | None, why: str
+    ) -> Choice:
+        if narrowed is not None:
+            if candidate is None or candidate.scheme == DENSE:
+                return make_choice(site, narrowed.way, (), why, 0, narrowed.width)
+            return make_choice(site, candidate.scheme, candidate.ranks, why, 0, narrowed.width)
         if candidate is None:
             return kept(site, self.overrides.kept(site) or "no candidate")
         by_scheme = candidate.scheme if candidate.scheme != DENSE else OUTPUT.name
@@ -194,16 +191,6 @@ class Budgets:
             return ""
         parts = (f"{n or 'the model itself'} ({100 * fixed[n] / self.total:.0f}%)" for n in largest)
         return f" What cannot be rewritten: {', '.join(parts)}."
-
-
-def _narrower(
-    site: LayerSite, candidate: Candidate | None, how: tuple[tuple[int, int], str], why: str
-) -> Choice:
-    """The choice of a layer that gets a width in some way, and perhaps ranks."""
-    width, way = how
-    if candidate is None or candidate.scheme == DENSE:
-        return make_choice(site, way, (), why, 0, width)
-    return make_choice(site, candidate.scheme, candidate.ranks, why, 0, width)
 
 
 def options(

@@ -72,6 +72,14 @@ def _grid(size: int, round_to: int | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """What becomes of a narrower layer: its inputs and outputs, and ``"narrow"`` or ``"slice"``."""
+
+    width: tuple[int, int]
+    way: str
+
+
+@dataclass(frozen=True)
 class Widths:
     """What a budget may do to widths.
 
@@ -126,14 +134,15 @@ class Widths:
                         now[side] -= gone * slot.places.shape[1]
         return {name: (now[0], now[1]) for name, now in found.items()}
 
-    def ways(self, pattern: Pattern) -> dict[str, str]:
-        """How layers become narrower at a pattern: ``"slice"`` where any of their groups is."""
-        found: dict[str, str] = {}
+    def narrowed(self, pattern: Pattern) -> dict[str, Narrowed]:
+        """Every layer that a pattern makes narrower: a slice where any of its groups is one."""
+        ways: dict[str, str] = {}
         for option in self.options:
             if pattern.get(option.group.name, option.group.size) < option.group.size:
                 for name in option.group.modules:
-                    found[name] = SLICE if option.way == SLICE else found.get(name, NARROW)
-        return found
+                    ways[name] = SLICE if option.way == SLICE else ways.get(name, NARROW)
+        widths = self.layer_widths(pattern)
+        return {name: Narrowed(width, ways[name]) for name, width in widths.items()}
 
     @cached_property
     def search(self) -> Search:

@@ -5,13 +5,13 @@ networks side by side, each layer is fitted again by ridge regression of the *or
 output on the *compressed* network's input (asymmetric reconstruction: Zhang, Zou, He & Sun,
 "Accelerating Very Deep Convolutional Networks for Classification and Detection", 2015). Beyond
 that paper, where a layer's output is added to a shortcut the target is what the *sum* lacks, and
-all factors are refitted, not only the last. Layers that were kept stay as they are, bit for bit.
+all factors are refitted, not only the last, and errors are weighed by how smoothly they vary over
+positions (`compress.fit.frequencies`). Layers that were kept stay as they are, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -83,7 +83,10 @@ POWER_IMAGES = 64
 class _InOrder(Walk):
     """The walk that stops at one layer after the other."""
 
-    frequencies: Mapping[str, Frequencies] = MappingProxyType({})
+    def __init__(self, traced: Traced, frontier: Frontier) -> None:
+        super().__init__(traced, frontier)
+        # What errors of layers cost by how smoothly they vary, once it is measured.
+        self.frequencies: dict[str, Frequencies] = {}
 
     def measured(
         self, by_alias: Mapping[str, str], settings: RefitSettings

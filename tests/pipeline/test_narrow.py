@@ -344,3 +344,23 @@ def test_weights_in_half_precision(tmp_path: Path) -> None:
         if layer.scheme == NARROW:
             weight = loaded.get_submodule(layer.name)
             assert layer.bytes == 2 * sum(p.numel() for p in weight.parameters())
+
+
+def test_streams_are_cut_in_directions_unless_that_is_left_out(tmp_path: Path) -> None:
+    model = settled(mobile())
+    with_slices, without = (
+        compress.compress_model(
+            model, images(), macs=0.5, refit=False, no_latency=True, schemes=schemes,
+            output=str(tmp_path / schemes[-1]),
+        )
+        for schemes in (("narrow", "slice"), ("narrow",))
+    )  # fmt: skip
+    assert "slice" in {c.scheme for c in with_slices.plan.choices}
+    assert "slice" not in {c.scheme for c in without.plan.choices}
+    assert (with_slices.plan.slices, without.plan.slices) == (True, False)
+    for made, name in ((with_slices, "slice"), (without, "narrow")):
+        assert read_plan(tmp_path / name / "plan.json").slices == made.plan.slices
+        loaded = compress.load(tmp_path / name, model=mobile())
+        with torch.no_grad():
+            assert torch.equal(loaded(images(5)), made.model(images(5)))
+        assert macs(loaded) <= 0.5 * macs(model)
