@@ -107,6 +107,8 @@ def measured(
             with torch.enable_grad():
                 total = loss(run_model(model, with_gradients(inputs)), targets)
                 reached = {n: o for n, o in outputs.items() if o.requires_grad}
+                if not reached:  # no layer at all, or none that the loss depends on
+                    continue
                 gradients = torch.autograd.grad(total, [*reached.values()], allow_unused=True)
             for name, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None and len(gradient) == count(inputs):

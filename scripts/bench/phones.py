@@ -9,6 +9,7 @@ is judged once on all test pictures. One calibration serves all budgets.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -23,9 +24,8 @@ HERE = Path(__file__).resolve()
 
 def lite0() -> nn.Module:
     """EfficientNet-Lite0 with random weights."""
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    package = importlib.import_module("efficientnet_lite_pytorch")
+    network: nn.Module = package.EfficientNet.from_name("efficientnet-lite0")
     return network
 
 

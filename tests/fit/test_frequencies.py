@@ -122,3 +122,9 @@ def test_a_regression_costs_what_its_errors_do(size: tuple[int, ...]) -> None:
         found = rows.train.error(weighting.unsqueeze(0), matrix, bias)
         assert found == pytest.approx(cost(bias), rel=1e-6)
     assert cost(best) < min(cost(best + 0.05), cost(best - 0.05))
+
+
+def test_without_layers_or_gradients_there_are_no_frequencies() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    images = torch.randn(2, 3, 5, 5)
+    assert measured(model, [], [(images, None)], lambda result, _: result.sum()) == {}

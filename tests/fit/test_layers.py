@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from stopwatch import stop_the_clock
@@ -18,12 +20,13 @@ def test_the_held_out_prediction_is_what_held_out_images_measure(
     """Of patches and of outputs; the mean of the held-out rows is another than that of the seen."""
     stop_the_clock(monkeypatch)
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("conv", nn.Conv2d(2, 12, 3))
-    model.add_module("relu", nn.ReLU())
-    model.add_module("flatten", nn.Flatten())
-    model.add_module("linear", nn.Linear(12 * 9, 40))
-    model.add_module("wide", nn.Linear(40, 50))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers: dict[str, nn.Module] = {
+            "conv": nn.Conv2d(2, 12, 3), "relu": nn.ReLU(), "flatten": nn.Flatten(),
+            "linear": nn.Linear(12 * 9, 40), "wide": nn.Linear(40, 50),
+        }  # fmt: skip
+    model = nn.Sequential(OrderedDict(layers))
     images = torch.randn(16, 2, 5, 5, generator=generator)
     images[::3] += 1
     name, _, ranks = rank.partition("=")
