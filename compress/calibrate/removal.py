@@ -138,6 +138,8 @@ class Narrower:
         gone: dict[str, list[Tensor]] = {}
         for name, width in widths.items():
             found, group = self.removal(name), self.channels.group(name)
+            if width == group.size:
+                continue
             turn = None if found.basis is None else found.basis.mT.cpu()
             parts[name] = Part(found.stay(width), turn)
             mask = torch.ones(group.size, dtype=torch.bool)
@@ -147,10 +149,8 @@ class Narrower:
         turns = turns_of(self.model, self.channels, parts)
         weights, lost = {}, {}
         for name, places in gone.items():
-            if any(len(p) for p in places):
-                turn = turns.get(name, (None, None))[0]
-                reads = torch.cat(places), turn
-                weights[name], lost[name] = self._weight(self.by_name[name], *reads)
+            turn = turns.get(name, (None, None))[0]
+            weights[name], lost[name] = self._weight(self.by_name[name], torch.cat(places), turn)
         return cut(self.model, self.sites, self.channels, parts, weights), lost
 
     def statistics(self, found: Cut) -> dict[str, LayerStatistics]:

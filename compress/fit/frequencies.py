@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import registered_kind
-from compress.running.forward import run_model
+from compress.running.forward import ForwardHook, forward_hooks, run_model
 from compress.running.structure import count, with_gradients
 
 # Frequencies along each axis that have a power of their own.
@@ -71,11 +71,9 @@ def lowest_of_rows(rows: Tensor, size: tuple[int, ...]) -> Tensor:
         ``[groups, images, lowest, features]``.
     """
     groups, _, features = rows.shape
-    value = rows.reshape(groups, -1, *size, features)
-    for _ in size:
-        value = torch.tensordot(value, cosines(value.shape[2]).to(value), dims=([2], [1]))
-    # Axes went to the end one after the other, in their order.
-    return value.movedim(2, -1).flatten(2, -2)
+    lowest = transformed(rows.reshape(-1, *size, features).movedim(-1, 1))
+    found: Tensor = lowest.mT.unflatten(0, (groups, -1))
+    return found
 
 
 def measured(
@@ -93,15 +91,13 @@ def measured(
     modules = {name: model.get_submodule(name) for name in names}
     outputs: dict[str, Tensor] = {}
 
-    def noted(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            del module, inputs
+    def noted(name: str) -> ForwardHook:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             outputs[name] = output
 
         return hook
 
-    handles = [m.register_forward_hook(noted(n)) for n, m in modules.items()]
-    try:
+    with forward_hooks({module: noted(name) for name, module in modules.items()}):
         for inputs, targets in batches:
             outputs.clear()
             with torch.enable_grad():
@@ -113,9 +109,6 @@ def measured(
             for name, gradient in zip(reached, gradients, strict=True):
                 if gradient is not None and len(gradient) == count(inputs):
                     powers[name].add(registered_kind(modules[name]).images(gradient))
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {name: power.frequencies() for name, power in powers.items()}
     return {name: f for name, f in found.items() if f is not None}
 

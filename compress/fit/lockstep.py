@@ -110,15 +110,15 @@ class Lockstep:
                 values[node.name] = fx.node.map_arg(node.args[0], lambda n: values[n.name])
             else:
                 values[node.name] = _call(node, lambda source: values[source.name], modules)
-            if plain(values[node.name]):
+            if holds_numbers(values[node.name]):
                 numbers[node.name] = values[node.name]
         return values[self.nodes[end].name]
 
 
-def plain(value: Any) -> bool:
+def holds_numbers(value: Any) -> bool:
     """Whether a value is made of numbers, sizes and the like alone, without any tensor."""
     if isinstance(value, tuple | list):
-        return all(plain(part) for part in value)
+        return all(holds_numbers(part) for part in value)
     return value is None or isinstance(value, int | float | str | torch.dtype | torch.device)
 
 

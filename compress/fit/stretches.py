@@ -16,7 +16,7 @@ from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
 from compress.fit.cuts import NUMBERS, Segment
 from compress.fit.frontier import Frontier, Pair
-from compress.fit.lockstep import plain
+from compress.fit.lockstep import holds_numbers
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.spectrum import regularise, square_roots
@@ -39,13 +39,13 @@ class StretchWalk(Walk):
 
     Attributes:
         layers: The compressed network's layers that may change, by name.
-        plain: Names of the nodes that give numbers, once `shapes` was called.
+        number_nodes: Names of the nodes that give numbers, once `shapes` was called.
     """
 
     def __init__(self, traced: Traced, frontier: Frontier) -> None:
         super().__init__(traced, frontier)
         self.layers: dict[str, nn.Module] = {}
-        self.plain: set[str] = set()
+        self.number_nodes: set[str] = set()
         self._numbers: dict[tuple[int, bool], dict[str, Any]] = {}
 
     def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
@@ -72,8 +72,8 @@ class StretchWalk(Walk):
                 if node.name not in environment:
                     self.lockstep.run(environment, [node])
                 value = environment[node.name].dense
-                if node.op != "output" and plain(value):
-                    self.plain.add(node.name)
+                if node.op != "output" and holds_numbers(value):
+                    self.number_nodes.add(node.name)
                 found.append(value.shape if isinstance(value, Tensor) else None)
         return found
 
@@ -87,14 +87,14 @@ class StretchWalk(Walk):
         found = [0 if s is None else s[0] * math.prod(s[2:]) // images for s in known]
         nodes = self.lockstep.nodes
         return [
-            NUMBERS if node.name in self.plain else count
+            NUMBERS if node.name in self.number_nodes else count
             for node, count in zip(nodes, found, strict=True)
         ]
 
     def reads_numbers(self, segment: Segment) -> bool:
         """Whether a stretch reads numbers that came before it."""
         nodes = self.lockstep.nodes
-        before = {n for n in nodes[: segment.start + 1] if n.name in self.plain}
+        before = {n for n in nodes[: segment.start + 1] if n.name in self.number_nodes}
         inside = nodes[segment.start + 1 : segment.end + 1]
         return any(source in before for node in inside for source in node.all_input_nodes)
 

@@ -190,6 +190,7 @@ def cut(
             *kernel]`` of its mixed inputs that no longer looks at them, and its bias ``[out]``.
     """
     by_name = {site.name: site for site in sites}
+    groups = {n: p for n, p in groups.items() if len(p.stay) < channels.group(n).size}
     gone = _gone({name: part.stay for name, part in groups.items()}, channels)
     turns = turns_of(model, channels, groups)
     if not gone:
@@ -233,11 +234,11 @@ def turns_of(
     Args:
         model: The network.
         channels: Its channels.
-        groups: By group, which stay.
+        groups: By group, which stay, of those that lose any.
     """
     found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for name, part in groups.items():
-        if part.turn is None or len(part.stay) == len(part.turn):
+        if part.turn is None:
             continue
         group = channels.group(name)
         for side, slots in enumerate((group.consumers, group.producers)):

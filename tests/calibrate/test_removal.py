@@ -300,3 +300,34 @@ def test_the_widths_of_a_plan() -> None:
     plan = Plan("macs", 0.5, "loss", choices)
     assert group_widths(plan, network.channels) == {"stem": 4}
     assert group_widths(Plan("macs", 0.5, "loss", ()), network.channels) == {}
+
+
+class Straight(nn.Module):
+    """Two streams without activations, joined before the layer that reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 6, 1)
+        self.right = nn.Conv2d(3, 8, 1)
+        self.both = nn.Conv2d(14, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(torch.cat([self.left(x), self.right(x)], 1)).mean((2, 3))
+
+
+def test_a_stream_that_loses_nothing_is_not_turned_beside_one_that_does() -> None:
+    torch.manual_seed(0)
+    images = smooth(40, (3, 8, 8))
+    network = prepare(Straight().eval(), images[:1])
+    assert {g.name: g.linear for g in network.channels.groups} == {"left": True, "right": True}
+    narrower = narrower_of(network, images, loss=cubic)
+    alone, _ = narrower.cut({"right": 3})
+    beside, _ = narrower.cut({"left": 6, "right": 3})
+    joined = torch.randn(2, 14, 8, 8)
+    (name,) = (n for n, node in network.channels.nodes.items() if len(node.labels) == 14)
+    torch.testing.assert_close(beside.of_node(name, joined), alone.of_node(name, joined))
+    torch.testing.assert_close(beside.of_node(name, joined)[:, :6], joined[:, :6])
+    # Three inputs make three directions: nothing is lost.
+    with torch.no_grad():
+        expected = network.model(images)
+        torch.testing.assert_close(beside.model(images), expected, rtol=1e-3, atol=1e-4)

@@ -29,6 +29,17 @@ def reader(channels: int, taps: int, out: int, seed: int) -> Reader:
     return Reader(root, moments(40 * channels * taps, channels * taps, seed), columns)
 
 
+several = pytest.mark.parametrize(
+    "readers",
+    [
+        [reader(12, 1, 5, 0)],
+        [reader(8, 4, 6, 1)],
+        [reader(9, 1, 3, 2), reader(9, 3, 4, 3)],
+    ],
+    ids=["one tap", "four taps", "two readers"],
+)
+
+
 def loss_without(readers: list[Reader], gone: list[int]) -> float:
     """Least squares over the columns that stay, by the pseudo-inverse: nothing of the product."""
     total = 0.0
@@ -55,15 +66,7 @@ def one_at_a_time(readers: list[Reader]) -> tuple[list[int], list[float]]:
     return gone, losses
 
 
-@pytest.mark.parametrize(
-    "readers",
-    [
-        [reader(12, 1, 5, 0)],
-        [reader(8, 4, 6, 1)],
-        [reader(9, 1, 3, 2), reader(9, 3, 4, 3)],
-    ],
-    ids=["one tap", "four taps", "two readers"],
-)
+@several
 def test_channels_go_in_the_order_of_least_loss(readers: list[Reader]) -> None:
     order, losses = one_at_a_time(readers)
     found = removal(readers)
@@ -111,15 +114,7 @@ def turned(r: Reader, basis: Tensor) -> Reader:
     return Reader(r.root @ whole, whole.T @ r.covariance @ whole, r.columns)
 
 
-@pytest.mark.parametrize(
-    "readers",
-    [
-        [reader(12, 1, 5, 0)],
-        [reader(8, 4, 6, 1)],
-        [reader(9, 1, 3, 2), reader(9, 3, 4, 3)],
-    ],
-    ids=["one tap", "four taps", "two readers"],
-)
+@several
 def test_directions_lose_what_least_squares_leave(readers: list[Reader]) -> None:
     found = removal_of_directions(readers)
     basis = found.basis
