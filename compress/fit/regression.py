@@ -129,7 +129,8 @@ class Regression:
         if self.frequencies is not None and self.constant.count:
             rest = rest * math.sqrt(self.frequencies.rest + float(self.frequencies.excess[0]))
         gram = gram + rest.unsqueeze(2) * rest.unsqueeze(1)
-        return float((weighting * gram).sum())
+        # Where nothing is missed, rounding may leave less than that.
+        return max(float((weighting * gram).sum()), 0.0)
 
     def bias(self, matrix: Tensor) -> Tensor:
         """The bias that makes the mean exact, ``[groups, out]``."""

@@ -128,3 +128,23 @@ def test_without_layers_or_gradients_there_are_no_frequencies() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     images = torch.randn(2, 3, 5, 5)
     assert measured(model, [], [(images, None)], lambda result, _: result.sum()) == {}
+
+
+def test_where_nothing_is_missed_no_rounding_is_an_error() -> None:
+    """A refit would else be kept for having made less than nothing of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3, padding=1)
+    site = prepare(nn.Sequential(layer, nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)).sites[0]
+    layer.double()
+    weighting = torch.eye(4).double().unsqueeze(0)
+    for seed in range(20):
+        inputs = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.no_grad():
+            targets = layer(inputs)
+        rows = Rows.of(site, torch.device("cpu"))
+        patches = patch_rows(inputs, site.geometry)
+        rows.add(patches, output_rows(targets, site.geometry), held_out=False)
+        matrix = layer.weight.detach().double().flatten(1).unsqueeze(0)
+        error = rows.train.error(weighting, matrix, rows.train.bias(matrix))
+        assert 0 <= error < 1e-12
