@@ -24,3 +24,10 @@ def silent(items: Iterable[T], description: str, total: int) -> Iterable[T]:
     """Tell no one."""
     del description, total
     return items
+
+
+def note(items: Iterable[object], text: str) -> None:
+    """Show a text beside the progress of what a `Track` gave, where that is a bar."""
+    show = getattr(items, "set_postfix_str", None)
+    if show is not None:
+        show(text)

@@ -61,6 +61,8 @@ class Manifest:
         settings: What decided the outcome, paths left out.
         calibration: Fingerprint of the calibration images, their number and the seed.
         verified: The end metric on the test set; empty for an unverified model.
+        recovered: Fingerprint of the images that it learned from the original on, and the seed;
+            empty where it did not.
         not_finite: Names of tensors that hold NaN or infinite values, as those of the original.
         versions: Of compress and torch.
     """
@@ -78,6 +80,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     verified: dict[str, Any] = field(default_factory=dict)
+    recovered: dict[str, Any] = field(default_factory=dict)
     not_finite: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT

@@ -19,6 +19,7 @@ from compress.commands.inspect import inspect
 from compress.commands.interruption import INTERRUPTED, say_interrupted
 from compress.commands.output import cannot_print, discard, say
 from compress.commands.plan import plan
+from compress.commands.recover import recover
 from compress.commands.report import report
 from compress.commands.run import run
 from compress.commands.sweep import sweep
@@ -187,5 +188,7 @@ def cli() -> None:
     """
 
 
-for command in (run, inspect, plan, apply, sweep, report, verify, evaluate, demo):
+for command in (
+    run, inspect, plan, apply, recover, sweep, report, verify, evaluate, demo,
+):  # fmt: skip
     cli.add_command(command)

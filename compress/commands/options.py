@@ -164,6 +164,8 @@ _SCHEMES = (
 _FIT = (
     _o("--refit/--no-refit", text="Refit on the compressed network, layer by layer "
        "and then four blocks at a time (default on)."),
+    _o("--recover", type=FINITE, metavar="MINUTES", text="Let the compressed network learn from "
+       "the original for so long, on all images of --data, without labels."),
 )  # fmt: skip
 _EVALUATION = (
     _o("--task", metavar="NAME", text="What the network is for, which decides what its outputs "

@@ -12,6 +12,7 @@ from compress.report.build import (
     Report,
     accuracy_sentence,
     layers_sentence,
+    recovery_sentence,
     refit_sentence,
     timing_sentence,
     verdict_text,
@@ -36,7 +37,8 @@ def run_summary(
     lines = [f"{verdict_text(report)}: {result['model'] or 'model'}", ""]
     lines += _layers(result["layers"], measured_on) + _totals(report)
     said = (
-        layers_sentence(report), refit_sentence(report), accuracy_sentence(report),
+        layers_sentence(report), refit_sentence(report), recovery_sentence(report),
+        accuracy_sentence(report),
         _read_as(result), timing_sentence(report),
     )  # fmt: skip
     lines += [sentence for sentence in said if sentence]

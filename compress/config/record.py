@@ -102,6 +102,8 @@ class RunConfig:
     force_rank: bool = _setting(Role.OUTCOME, False)
     round_to: int | None = _setting(Role.OUTCOME, None, values.positive)
     refit: bool = _setting(Role.OUTCOME, True)
+    # Minutes that the compressed network may learn from the original for.
+    recover: float | None = _setting(Role.OUTCOME, None, values.minutes)
     latency_batch: int = _setting(Role.TIMING, 8, values.positive)
     no_latency: bool = _setting(Role.TIMING, False)
     latency_table: str = _setting(Role.PLACE, "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.plan import NARROWER
 
@@ -46,6 +48,11 @@ def points(value: float | None) -> str | None:
     """Say that this is no number of percentage points."""
     inside = value is None or 0 <= value <= 100
     return None if inside else "is not a number of points from 0 to 100"
+
+
+def minutes(value: float | None) -> str | None:
+    """Say that this is no time to spend."""
+    return None if value is None or 0 < value < math.inf else "is not a number of minutes above 0"
 
 
 def share(value: float | None) -> str | None:

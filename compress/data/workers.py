@@ -26,7 +26,7 @@ _HERE = "--workers 0, which reads the images in this process"
 
 
 def batches_from_workers(
-    images: ImageSet, chunks: Sequence[range], workers: int
+    images: ImageSet, chunks: Sequence[Sequence[int]], workers: int
 ) -> Iterator[tuple[Any, Any] | DataError]:
     """Yield the batches of some chunks of a set, read by worker processes.
 
@@ -68,7 +68,7 @@ class _Batches(Dataset["tuple[Any, Any] | DataError"]):
     An error travels as a value: torch would re-raise it with the worker's traceback as its text.
     """
 
-    def __init__(self, images: ImageSet, chunks: Sequence[range]) -> None:
+    def __init__(self, images: ImageSet, chunks: Sequence[Sequence[int]]) -> None:
         self.images, self.chunks = images, chunks
 
     def __len__(self) -> int:

@@ -68,7 +68,14 @@ RESULT = OutputKind(
 UNFINISHED = OutputKind(
     "the work of an unfinished run",
     frozenset(
-        (MODEL_FILE, RUNTIME_FILE, CALIBRATION_FILE, "plan.json", "config.toml")
+        (
+            MODEL_FILE,
+            RUNTIME_FILE,
+            CALIBRATION_FILE,
+            "plan.json",
+            "config.toml",
+            "recovery.safetensors",
+        )
     ).__contains__,
     bool,
 )

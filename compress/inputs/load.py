@@ -52,6 +52,7 @@ class Inputs:
         split: Images to fit and to validate on.
         test: Held-out images, or None.
         warnings: What the user should know.
+        images: All images that the split was drawn from, where they are known.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Inputs:
     split: Split
     test: ImageSet | None
     warnings: tuple[str, ...] = ()
+    images: ImageSet | None = None
 
     @property
     def example(self) -> Any:
@@ -104,8 +106,9 @@ def load_network(config: RunConfig) -> Inputs:
             "unseen ones."
         )
     return Inputs(
-        model, config.model, config.checkpoint, spec_hash, dtype, parts, test, tuple(warnings)
-    )
+        model, config.model, config.checkpoint, spec_hash, dtype, parts, test, tuple(warnings),
+        images,
+    )  # fmt: skip
 
 
 def input_paths(config: RunConfig) -> list[str]:

@@ -95,7 +95,7 @@ def assess(
 
     own = yardstick.metric is not None
     on_validation = (
-        end_metric(validation, "validation") if _comparable(network, validation, own=own) else None
+        end_metric(validation, "validation") if comparable(network, validation, own=own) else None
     )
     on_test = None
     if inputs.test is not None:
@@ -201,7 +201,8 @@ def _losses(
     return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
 
 
-def _comparable(network: Network, images: ImageSet, *, own: bool) -> bool:
+def comparable(network: Network, images: ImageSet, *, own: bool) -> bool:
+    """Whether images say anything of an end metric; with a measure of the user's ``own`` any do."""
     return len(images) > 0 and (
         own or not network.reading.ranked or len(set(images.labels)) > 1 or min(images.labels) < 0
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from compress.network.narrowing import widths_at
 from compress.pipeline.job import Job
 from compress.plan import Plan
 from compress.report import gate_sentence, judged
-from compress.result import Result, Versions
+from compress.result import Recovery, Result, Versions
 from compress.running.finite import not_finite
 
 
@@ -94,24 +95,25 @@ class Record:
         rewritten: What it made.
         assessed: What was measured about that.
         source: What its statistics were taken from.
+        recovery: How it learned from the original, if it did.
     """
 
     job: Job
     rewritten: Rewritten
     assessed: Assessment
     source: Source
+    recovery: Recovery | None = None
 
     def manifest(self, result: Result) -> Manifest:
         """Say how the result is rebuilt and where it came from."""
-        test, rewritten = result.test, self.rewritten
+        rewritten = self.rewritten
         manifest = manifest_of(self.job, rewritten.plan, rewritten.final, self.source)
-        if test is None:
+        if self.recovery is not None:
+            recovered = {"data": self.source.data, "seed": self.job.config.seed}
+            manifest = replace(manifest, recovered=recovered)
+        if result.test is None:
             return manifest
-        verified = {
-            "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
-            "agreement": test.agreement, "data": result.test_fingerprint,
-        }  # fmt: skip
-        return replace(manifest, verified=verified)
+        return replace(manifest, verified=verified_by(result))
 
     def result(self, clock: Clock) -> Result:
         """Put everything measured into one record, held to the configuration's limits."""
@@ -142,9 +144,20 @@ class Record:
             rank_correlation=assessed.rank_correlation,
             refit_path=self.rewritten.replaced.refit.path,
             refit_reason=self.rewritten.replaced.refit.reason,
+            recovery=self.recovery,
             seconds=clock.seconds,
         )
         return judged(result, limits_of(job.config))
+
+
+def verified_by(result: Result) -> dict[str, Any]:
+    """What a manifest says of the test set, which there has to be."""
+    test = result.test
+    assert test is not None
+    return {
+        "images": test.images, "top1_before": test.top1_before, "top1_after": test.top1_after,
+        "agreement": test.agreement, "data": result.test_fingerprint,
+    }  # fmt: skip
 
 
 def _biased(model: nn.Module, name: str) -> bool:

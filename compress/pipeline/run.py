@@ -31,6 +31,7 @@ from compress.pipeline.job import Job
 from compress.pipeline.outcome import Compressed, Record
 from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
+from compress.pipeline.recovery import recovered_in_run
 from compress.pipeline.unfinished import Work, kept_on_failure
 from compress.plan import Plan
 from compress.progress import Track, silent
@@ -82,10 +83,14 @@ def compress_network(
         del calibration
         work.before_refit()
         replaced = job.fitter.replace(fitted)
+    recovery = None
+    if config.recover is not None:
+        with clock.stage("recover"):
+            replaced, recovery = recovered_in_run(job, plan, replaced)
     rewritten = _finished(job, plan, replaced, work)
     with clock.stage("verify"), evaluation_mode(rewritten.final):
         assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
-    record = Record(job, rewritten, assessed, source)
+    record = Record(job, rewritten, assessed, source, recovery)
     result = record.result(clock)
     # Only now: what is measured of the model must not depend on which format was faster.
     work.memory_format = rewritten.cost.memory_format
@@ -229,6 +234,7 @@ def compress_model(
         dtype=dtype_of(model.parameters()),
         split=split(given, config.calibration_images, config.seed),
         test=None if test is None else as_images(test, arity_of(model)),
+        images=given,
     )
     with kept_on_failure(config) as work:
         compressed = compress_network(inputs, config, track=track, work=work)

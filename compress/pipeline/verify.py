@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ def verify_result(
     """
     begun = time.perf_counter()
     manifest = read_manifest(artefact)
-    config = _with_model(config, manifest, trust_code=trust_code)
+    config = with_model(config, manifest, ("checkpoint", "test", "model"), trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
     compressed = rebuilt(artefact, copied(original)).to(config.device)
     test = open_images(config.test, config, original, preprocessing)
@@ -93,7 +93,7 @@ def verify_result(
     test = hold(test, loader, track)
     found = yardstick.compare(network.original, compressed, test)
     runtime = read_runtime(artefact)
-    layers = _verified_layers(network, manifest, compressed, _tracked(yardstick, test))
+    layers = verified_layers(network, manifest, compressed, tracked(yardstick, test))
     so_far = time.perf_counter() - begun
     stopwatch = Stopwatch.of(config, so_far, (runtime.memory_format,))
     result = Result(
@@ -116,21 +116,30 @@ def verify_result(
     return Verified(judged(result, limits_of(config)), pair, test)
 
 
-def _tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Any, Any]]:
+def tracked(yardstick: Yardstick, images: ImageSet) -> Iterable[tuple[Any, Any]]:
+    """The batches that layers' errors are measured on, with progress."""
     loaded = yardstick.loader.batches(images)
     return yardstick.track(loaded, "layer errors", len(loaded))
 
 
-def _with_model(config: RunConfig, manifest: Manifest, *, trust_code: bool) -> RunConfig:
+def with_model(
+    config: RunConfig, manifest: Manifest, needed: Sequence[str], *, trust_code: bool
+) -> RunConfig:
     """Return the configuration with the original's model named.
+
+    Args:
+        config: What the user says.
+        manifest: What the result says.
+        needed: Settings that there has to be something in, among them ``"model"``.
+        trust_code: As `load_result`.
 
     Raises:
         ConfigError: Something needed is not named.
         ArtefactError: The checkpoint is another one, or only the result names code.
     """
     spec = config.model or manifest.model
-    for name, value in (("checkpoint", config.checkpoint), ("test", config.test), ("model", spec)):
-        if not value:
+    for name in needed:
+        if not (spec if name == "model" else getattr(config, name)):
             raise ConfigError(f"No {name} given; pass --{name}.")
     if not config.model and not trust_code:
         require_trusted_model(spec, "The result", ArtefactError)
@@ -152,12 +161,20 @@ def _check_checkpoint(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def _verified_layers(
+def verified_layers(
     network: Network,
     manifest: Manifest,
     compressed: nn.Module,
     batches: Iterable[tuple[Any, Any]],
 ) -> tuple[LayerResult, ...]:
+    """What a result did to each layer, and the errors of those that can be compared.
+
+    Args:
+        network: The dense baseline.
+        manifest: What the result says of itself.
+        compressed: The network.
+        batches: What errors are measured on.
+    """
     replaced = {r.name: r for r in manifest.replacements}
     narrow = {w.name: (w.inputs, w.outputs) for w in manifest.widths}
     element = next(compressed.parameters()).element_size()

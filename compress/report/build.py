@@ -239,6 +239,27 @@ def refit_sentence(report: Report) -> str:
     return f"Refitted layer by layer only, since {reason or 'there is no graph'}: {outcome}"
 
 
+def recovery_sentence(report: Report) -> str:
+    """Say what the network learned from the original; empty where it did not try."""
+    found = report["result"]["recovery"]
+    if found is None:
+        return ""
+    images = text.plural(found["held_out_images"], "held-out image")
+    start, best = (text.number(found[key], 3) for key in ("start", "best"))
+    steps = text.plural(found["steps"], "step")
+    if not found["best"] < found["start"]:
+        return (
+            f"Recovery: in {steps} nothing brought the outputs on {images} nearer to the "
+            f"original's than they were ({start}), so that the weights are as they were."
+        )
+    value, unit = found["before"], report["headline"]["unit"]
+    before = "" if value is None else f", {text.measured(value, unit)} on the test images before it"
+    return (
+        f"Recovered in {steps} on {text.plural(found['images'], 'image')} without labels: the "
+        f"distance from the original's outputs on {images} fell from {start} to {best}{before}."
+    )
+
+
 def verdict_text(report: Report) -> str:
     """The badge's words."""
     gates = report["gates"]

@@ -15,12 +15,13 @@ from compress.report.build import (
     cost_sentence,
     end_metric,
     layers_sentence,
+    recovery_sentence,
     refit_sentence,
     timing_sentence,
     verdict_text,
 )
 from compress.report.gates import gate_sentence
-from compress.report.rows import baseline_rows, metric_rows, worst_first
+from compress.report.rows import baseline_rows, metric_rows, recovery_rows, worst_first
 from compress.result import GateResult
 from compress.untrusted import visible
 
@@ -53,7 +54,7 @@ def _run(report: Report) -> list[str]:
     lines += [f"**{escape(accuracy_sentence(report))}**", ""]
     costs = (cost_sentence(report), timing_sentence(report))
     lines += [escape(" ".join(sentence for sentence in costs if sentence)), ""]
-    said = (layers_sentence(report), refit_sentence(report))
+    said = (layers_sentence(report), refit_sentence(report), recovery_sentence(report))
     lines += [escape(" ".join(sentence for sentence in said if sentence)), ""]
     if report["gates"]:
         lines += ["### Limits", ""]
@@ -70,7 +71,14 @@ def _run(report: Report) -> list[str]:
         lines += [f"### Before and after, {where} images", ""]
         lines += _table(("", "before", "after", change), metric_rows(metric))
         lines += _classes(metric) + _flips(metric)
-    return lines + _layers(result) + _provenance(result)
+    return lines + _layers(result) + _recovery(result) + _provenance(result)
+
+
+def _recovery(result: dict[str, Any]) -> list[str]:
+    found = result["recovery"]
+    if found is None:
+        return []
+    return _folded("Recovery, step by step", _table(("step", "distance"), recovery_rows(found)))
 
 
 def _banners(notes: Iterable[str]) -> list[str]:

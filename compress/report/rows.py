@@ -95,3 +95,15 @@ def worst_first(metric: dict[str, Any]) -> list[dict[str, Any]]:
         return row["change"] is None, row["change"] or 0.0, row["name"]
 
     return sorted(metric["per_class"], key=order)
+
+
+def recovery_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return every look at the held-out images: the step, and their distance; the best marked."""
+    return [
+        (
+            text.whole(check["step"]),
+            text.number(check["distance"], 4)
+            + (" (kept)" if check["step"] == found["best_step"] else ""),
+        )
+        for check in found["checks"]
+    ]

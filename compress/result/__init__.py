@@ -18,6 +18,7 @@ from compress.result.metrics import (
     Interval,
     OutputChange,
 )
+from compress.result.recovery import Recovery, RecoveryCheck
 from compress.result.runs import (
     RESULT_FORMAT,
     Cost,
@@ -48,6 +49,8 @@ __all__ = [
     "LayerResult",
     "MeasuredError",
     "OutputChange",
+    "Recovery",
+    "RecoveryCheck",
     "Result",
     "SplitRecord",
     "SweepPoint",

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.result.layers import LayerResult
 from compress.result.metrics import EndMetric
+from compress.result.recovery import Recovery
 
 RESULT_FORMAT = 1
 
@@ -124,6 +125,7 @@ class Result:
     rank_correlation: float | None = None
     refit_path: str = ""
     refit_reason: str = ""
+    recovery: Recovery | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     format: int = RESULT_FORMAT
 

@@ -1,0 +1,74 @@
+"""Pictures that are like the given ones, for a network that would learn few of them by heart.
+
+The original says what is right for whatever picture it is shown, so that pictures may be mirrored,
+shifted and mixed freely. Whether that suits the data is decided by held-out images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NONE, MOVED, MIXED = "none", "moved", "mixed"
+KINDS = (NONE, MOVED, MIXED)
+# Pictures are shifted by up to this share of a side.
+FARTHEST = 1 / 8
+# Smaller ones are no pictures.
+SMALLEST_SIDE = 8
+# A third of the pictures is mixed; see Zhang et al., "mixup: Beyond Empirical Risk Minimization",
+# 2018.
+MIXED_SHARE = 1 / 3
+
+
+def are_pictures(inputs: Any) -> bool:
+    """Whether the inputs of a batch are pictures, ``[images, 1 to 4 channels, height, width]``."""
+    return (
+        isinstance(inputs, Tensor)
+        and inputs.is_floating_point()
+        and inputs.dim() == 4
+        and inputs.shape[1] <= 4
+        and min(inputs.shape[2:]) >= SMALLEST_SIDE
+    )
+
+
+def augmented(inputs: Any, kind: str, seed: int) -> Any:
+    """Return a batch of pictures, changed; the same for the same seed.
+
+    Args:
+        inputs: ``[images, channels, height, width]`` on the CPU; anything for `NONE`.
+        kind: ``"none"``; ``"moved"``: half of them mirrored, and all shifted by up to an eighth of
+            a side, with what lies at the border reflected; ``"mixed"``: a third of those also
+            mixed with another one of the batch, by a share that is uniform.
+        seed: Decides all of it.
+    """
+    if kind == NONE:
+        return inputs
+    generator = torch.Generator().manual_seed(seed)
+    moved = _moved(inputs, generator)
+    return _mixed(moved, generator) if kind == MIXED else moved
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    down, right = int(height * FARTHEST), int(width * FARTHEST)
+    padded = F.pad(images, (right, right, down, down), mode="reflect")
+    tops = torch.randint(0, 2 * down + 1, (count,), generator=generator)
+    lefts = torch.randint(0, 2 * right + 1, (count,), generator=generator)
+    cut = [
+        padded[i, :, top : top + height, left : left + width]
+        for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True))
+    ]
+    return torch.stack(cut)
+
+
+def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    count = len(images)
+    chosen = torch.rand(count, generator=generator) < MIXED_SHARE
+    shares = torch.rand(count, generator=generator).where(chosen, torch.ones(()))
+    shares = shares[:, None, None, None].to(images.dtype)
+    return shares * images + (1 - shares) * images.roll(1, 0)

@@ -1,0 +1,319 @@
+"""The course itself: steps, checks on held-out images, the best state kept.
+
+At every check held-out images judge the average over the last steps. What is given back is the best
+state met, the one at the start included, so that nothing comes out worse than it went in.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.data import Loader
+from compress.progress import Track, note, silent
+from compress.recover.distance import Distance
+from compress.recover.lessons import Division, Lessons, taught
+from compress.recover.steps import Steps
+from compress.running.forward import evaluation_mode, run_model
+from compress.running.memory_format import put_in_format
+from compress.running.structure import count
+from compress.running.structure import size as bytes_of
+
+WARM_UP = 100
+CHECKS = 20
+# After so many steps back the course ends with its best state.
+MOST_STEPS_BACK = 3
+# How many times the start's distance the held-out images may get to before a step back.
+LOST = 1.5
+# The original's results for the held-out images are kept up to so many bytes.
+HELD_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to do, put together once.
+
+    Attributes:
+        original: The network to learn from, on the loader's device and in its memory format.
+        division: Images to learn from and to judge by.
+        loader: How they reach the networks.
+        distance: What a network is trained and judged by.
+        keep: Names of modules whose parameters stay as they are.
+        seed: Decides all that is drawn.
+        track: Progress.
+    """
+
+    original: nn.Module
+    division: Division
+    loader: Loader
+    distance: Distance
+    keep: frozenset[str] = frozenset()
+    seed: int = 0
+    track: Track = silent
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a course is: in steps, or in seconds from which the number of steps follows."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class State:
+    """All that decides how a course goes on, beside weights and images.
+
+    Attributes:
+        rate: Of the steps; a step back halves it.
+        augmentation: How pictures are changed.
+        planned: How many steps there were to be, which decides the batches.
+        total: How many there are to be by now.
+        step: How many were taken.
+        way: The share of the course that is behind, in (0, 1).
+        start: The held-out images' distance at the start.
+        best: The least that was met.
+        best_step: When that was.
+        steps_back: How often the course had to go back.
+        length: The running average of the gradients' length.
+        taken: The steps since the last step back.
+        curve: Each check: the step, and the held-out images' distance.
+        seconds: What was spent, by what it was spent on, ``"all"`` among them.
+    """
+
+    rate: float
+    augmentation: str
+    planned: int
+    total: int
+    step: int = 0
+    way: float = 0.0
+    start: float = math.nan
+    best: float = math.nan
+    best_step: int = 0
+    steps_back: int = 0
+    length: float = 0.0
+    taken: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Kept = Mapping[str, Tensor]
+Keep = Callable[[State, Kept], None]
+
+
+class Jury:
+    """The held-out images, and what the original makes of them."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._taught: list[Any] | None = None
+
+    def distance(self, model: nn.Module) -> float:
+        """How far a network's outputs are from the original's, the mean over images.
+
+        Raises:
+            DataError: An image cannot be read.
+            ModelError: A forward fails.
+        """
+        total, images = 0.0, 0
+        kept: list[Any] = []
+        task, held = self._task, self._task.division.held_out
+        for number, (inputs, _) in enumerate(task.loader.placed(held)):
+            right = (
+                taught(task.original, inputs, task.distance)
+                if self._taught is None
+                else self._taught[number]
+            )
+            if self._taught is None and bytes_of(right) * len(held) <= HELD_BYTES * count(inputs):
+                kept.append(right)
+            with torch.no_grad(), evaluation_mode(model):
+                result = run_model(model, inputs)
+                total += float(task.distance.held_out(right, result).sum())
+            images += count(inputs)
+        if len(kept) == len(task.loader.batches(held)):
+            self._taught = kept
+        return max(total / images, 0.0)  # rounding can leave less than nothing
+
+
+def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return a copy of a network that can learn, and its parameters that may, by name."""
+    copied = copy.deepcopy(model).float()
+    put_in_format(copied, task.loader.memory_format)
+    weights = {}
+    for name, parameter in copied.named_parameters():
+        module = name.rpartition(".")[0]
+        kept = any(module == k or module.startswith(f"{k}.") for k in task.keep)
+        parameter.requires_grad_(not kept)
+        if not kept and parameter.is_floating_point() and parameter.numel():
+            weights[name] = parameter
+    return copied, weights
+
+
+@dataclass
+class Course:
+    """A network that learns.
+
+    Attributes:
+        task: What there is to do.
+        model: The network, changed as it learns; see `learner`.
+        weights: Its parameters that learn.
+        state: Where it stands.
+        jury: Who judges it.
+    """
+
+    task: Task
+    model: nn.Module
+    weights: dict[str, nn.Parameter]
+    state: State
+    jury: Jury
+
+    def __post_init__(self) -> None:
+        self._steps = Steps.begin(self.weights)
+        self._best = {name: w.detach().clone() for name, w in self.weights.items()}
+
+    def run(self, length: Length, keep: Keep | None = None) -> None:
+        """Go on to the end; `best` is what came of it.
+
+        Args:
+            length: How long the whole course may take.
+            keep: Called at every check with all that it takes to go on from there.
+
+        Raises:
+            DataError: An image cannot be read.
+            ModelError: A forward fails.
+        """
+        state = self.state
+        every = max(1, state.planned // CHECKS)
+        lessons = self.lessons()
+        before = state.seconds.get("all", 0.0)
+        begun = time.perf_counter()
+        bar = self.task.track(
+            lessons.begin(state.step), "recover", max(state.total - state.step, 0)
+        )
+        note(bar, self._said())
+        for inputs, right in bar:
+            if state.step >= state.total or state.steps_back > MOST_STEPS_BACK:
+                break
+            done = self.step(inputs, right)
+            if not done:
+                self._step_back()
+            elif state.step % every == 0 or state.step == state.total:
+                self._check()
+            if not done or state.step % every == 0:
+                state.seconds["all"] = before + time.perf_counter() - begun
+                state.seconds |= lessons.seconds
+                self._replan(length)
+                if keep is not None:
+                    keep(state, self.tensors())
+                note(bar, self._said())
+        state.seconds["all"] = before + time.perf_counter() - begun
+        state.seconds |= lessons.seconds
+
+    def lessons(self) -> Lessons:
+        """What it learns from."""
+        task, state = self.task, self.state
+        found = Lessons(
+            task.division.learning, task.loader, task.original, task.distance,
+            state.augmentation, task.seed, state.planned,
+        )  # fmt: skip
+        found.seconds |= {k: v for k, v in state.seconds.items() if k in found.seconds}
+        return found
+
+    def step(self, inputs: Any, right: Any) -> bool:
+        """Take one step; say whether that went, which it does not where numbers are not finite."""
+        state, distance = self.state, self.task.distance
+        for weight in self.weights.values():
+            weight.grad = None
+        with torch.enable_grad(), evaluation_mode(self.model):
+            loss = distance.training(right, run_model(self.model, inputs))
+            if not bool(loss.isfinite()):
+                return False
+            loss.backward()
+        warm = min(1.0, (self._steps.taken + 1) / max(1, min(WARM_UP, state.planned // 10)))
+        fall = 0.5 * (1 + math.cos(math.pi * state.way))
+        if not self._steps.step(state.rate * warm * fall):
+            return False
+        state.way += (1 - state.way) / max(state.total - state.step, 1)
+        state.step += 1
+        return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that it takes to go on; the state's numbers are brought up to date."""
+        self.state.length, self.state.taken = self._steps.length, self._steps.taken
+        best = {f"best:{name}": tensor for name, tensor in self._best.items()}
+        sizes = {f"size:{n}": torch.tensor(s) for n, s in self._steps.sizes.items()}
+        return {**self._steps.tensors(), **best, **sizes}
+
+    def load(self, tensors: Kept) -> None:
+        """Go on from what `tensors` gave, with the state that belongs to it."""
+        self._steps.load(tensors, self.state.length, self.state.taken)
+        self._steps.sizes = {n: float(tensors[f"size:{n}"]) for n in self._steps.sizes}
+        for name, tensor in self._best.items():
+            tensor.copy_(tensors[f"best:{name}"])
+
+    def best(self) -> nn.Module:
+        """A copy of the network in the best state met."""
+        copied = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, weight in copied.named_parameters():
+                if name in self._best:
+                    weight.copy_(self._best[name])
+        return copied
+
+    def _check(self) -> None:
+        """Judge the average over the last steps; keep it where it is the best, or step back."""
+        state = self.state
+        with self._averaged():
+            found = self.jury.distance(self.model)
+        state.curve.append((state.step, found))
+        if found < state.best:
+            state.best, state.best_step = found, state.step
+            self._best = {name: t.clone() for name, t in self._steps.averages.items()}
+        elif not found <= LOST * state.start:
+            self._step_back()
+
+    def _step_back(self) -> None:
+        """Go on from the best state, in steps half as large."""
+        self._load(self._best)
+        sizes = self._steps.sizes
+        self._steps = Steps.begin(self.weights)
+        self._steps.sizes = sizes
+        self.state.rate /= 2
+        self.state.steps_back += 1
+
+    def _replan(self, length: Length) -> None:
+        """Fit the number of steps to the time that is left, where it is given."""
+        state = self.state
+        if length.seconds is None or not state.step:
+            return
+        left = length.seconds - state.seconds["all"]
+        each = state.seconds["all"] / state.step
+        wanted = state.step + max(int(left / each), 0)
+        if abs(wanted - state.total) > 0.1 * (state.total - state.step):
+            # Not more than planned: beyond that there are no batches.
+            state.total = max(min(wanted, state.planned), state.step)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        own = {name: weight.data.clone() for name, weight in self.weights.items()}
+        self._load(self._steps.averages)
+        try:
+            yield
+        finally:
+            self._load(own)
+
+    def _load(self, tensors: Kept) -> None:
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(tensors[name])
+
+    def _said(self) -> str:
+        return f"held-out {self.state.best:.3g} (was {self.state.start:.3g})"

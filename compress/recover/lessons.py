@@ -1,0 +1,192 @@
+"""Batches to learn from, with what the original makes of them.
+
+Where images are seen several times, the same batches come again in another order, so that what the
+original returns for them is computed once and kept. Everything follows from the seed and the number
+of a step: a course that goes on where it was stopped sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.data import ImageSet, Loader
+from compress.data.workers import batches_from_workers
+from compress.errors import DataError
+from compress.recover.augment import augmented
+from compress.recover.distance import Distance
+from compress.running.forward import evaluation_mode, run_model
+from compress.running.structure import mapped, placed
+from compress.running.structure import size as bytes_of
+
+# The original's results that are kept may take so many bytes.
+KEPT_BYTES = 1 << 28
+# How often a batch is seen before others are drawn: the original then takes a quarter of the time
+# that it would take otherwise, and four times are too few to learn by heart.
+REPEATS = 4
+# Of more images than these the held-out ones are not more.
+MOST_HELD_OUT = 1000
+HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Division:
+    """Disjoint images to learn from and to judge by."""
+
+    learning: ImageSet
+    held_out: ImageSet
+
+
+def divided(images: ImageSet, fitted: int, seed: int) -> Division:
+    """Divide images into those to learn from and those held out.
+
+    The images that validated the compression are the first to be held out, and those that it was
+    fitted to are always learnt from; see `compress.data.split`.
+
+    Args:
+        images: All images there are.
+        fitted: How many images the compression drew.
+        seed: Its seed.
+
+    Raises:
+        DataError: There are fewer than two.
+    """
+    total = len(images)
+    if total < 2:
+        raise DataError(
+            f"{images.source.described} holds {total} image{'' if total == 1 else 's'}: recovery "
+            "takes at least two, one to learn from and one held out; some hundred are few."
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = min(fitted, total)
+    validating = min(max(round(drawn * 0.25), 1), drawn - 1) if drawn > 1 else 0
+    first, rest = order[drawn - validating : drawn], order[drawn:]
+    wanted = min(MOST_HELD_OUT, max(1, round(total * HELD_OUT_SHARE)))
+    more = rest[len(rest) - max(0, min(wanted - len(first), len(rest))) :] if rest else []
+    held_out = (first + more) or order[-1:]
+    chosen = set(held_out)
+    return Division(images.subset([i for i in order if i not in chosen]), images.subset(held_out))
+
+
+@dataclass
+class Lessons:
+    """Batches to learn from.
+
+    Attributes:
+        images: What to learn from.
+        loader: How they reach a network; ``batch_size`` is that of a step.
+        original: What says what is right, on the loader's device and in its memory format.
+        distance: What is kept of its results.
+        augmentation: A kind of `compress.recover.augment`.
+        seed: Decides order and changes.
+        steps: How many batches there will be, which decides how often each is seen.
+        seconds: What reading images and the original took, filled in.
+    """
+
+    images: ImageSet
+    loader: Loader
+    original: nn.Module
+    distance: Distance
+    augmentation: str
+    seed: int
+    steps: int
+    seconds: dict[str, float] = field(default_factory=lambda: {"images": 0.0, "original": 0.0})
+    _kept: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _bytes: int = 0
+    _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch."""
+        return min(self.loader.batch_size, len(self.images))
+
+    @property
+    def batches(self) -> int:
+        """How many batches all images make; a last one that is not full is left out."""
+        return len(self.images) // self.batch_size
+
+    @property
+    def sets(self) -> int:
+        """How many sets of batches there are, each of all images in an order of its own."""
+        passes = -(-self.steps // self.batches)
+        return max(1, -(-passes // REPEATS))
+
+    def begin(self, step: int) -> Iterator[tuple[Any, Any]]:
+        """Yield the inputs of each step from one on, placed, and what the original makes of them.
+
+        Raises:
+            DataError: An image cannot be read.
+            ModelError: The original's forward fails.
+        """
+        keys = [self._key(number) for number in range(step, self.steps)]
+        read = self._read(keys)
+        for key in keys:
+            begun = time.perf_counter()
+            inputs = augmented(next(read), self.augmentation, self._seed("picture", *key))
+            inputs = placed(inputs, self.loader.device, self.loader.memory_format)
+            seen = time.perf_counter()
+            taught = self._taught(key, inputs)
+            self.seconds["images"] += seen - begun
+            self.seconds["original"] += time.perf_counter() - seen
+            yield inputs, taught
+
+    def _read(self, keys: list[tuple[int, int]]) -> Iterator[Any]:
+        chunks = map(self._positions, keys)
+        if not self.loader.workers or self.images.held:
+            for chunk in chunks:
+                yield self.images.batch(chunk)[0]
+            return
+        for batch in batches_from_workers(self.images, list(chunks), self.loader.workers):
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch[0]
+
+    def _key(self, step: int) -> tuple[int, int]:
+        """The set of a step's batch, and its number in that."""
+        turn, index = divmod(step, self.batches)
+        return turn % self.sets, self._order(self.batches, "turn", turn)[index]
+
+    def _positions(self, key: tuple[int, int]) -> list[int]:
+        drawn, number = key
+        order = self._order(len(self.images), "set", drawn)
+        return order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _taught(self, key: tuple[int, int], inputs: Any) -> Any:
+        if key in self._kept:
+            return self._kept[key]
+        found = taught(self.original, inputs, self.distance)
+        size = bytes_of(found)
+        if self.sets * self.batches < self.steps and self._bytes + size <= KEPT_BYTES:
+            self._kept[key] = found
+            self._bytes += size
+        return found
+
+    def _order(self, count: int, what: str, number: int) -> list[int]:
+        """An order of things; the last one of each kind is kept, since the next step asks again."""
+        last, order = self._orders.get(what, (-1, []))
+        if last != number:
+            generator = torch.Generator().manual_seed(self._seed(what, number))
+            order = torch.randperm(count, generator=generator).tolist()
+            self._orders[what] = number, order
+        return order
+
+    def _seed(self, *of: Any) -> int:
+        digest = hashlib.sha256(repr((self.seed, self.augmentation, *of)).encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+
+def taught(original: nn.Module, inputs: Any, distance: Distance) -> Any:
+    """Return what has to be kept of what the original returns for a batch.
+
+    Raises:
+        ModelError: Its forward fails.
+    """
+    with torch.no_grad(), evaluation_mode(original):
+        result = run_model(original, inputs)
+    return mapped(distance.taught(result), lambda tensor: tensor.detach())

@@ -1,0 +1,139 @@
+"""How fast to go and how to change pictures: found by short trials on the images themselves.
+
+Every trial is a small course from the same start, and held-out images judge it. A short trial
+cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
+are used unless they are clearly in the way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress.recover.augment import MOVED, NONE, are_pictures
+from compress.recover.course import CHECKS, Course, Jury, Length, State, Task, learner
+from compress.recover.lessons import REPEATS
+
+# Steps relative to each weight's size, from the largest down.
+RATES = (0.01, 0.003, 0.001, 0.0003)
+USUAL = 0.003
+# A trial has little time to settle, and so speaks for steps that are too small for a whole course:
+# the largest are taken with which it does not end so much farther away than it began.
+FARTHER = 0.1
+# Each trial takes this share of all steps, and so many.
+TRIAL_SHARE = 1 / 40
+SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
+# How much worse a trial with changed pictures may come out.
+WORTH = 0.1
+# The first steps take longer than those to come.
+TIMED = 3
+
+
+def begin(model: nn.Module, task: Task, length: Length) -> Course:
+    """Find rate and augmentation by trials, and set a course up.
+
+    Args:
+        model: The network as it is; it is left so.
+        task: What there is to do.
+        length: How long all of it may take, trials included.
+
+    Raises:
+        DataError: An image cannot be read.
+        ModelError: A forward fails, or the outputs cannot be compared.
+    """
+    begun = time.perf_counter()
+    jury = Jury(task)
+    start = jury.distance(model)
+    first, _ = next(iter(task.loader.batches(task.division.learning)))
+    kind = MOVED if are_pictures(first) else NONE
+    pace = None if length.steps is not None else _pace(model, task, jury, kind)
+    steps = length.steps or _steps_in(length, pace, task)
+    rate = USUAL
+    if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL and start > 0:
+        rate, kind = _chosen(_Trials(model, task, jury, steps), kind, start)
+    spent = time.perf_counter() - begun
+    if pace is not None:
+        steps = _steps_in(length, pace, task, spent)
+    state = State(rate, kind, steps, steps, start=start, best=start, curve=[(0, start)])
+    state.seconds = {"search": spent, "all": spent}
+    return _course(model, task, jury, state)
+
+
+def _course(model: nn.Module, task: Task, jury: Jury, state: State) -> Course:
+    copied, weights = learner(model, task)
+    return Course(task, copied, weights, state, jury)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Small courses from the same start."""
+
+    model: nn.Module
+    task: Task
+    jury: Jury
+    steps: int
+
+    def distance(self, rate: float, kind: str) -> float:
+        """How far held-out images are apart after a trial; infinitely, where it went astray."""
+        steps = min(int(self.steps * TRIAL_SHARE), LONGEST_TRIAL)
+        course = _course(self.model, self.task, self.jury, State(rate, kind, steps, steps))
+        for inputs, right in course.lessons().begin(0):
+            if not course.step(inputs, right):
+                return math.inf
+        found = self.jury.distance(course.model)
+        return found if found < math.inf else math.inf
+
+
+def _chosen(trials: _Trials, kind: str, start: float) -> tuple[float, str]:
+    """The rate and the augmentation that held-out images speak for."""
+    rate, found = RATES[-1], math.inf
+    for rate in trials.task.track(RATES, "find the rate", len(RATES)):
+        found = trials.distance(rate, kind)
+        if found <= start * (1 + FARTHER):
+            break
+    if kind != NONE and found > trials.distance(rate, NONE) * (1 + WORTH):
+        kind = NONE
+    return rate, kind
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Seconds of a step, those of the original by themselves, and of a check."""
+
+    original: float
+    rest: float
+    check: float
+
+
+def _pace(model: nn.Module, task: Task, jury: Jury, kind: str) -> _Pace:
+    """Time a few steps that lead nowhere."""
+    course = _course(model, task, jury, State(0.0, kind, 1 + TIMED, 1 + TIMED))
+    lessons = course.lessons()
+    begun, original = time.perf_counter(), 0.0
+    for number, (inputs, right) in enumerate(lessons.begin(0)):
+        course.step(inputs, right)
+        if number == 0:  # whatever is made ready once is made ready now
+            begun, original = time.perf_counter(), lessons.seconds["original"]
+    spent = time.perf_counter() - begun
+    original = lessons.seconds["original"] - original
+    begun = time.perf_counter()
+    jury.distance(model)
+    check = time.perf_counter() - begun
+    return _Pace(original / TIMED, max(spent - original, 0.0) / TIMED, check)
+
+
+def _steps_in(length: Length, pace: _Pace | None, task: Task, spent: float = 0.0) -> int:
+    """How many steps fit into what is left of the time, one at least."""
+    if pace is None:
+        return length.steps or 1
+    seconds = (length.seconds or 0.0) - spent - CHECKS * pace.check
+    batches = max(len(task.division.learning) // task.loader.batch_size, 1)
+    steps = 1
+    for _ in range(3):  # how often the original runs depends on how often batches come again
+        passes = -(-steps // batches)
+        new = min(max(1, -(-passes // REPEATS)) * batches, steps) / steps
+        steps = max(1, int(seconds / max(pace.rest + new * pace.original, 1e-9)))
+    return steps

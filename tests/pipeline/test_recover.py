@@ -1,0 +1,233 @@
+"""``compress recover`` from start to end: better, never worse, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from workbench import SPEC, Workbench, command, made_images, paragraph, trained
+
+import compress
+from compress.artefact.manifest import read_manifest
+from compress.errors import ArtefactError
+from compress.pipeline import recover as pipeline
+from compress.pipeline.run import compress_model
+from compress.recover.store import RECOVERY_FILE
+
+# Ranks that hurt, and no refit, so that there is something to recover.
+RANKS = ("--rank", "conv1=1", "--rank", "conv2=1", "--no-refit", "--keep", "head")
+
+
+@pytest.fixture
+def small(bench: Workbench) -> Path:
+    found = bench.run(*RANKS, output=str(bench.output("small")))
+    assert found.exit_code == 0, found.output
+    return bench.output("small")
+
+
+def recover(bench: Workbench, *flags: str, out: str = "better", **replaced: str) -> Any:
+    values = {
+        "checkpoint": bench.checkpoint, "data": bench.train, "test": bench.test, "model": SPEC,
+        "output": str(bench.output(out)), **replaced,
+    }  # fmt: skip
+    named = [part for key, value in values.items() if value for part in (f"--{key}", value)]
+    return command("recover", str(bench.output("small")), *named, "--no-latency", *flags)
+
+
+def stop_at(patch: pytest.MonkeyPatch, look: int) -> None:
+    """Have Ctrl-C come while the state is written for the nth time."""
+    written, looks = pipeline.write_state, []
+
+    def stopped(*arguments: Any) -> None:
+        written(*arguments)
+        looks.append(1)
+        if len(looks) == look:
+            raise KeyboardInterrupt
+
+    patch.setattr(pipeline, "write_state", stopped)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def test_outputs_come_nearer_and_all_else_stays(bench: Workbench, small: Path) -> None:
+    found = recover(bench, "--steps", "120")
+    assert found.exit_code == 0, found.output
+    result = bench.report("better")["result"]
+    recovery = result["recovery"]
+    assert recovery["best"] < 0.8 * recovery["start"]
+    assert recovery["checks"][0] == {"step": 0, "distance": recovery["start"]}
+    assert (recovery["images"], recovery["held_out_images"]) == (36, 12)
+    assert result["test"]["agreement"] >= bench.report("small")["result"]["test"]["agreement"]
+    assert "Recovered in 120 steps on 36 images without labels" in found.stdout
+    assert "Recovery, step by step" in (bench.output("better") / "report.md").read_text()
+    assert 'id="recovery"' in (bench.output("better") / "report.html").read_text()
+    before, after = (read_manifest(x) for x in (small, bench.output("better")))
+    assert after.replacements == before.replacements
+    assert after.recovered
+    assert not before.recovered
+    assert result["cost"]["compressed"] == bench.report("small")["result"]["cost"]["compressed"]
+    old, new = tensors(small), tensors(bench.output("better"))
+    assert {k: t.shape for k, t in old.items()} == {k: t.shape for k, t in new.items()}
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert not any(name.startswith("head") for name in changed)  # what the user kept
+    assert not bench.output("better.unfinished").exists()
+    compress.load(bench.output("better"), trust_code=True)
+
+
+@pytest.mark.usefixtures("small")
+def test_steps_give_the_same_bytes_again_and_after_a_stop(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recover(bench, "--steps", "60", out="first").exit_code == 0
+    assert recover(bench, "--steps", "60", out="again").exit_code == 0
+    whole = (bench.output("first") / "model.safetensors").read_bytes()
+    assert (bench.output("again") / "model.safetensors").read_bytes() == whole
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        found = recover(bench, "--steps", "60", out="stopped")
+    assert found.exit_code == 130
+    assert "--resume" in found.stderr
+    unfinished = bench.output("stopped.unfinished")
+    # A network that can be used as it is, though nothing has verified it.
+    compress.load(unfinished, trust_code=True)
+    assert not read_manifest(unfinished).verified
+    assert recover(bench, "--steps", "60", "--resume", out="stopped").exit_code == 0
+    assert (bench.output("stopped") / "model.safetensors").read_bytes() == whole
+    assert not unfinished.exists()
+
+
+def test_chains_become_the_same_layers_again(bench: Workbench, small: Path) -> None:
+    found = recover(bench, "--steps", "60", "--overparam", "2")
+    assert found.exit_code == 0, found.output
+    recovery = bench.report("better")["result"]["recovery"]
+    assert recovery["overparam"] == 2
+    assert recovery["best"] < recovery["start"]
+    old, new = tensors(small), tensors(bench.output("better"))
+    assert {k: t.shape for k, t in old.items()} == {k: t.shape for k, t in new.items()}
+    assert torch.equal(old["head.weight"], new["head.weight"])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_loss_of_ones_own_compares_with_the_originals_outputs(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    code = tmp_path / "goal.py"
+    code.write_text("def squares(new, old):\n    return (new - old).pow(2).sum()")
+    found = recover(bench, "--steps", "60", "--loss-fn", f"{code}:squares")
+    assert found.exit_code == 0, found.output
+    recovery = bench.report("better")["result"]["recovery"]
+    assert recovery["best"] < recovery["start"]
+
+
+def test_run_recovers_too(bench: Workbench) -> None:
+    found = bench.run(*RANKS, "--recover", "0.02")
+    assert found.exit_code == 0, found.output
+    result = bench.report()["result"]
+    assert result["recovery"]["best"] <= result["recovery"]["start"]
+    assert result["recovery"]["before"] is not None
+    assert "recover" in result["seconds"]
+    assert read_manifest(bench.output()).recovered
+
+
+@pytest.mark.usefixtures("bench")  # for its clock
+def test_a_program_can_recover() -> None:
+    images = torch.tensor(made_images(48, seed=1)[0]).unsqueeze(1).float() / 255
+    made = compress_model(
+        trained(), images, rank={"conv1": "1", "conv2": "1"}, refit=False, recover=0.02,
+        no_latency=True,
+    )  # fmt: skip
+    assert made.result.recovery is not None
+    assert made.result.recovery.steps >= 1
+
+
+def other_checkpoint(bench: Workbench) -> dict[str, str]:
+    state = load_file(bench.checkpoint)
+    path = bench.folder / "other.safetensors"
+    save_file({name: t + 1 if t.is_floating_point() else t for name, t in state.items()}, path)
+    return {"checkpoint": str(path)}
+
+
+def one_image(bench: Workbench) -> dict[str, str]:
+    np.savez(bench.folder / "one.npz", images=np.zeros((1, 8, 8), np.uint8))
+    return {"data": f"tensors:{bench.folder / 'one.npz'}"}
+
+
+def larger_images(bench: Workbench) -> dict[str, str]:
+    np.savez(bench.folder / "rgb.npz", images=np.zeros((4, 3, 8, 8), np.uint8))
+    return {"data": f"tensors:{bench.folder / 'rgb.npz'}"}
+
+
+def no_checkpoint(bench: Workbench) -> dict[str, str]:
+    del bench
+    return {"checkpoint": ""}
+
+
+def nothing(bench: Workbench) -> dict[str, str]:
+    del bench
+    return {}
+
+
+BAD: list[tuple[str, Any, tuple[str, ...], int, str]] = [
+    ("no original", no_checkpoint, (), 2, "No checkpoint given"),
+    ("another original", other_checkpoint, (), 3, "Pass the original that was compressed"),
+    ("one image", one_image, (), 3, "at least two"),
+    ("other images", larger_images, (), 3, "channels"),
+    ("no time", nothing, ("--minutes", "0"), 2, "more than 0"),
+    ("two lengths", nothing, ("--minutes", "1", "--steps", "2"), 2, "give one of them"),
+    ("nothing to go on from", nothing, ("--steps", "2", "--resume"), 3, "Leave out --resume"),
+    ("too deep", nothing, ("--steps", "2", "--overparam", "9999999"), 2, "smaller depth"),
+]
+
+
+@pytest.mark.parametrize(("make", "flags", "code", "said"), [b[1:] for b in BAD],
+                         ids=[b[0] for b in BAD])  # fmt: skip
+def test_bad_input(
+    bench: Workbench, small: Path, make: Any, flags: tuple[str, ...], code: int, said: str
+) -> None:
+    del small
+    text = paragraph(recover(bench, *flags, **make(bench)), code)
+    assert said in text
+    assert not bench.output("better").exists()
+    assert not bench.output("better.unfinished").exists()
+
+
+def test_a_result_of_which_no_layer_was_rewritten(bench: Workbench) -> None:
+    kept = bench.run("--keep", "*", "--macs", "1", output=str(bench.output("small")))
+    assert kept.exit_code == 0, kept.output
+    assert "nothing to recover" in paragraph(recover(bench, "--steps", "2"), 2)
+
+
+def test_a_full_disk_loses_nothing(
+    bench: Workbench, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ArtefactError("The disk is full.")
+
+    monkeypatch.setattr(pipeline, "write_state", full)
+    assert "disk is full" in paragraph(recover(bench, "--steps", "2"), 3)
+    assert not bench.output("better").exists()
+    assert tensors(small)
+
+
+def test_the_state_of_another_recovery_is_refused(
+    bench: Workbench, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert recover(bench, "--steps", "4").exit_code == 130
+    text = paragraph(recover(bench, "--steps", "5", "--resume"), 3)
+    assert "it differs in steps" in text
+    state = bench.output("better.unfinished") / RECOVERY_FILE
+    state.write_bytes(state.read_bytes()[:-8])
+    assert "damaged" in paragraph(recover(bench, "--steps", "4", "--resume"), 3)
+    assert json.loads((small / "report.json").read_text())["kind"] == "run"

@@ -1,0 +1,166 @@
+"""Steps, checks, steps back, and the best state kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.data import Loader, as_images
+from compress.data.held import hold
+from compress.recover import Course, Distance, Division, Length, State, Task, begin
+from compress.recover.course import MOST_STEPS_BACK, Jury, learner
+from compress.recover.steps import FIRST, SECOND, Steps
+from compress.running.outputs import Part, Reading
+
+READING = Reading((Part("", "classes"),), "", True)
+
+
+def network(seed: int, width: int = 6) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 4)
+        ).eval()
+
+
+def task(original: nn.Module, **settings: Any) -> Task:
+    images = torch.randn(96, 12, generator=torch.Generator().manual_seed(5))
+    loader = Loader(16)
+    sets = [hold(as_images(part), loader) for part in (images[:80], images[80:])]
+    given = {"distance": Distance(READING), **settings}
+    return Task(original, Division(*sets), loader, **given)
+
+
+def course(model: nn.Module, job: Task, steps: int, rate: float = 0.01) -> Course:
+    jury = Jury(job)
+    start = jury.distance(model)
+    copied, weights = learner(model, job)
+    return Course(job, copied, weights, State(rate, "none", steps, steps, start=start, best=start),
+                  jury)  # fmt: skip
+
+
+def test_a_network_learns_from_another() -> None:
+    original, model = network(0), network(1)
+    before = copy.deepcopy(model.state_dict())
+    found = begin(model, task(original), Length(steps=800))
+    found.run(Length(steps=800))
+    assert found.state.step == 800
+    assert found.state.best < 0.2 * found.state.start
+    assert Jury(found.task).distance(found.best()) == pytest.approx(found.state.best)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_what_is_kept_stays_bit_for_bit() -> None:
+    model = network(1)
+    found = course(model, task(network(0), keep=frozenset({"1"})), 40)
+    found.run(Length(steps=40))
+    best = found.best()
+    assert torch.equal(best[1].weight, model[1].weight)
+    assert torch.equal(best[1].bias, model[1].bias)
+    assert not torch.equal(best[3].weight, model[3].weight)
+
+
+def test_nothing_comes_out_worse_than_it_went_in() -> None:
+    found = course(network(1), task(network(0)), 200, rate=30.0)
+    found.run(Length(steps=200))
+    assert found.state.steps_back > 0
+    assert found.state.best <= found.state.start
+    assert Jury(found.task).distance(found.best()) <= found.state.start * (1 + 1e-9)
+
+
+def test_of_the_original_itself_nothing_is_nearer() -> None:
+    original = network(0)
+    found = begin(copy.deepcopy(original), task(original), Length(steps=30))
+    found.run(Length(steps=30))
+    assert found.state.start == found.state.best == 0
+    for name, weight in found.best().state_dict().items():
+        assert torch.equal(weight, original.state_dict()[name])
+
+
+def test_a_loss_that_is_not_finite_steps_back_and_then_ends() -> None:
+    class Broken(Distance):
+        def training(self, taught: Any, result: Any) -> Tensor:
+            return super().training(taught, result) * math.nan
+
+    model = network(1)
+    found = course(model, task(network(0), distance=Broken(READING)), 50)
+    found.run(Length(steps=50))
+    assert found.state.steps_back == MOST_STEPS_BACK + 1
+    assert found.state.step == 0
+    assert found.state.rate == 0.01 / 2 ** (MOST_STEPS_BACK + 1)
+    for name, weight in found.best().state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+
+
+def test_a_course_goes_on_to_the_same_bytes() -> None:
+    job, model = task(network(0)), network(1)
+    kept: list[tuple[State, dict[str, Tensor]]] = []
+
+    def keep(state: State, tensors: Any) -> None:
+        kept.append((copy.deepcopy(state), {n: t.clone() for n, t in tensors.items()}))
+
+    whole = course(model, job, 100)
+    whole.run(Length(steps=100), keep)
+    for state, tensors in kept[3], kept[11]:
+        copied, weights = learner(model, job)
+        again = Course(job, copied, weights, copy.deepcopy(state), Jury(job))
+        again.load(tensors)
+        again.run(Length(steps=100))
+        assert again.state.curve == whole.state.curve
+        for name, weight in again.best().state_dict().items():
+            assert torch.equal(weight, whole.best().state_dict()[name])
+
+
+def test_time_that_runs_out_shortens_the_course(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = course(network(1), task(network(0)), 400)
+    ticks = iter(range(100_000))
+    monkeypatch.setattr("compress.recover.course.time.perf_counter", lambda: float(next(ticks)))
+    found.run(Length(seconds=800.0))
+    assert 40 < found.state.step < 400
+    assert found.state.way > 0.9
+
+
+def test_steps_are_adams_relative_to_each_tensors_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        "a": torch.randn(5, 3, generator=generator),
+        "b": 10 * torch.randn(4, generator=generator),
+    }
+    slopes = [
+        {n: torch.randn(w.shape, generator=generator) for n, w in start.items()} for _ in range(6)
+    ]
+    ours = {n: nn.Parameter(w.clone()) for n, w in start.items()}
+    theirs = {n: nn.Parameter(w.clone()) for n, w in start.items()}
+    steps = Steps.begin(ours)
+    adam = torch.optim.Adam(
+        [{"params": [p], "lr": 0.02 * float(start[n].norm()) / start[n].numel() ** 0.5}
+         for n, p in theirs.items()],
+        betas=(FIRST, SECOND), eps=1e-12,
+    )  # fmt: skip
+    for gradients in slopes:
+        for name, gradient in gradients.items():
+            ours[name].grad, theirs[name].grad = gradient.clone(), gradient.clone()
+        assert steps.step(0.02)
+        adam.step()
+    for name, weight in ours.items():
+        assert torch.allclose(weight, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_long_gradient_is_cut_and_one_that_is_not_finite_refused() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    steps = Steps.begin({"w": weight})
+    for _ in range(20):
+        weight.grad = torch.ones(3)
+        steps.step(0.0)
+    first = steps.first["w"].clone()
+    weight.grad = torch.full((3,), 1e6)
+    steps.step(0.0)
+    assert float(steps.first["w"].max()) <= float(first.max()) * FIRST + (1 - FIRST) * 2.1
+    weight.grad = torch.tensor([1.0, math.nan, 1.0])
+    assert not steps.step(0.1)
+    assert torch.equal(weight, torch.ones(3))
