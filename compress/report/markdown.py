@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compress.plan import DENSE
-from compress.report import points, text
+from compress.report import points, progressive, text
 from compress.report.build import (
     Report,
     accuracy_sentence,
@@ -70,7 +70,7 @@ def _run(report: Report) -> list[str]:
         lines += [f"### Before and after, {where} images", ""]
         lines += _table(("", "before", "after", change), metric_rows(metric))
         lines += _classes(metric) + _flips(metric)
-    return lines + _layers(result) + _provenance(result)
+    return lines + _layers(result) + _curve(report) + _provenance(result)
 
 
 def _banners(notes: Iterable[str]) -> list[str]:
@@ -162,6 +162,14 @@ def _layers(result: dict[str, Any]) -> list[str]:
     head = ("layer", "shape", "scheme", size, "MACs", "predicted", "measured", "why")
     note = "Relative mean squared error: predicted, and measured in place on validation images."
     return _folded(f"Layers ({len(rows)})", [note, "", *_table(head, rows)]) if rows else []
+
+
+def _curve(report: Report) -> list[str]:
+    rows = progressive.shown_rows(report)
+    if not rows:
+        return []
+    lines = [escape(progressive.curve_sentence(report)), "", *_table(progressive.HEAD, rows)]
+    return _folded(f"Layer by layer ({len(rows) - 1})", lines)
 
 
 def _provenance(result: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from compress.result.metrics import (
     Interval,
     OutputChange,
 )
+from compress.result.progressive import Progressive, ProgressivePoint
 from compress.result.runs import (
     RESULT_FORMAT,
     Cost,
@@ -48,6 +49,8 @@ __all__ = [
     "LayerResult",
     "MeasuredError",
     "OutputChange",
+    "Progressive",
+    "ProgressivePoint",
     "Result",
     "SplitRecord",
     "SweepPoint",

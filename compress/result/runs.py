@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.result.layers import LayerResult
 from compress.result.metrics import EndMetric
+from compress.result.progressive import Progressive
 
 RESULT_FORMAT = 1
 
@@ -125,6 +126,7 @@ class Result:
     refit_path: str = ""
     refit_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    progressive: Progressive | None = None
     format: int = RESULT_FORMAT
 
 
