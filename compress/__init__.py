@@ -14,9 +14,10 @@ _PUBLIC = {
     "compress_model": "compress.pipeline.run",
     "load": "compress.artefact.model",
     "combine": "compress.linalg.convolution",
+    "Mirror": "compress.network.mirror",
     "RunConfig": "compress.config",
 }
-__all__ = ["RunConfig", "__version__", "combine", "compress_model", "load"]
+__all__ = ["Mirror", "RunConfig", "__version__", "combine", "compress_model", "load"]
 
 
 def __getattr__(name: str) -> Any:

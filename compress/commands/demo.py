@@ -20,7 +20,7 @@ OUTPUT = "demo-result"
         "compress demo --macs 0.3 --output smaller-digits",
     )
 )
-@configured("output", "rules", "schemes", "gates", "compute")
+@configured("output", "rules", "schemes", "gates", "curve", "compute")
 def demo(settings: Settings, terminal: Terminal) -> None:
     """Compress the embedded network with the embedded images: no download, under a minute.
 

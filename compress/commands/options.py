@@ -181,6 +181,10 @@ _EVALUATION = (
        "of the time spent before, or 5 seconds where that is more, with fewer rounds where the "
        "network is slow."),
 )  # fmt: skip
+_CURVE = (
+    _o("--progressive", is_flag=True, text="Also measure the network after each further layer is "
+       "replaced, in the order of the forward; the report draws the curve."),
+)  # fmt: skip
 _GATES = (
     _o("--max-drop", type=FINITE, metavar="P", text="Fail where test accuracy falls by more than "
        "P points."),
@@ -205,6 +209,7 @@ GROUPS: dict[str, tuple[Decorator, ...]] = {
     "schemes": _SCHEMES,
     "fit": _FIT,
     "evaluation": _EVALUATION,
+    "curve": _CURVE,
     "gates": _GATES,
     "output": _OUTPUT,
 }

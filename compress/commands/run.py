@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False)
 @configured(
     "model", "data", "test", "output", "rules", "schemes", "gates", "images", "calibration", "fit",
-    "evaluation", "compute",
+    "evaluation", "curve", "compute",
 )  # fmt: skip
 def run(settings: Settings, terminal: Terminal) -> None:
     """Compress CHECKPOINT: calibrate, choose ranks, rewrite, verify, save, report."""

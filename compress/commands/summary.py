@@ -17,6 +17,7 @@ from compress.report.build import (
     timing_sentence,
     verdict_text,
 )
+from compress.report.progressive import curve_sentence
 from compress.result import GateResult
 
 # Reasons for keeping layers that are listed before the rest is left to the report.
@@ -38,7 +39,7 @@ def run_summary(
     lines += _layers(result["layers"], measured_on) + _totals(report)
     said = (
         layers_sentence(report), refit_sentence(report), recovery_sentence(report),
-        accuracy_sentence(report),
+        accuracy_sentence(report), curve_sentence(report),
         _read_as(result), timing_sentence(report),
     )  # fmt: skip
     lines += [sentence for sentence in said if sentence]

@@ -107,6 +107,8 @@ class RunConfig:
     latency_batch: int = _setting(Role.TIMING, 8, values.positive)
     no_latency: bool = _setting(Role.TIMING, False)
     latency_table: str = _setting(Role.PLACE, "")
+    # A measurement more, which changes nothing about the model.
+    progressive: bool = _setting(Role.SPEED, False)
 
     # What the result must satisfy on the test set before it is saved.
     max_drop: float | None = _setting(Role.GATE, None, values.points)

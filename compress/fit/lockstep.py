@@ -60,7 +60,7 @@ class Lockstep:
     def execute(self, node: fx.Node, environment: Environment) -> Pair:
         """Compute one node in both networks, once where they agree."""
         if node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(self.model)
+            value = self.attribute(node)
             return Pair(value, value)
         if node.op == "output":
             return Pair(None, None)
@@ -75,12 +75,16 @@ class Lockstep:
                 shared = pair.same and (replaced or not same) and isinstance(found, Tensor)
                 return found.clone() if shared and _changes_input(node, modules) else found
 
-            return _call(node, value, modules)
+            return call_node(node, value, modules)
 
         dense = side("dense", self.modules)
         if same and not replaced:
             return Pair(dense, dense)
         return Pair(dense, side("compressed", {**self.modules, **self.chains}))
+
+    def attribute(self, node: fx.Node) -> Any:
+        """Return what a node reads from the dense network, such as a parameter."""
+        return operator.attrgetter(str(node.target))(self.model)
 
     def across(
         self, value: Any, start: int, end: int, numbers: dict[str, Any], *, compressed: bool
@@ -105,11 +109,11 @@ class Lockstep:
         values: dict[str, Any] = {**numbers, self.nodes[start].name: cloned(value)}
         for node in self.nodes[start + 1 : end + 1]:
             if node.op == "get_attr":
-                values[node.name] = operator.attrgetter(str(node.target))(self.model)
+                values[node.name] = self.attribute(node)
             elif node.op == "output":
                 values[node.name] = fx.node.map_arg(node.args[0], lambda n: values[n.name])
             else:
-                values[node.name] = _call(node, lambda source: values[source.name], modules)
+                values[node.name] = call_node(node, lambda source: values[source.name], modules)
             if holds_numbers(values[node.name]):
                 numbers[node.name] = values[node.name]
         return values[self.nodes[end].name]
@@ -122,7 +126,9 @@ def holds_numbers(value: Any) -> bool:
     return value is None or isinstance(value, int | float | str | torch.dtype | torch.device)
 
 
-def _call(node: fx.Node, value: Callable[[fx.Node], Any], modules: Mapping[str, nn.Module]) -> Any:
+def call_node(
+    node: fx.Node, value: Callable[[fx.Node], Any], modules: Mapping[str, nn.Module]
+) -> Any:
     """Compute one node from the values of those that it reads."""
     args = fx.node.map_arg(node.args, value)
     kwargs = fx.node.map_arg(node.kwargs, value)

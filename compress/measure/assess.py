@@ -18,7 +18,14 @@ from compress.measure.layers import measure_layers, measured_losses
 from compress.network.baseline import Network
 from compress.network.recurrent import RecurrentLayer
 from compress.plan import Choice, Plan
-from compress.result import CostSummary, EndMetric, LayerErrors, LayerResult, MeasuredError
+from compress.result import (
+    CostSummary,
+    EndMetric,
+    LayerErrors,
+    LayerResult,
+    MeasuredError,
+    Progressive,
+)
 from compress.rules import Outcome, rule_named
 from compress.running.structure import main_tensor, placed
 
@@ -56,6 +63,7 @@ class Assessment:
     test: EndMetric | None
     rank_correlation: float | None
     warnings: tuple[str, ...]
+    progressive: Progressive | None = None
 
 
 def assess(

@@ -19,9 +19,11 @@ from compress.calibrate.removal import group_widths
 from compress.calibrate.statistics import Source
 from compress.config import Role, RunConfig, settings_of
 from compress.measure.assess import Assessment, Rewritten
+from compress.network.baking import copied
 from compress.network.baseline import Network
 from compress.network.channels import ChannelMap
-from compress.network.narrowing import widths_at
+from compress.network.mirror import Mirror, replacements_of
+from compress.network.narrowing import Cut, widths_at
 from compress.pipeline.job import Job
 from compress.plan import Plan
 from compress.report import gate_sentence, judged
@@ -60,6 +62,7 @@ class Compressed:
         result: Everything measured.
         manifest: How to rebuild the model.
         network: The dense baseline.
+        cut: Which of the baseline's channels the compressed network still has; None for all.
     """
 
     model: nn.Module
@@ -67,6 +70,20 @@ class Compressed:
     result: Result
     manifest: Manifest
     network: Network
+    cut: Cut | None = None
+
+    def mirror(self) -> Mirror:
+        """Return the dense baseline with every layer that changed as something to be switched.
+
+        With all of them replaced it computes what ``model`` does, up to rounding (where channels
+        were taken out, those that went are computed as well, and not read). All is in float32.
+        """
+        layers = self.result.layers
+        names = [layer.name for layer in layers if layer.rewritten or layer.refitted]
+        compressed = copied(self.model).float()
+        return Mirror(
+            self.network.model, replacements_of(self.network, compressed, names, self.cut)
+        )
 
     @property
     def failed_gates(self) -> tuple[str, ...]:
@@ -146,6 +163,7 @@ class Record:
             refit_reason=self.rewritten.replaced.refit.reason,
             recovery=self.recovery,
             seconds=clock.seconds,
+            progressive=assessed.progressive,
         )
         return judged(result, limits_of(job.config))
 

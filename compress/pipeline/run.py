@@ -22,7 +22,8 @@ from compress.inputs.load import (
     load_network,
     weights_hash,
 )
-from compress.measure.assess import Rewritten, assess
+from compress.measure.assess import Assessment, Rewritten, assess
+from compress.measure.progressive import Replacing, measure_progressive
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baseline import check_runs_in
 from compress.network.chains import as_saved
@@ -90,12 +91,16 @@ def compress_network(
     rewritten = _finished(job, plan, replaced, work)
     with clock.stage("verify"), evaluation_mode(rewritten.final):
         assessed = assess(job.network, rewritten, job.inputs, job.yardstick)
+    if config.progressive:
+        with clock.stage("progressive"):
+            assessed = _with_curve(assessed, job, rewritten)
     record = Record(job, rewritten, assessed, source, recovery)
     result = record.result(clock)
     # Only now: what is measured of the model must not depend on which format was faster.
     work.memory_format = rewritten.cost.memory_format
     put_in_format(rewritten.final, work.memory_format)
-    made = Compressed(rewritten.final, plan, result, record.manifest(result), job.network)
+    manifest = record.manifest(result)
+    made = Compressed(rewritten.final, plan, result, manifest, job.network, replaced.cut)
     if made.failed_gates:
         work.model = None  # not to be saved, whatever happens from here on
     return made
@@ -121,6 +126,15 @@ def _finished(job: Job, plan: Plan, replaced: Replaced, work: Work) -> Rewritten
         stopwatch = Stopwatch.of(job.config, work.clock.total)
         cost = costs(job.network, final, job.inputs.dtype, stopwatch)
     return Rewritten(plan, replaced, final, cost)
+
+
+def _with_curve(assessed: Assessment, job: Job, rewritten: Rewritten) -> Assessment:
+    """Add what the network gives after each further layer is replaced."""
+    replaced = rewritten.replaced
+    names = [layer.name for layer in assessed.layers if layer.rewritten or layer.refitted]
+    replacing = Replacing(replaced.model, tuple(names), replaced.cut)
+    curve = measure_progressive(job.network, replacing, job.inputs, job.yardstick)
+    return dataclasses.replace(assessed, progressive=curve)
 
 
 def applied(plan: Plan, job: Job) -> Plan:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compress.plan import DENSE
-from compress.report import points, text
+from compress.report import points, progressive, text
 from compress.report.build import (
     Report,
     accuracy_sentence,
@@ -71,7 +71,7 @@ def _run(report: Report) -> list[str]:
         lines += [f"### Before and after, {where} images", ""]
         lines += _table(("", "before", "after", change), metric_rows(metric))
         lines += _classes(metric) + _flips(metric)
-    return lines + _layers(result) + _recovery(result) + _provenance(result)
+    return lines + _layers(result) + _curve(report) + _recovery(result) + _provenance(result)
 
 
 def _recovery(result: dict[str, Any]) -> list[str]:
@@ -170,6 +170,14 @@ def _layers(result: dict[str, Any]) -> list[str]:
     head = ("layer", "shape", "scheme", size, "MACs", "predicted", "measured", "why")
     note = "Relative mean squared error: predicted, and measured in place on validation images."
     return _folded(f"Layers ({len(rows)})", [note, "", *_table(head, rows)]) if rows else []
+
+
+def _curve(report: Report) -> list[str]:
+    rows = progressive.shown_rows(report)
+    if not rows:
+        return []
+    lines = [escape(progressive.curve_sentence(report)), "", *_table(progressive.HEAD, rows)]
+    return _folded(f"Layer by layer ({len(rows) - 1})", lines)
 
 
 def _provenance(result: dict[str, Any]) -> list[str]:

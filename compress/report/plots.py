@@ -9,6 +9,7 @@ from compress.linalg.schemes import SCHEMES
 from compress.plan import DENSE
 from compress.report import points, text
 from compress.report.build import Report, end_metric
+from compress.report.progressive import curve_rows
 from compress.report.rows import worst_first
 from compress.rules import rule_named
 
@@ -46,6 +47,7 @@ def _run(report: Report) -> Data:
         "spectra": [_spectrum(layer) for layer in result["layers"] if layer["eigenvalues"]],
         "threshold": result["value"] if rule and rule.cuts_spectra_at_value else None,
         "correlation": result["rank_correlation"],
+        "progressive": _progressive(report),
     }
 
 
@@ -73,6 +75,17 @@ def _layer(layer: dict[str, Any]) -> Data:
         "alone": _relative(errors["validation_alone"] or errors["fit_alone"]),
         "in_place": _relative(errors["validation_in_place"] or errors["fit_in_place"]),
     }
+
+
+def _progressive(report: Report) -> Data | None:
+    rows = curve_rows(report)
+    if not rows:
+        return None
+    curve = report["result"]["progressive"]
+    unit = "points" if curve["unit"] == "fraction" else curve["unit"]
+    scale = 100.0 if curve["unit"] == "fraction" else 1.0
+    drawn = [{**row, "value": scale * row["value"]} for row in rows if row["value"] is not None]
+    return {"metric": curve["metric"], "unit": unit, "rows": drawn}
 
 
 _COPIED = (

@@ -18,6 +18,7 @@ from compress.result.metrics import (
     Interval,
     OutputChange,
 )
+from compress.result.progressive import Progressive, ProgressivePoint
 from compress.result.recovery import Recovery, RecoveryCheck
 from compress.result.runs import (
     RESULT_FORMAT,
@@ -49,6 +50,8 @@ __all__ = [
     "LayerResult",
     "MeasuredError",
     "OutputChange",
+    "Progressive",
+    "ProgressivePoint",
     "Recovery",
     "RecoveryCheck",
     "Result",

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.result.layers import LayerResult
 from compress.result.metrics import EndMetric
+from compress.result.progressive import Progressive
 from compress.result.recovery import Recovery
 
 RESULT_FORMAT = 1
@@ -127,6 +128,7 @@ class Result:
     refit_reason: str = ""
     recovery: Recovery | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    progressive: Progressive | None = None
     format: int = RESULT_FORMAT
 
 

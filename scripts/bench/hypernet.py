@@ -4,8 +4,11 @@ A hypernetwork emits all weights of a small classifier of the embedded digits fr
 which the images are turned; further inputs are noise that it has to learn to ignore. Prints the
 norms of activations and emitted weights before training, and the accuracy on turned test images
 after training with Adam, as Markdown tables. Every candidate sees the same batches, angles and
-noise. Run from a checkout, in the project's environment:
+noise. With ``--select`` it instead compares factors for the last layer on training images held
+back, which is how the default was chosen: no test image is looked at. Run from a checkout, in the
+project's environment:
 
+    OMP_NUM_THREADS=1 python scripts/bench/hypernet.py --select
     OMP_NUM_THREADS=1 python scripts/bench/hypernet.py
 """
 
@@ -16,7 +19,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.modules.hypernet import Hypernet, encode, hypernetize
+from compress.modules.hypernet.initialization import EMITTED
 
 DATA = Path(__file__).resolve().parents[2] / "compress" / "demo_data"
 ANGLES = 64  # that training draws from, evenly over half a turn
@@ -97,27 +101,43 @@ class Task:
 
 TASKS = [
     *(Task(1, (16, 64, 128), rate) for rate in (3e-3, 1e-2)),
-    Task(1, (64,), 1e-2),
+    *(Task(1, (64,), rate) for rate in (3e-3, 1e-2)),
+    Task(4, (16, 64, 128), 3e-3),
     *(Task(16, (16, 64, 128), rate) for rate in (3e-3, 1e-2)),
     Task(16, (256, 256), 3e-3),
+    Task(64, (16, 64, 128), 3e-3),
 ]
 EXISTING = [
     *(Task(1, (16, 64, 128), rate, existing=True) for rate in (3e-3, 1e-2)),
     Task(16, (16, 64, 128), 3e-3, existing=True),
 ]
-# The class above, and initialisations of `Hypernet`.
+SELECTED_ON = [Task(n, (16, 64, 128), rate) for n in (1, 16) for rate in (3e-3, 1e-2)]
+# The class above, and initialisations of `Hypernet`; a number is "constant_norm" with this factor
+# for the last layer.
 CANDIDATES = ("original", "constant_norm", "kaiming_normal")
+FACTORS = ("0", "0.1", "0.3", "1")
+HELD_BACK = 300  # training images that a factor is chosen on
+FIRST_SEED = 100  # of the choice, so that it shares no draw with the tables
 
 
 class Digits:
-    """The digits, turned by every angle of training and of the test."""
+    """The digits, turned by every angle of training and of the test.
 
-    def __init__(self) -> None:
-        images, self.labels = load("train")
+    Args:
+        held_back: Whether training images take the place of the test images.
+    """
+
+    def __init__(self, *, held_back: bool = False) -> None:
+        images, labels = load("train")
+        test, test_labels = load("test")
+        if held_back:
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(7))
+            test, test_labels = images[order[:HELD_BACK]], labels[order[:HELD_BACK]]
+            images, labels = images[order[HELD_BACK:]], labels[order[HELD_BACK:]]
+        self.labels, self.test_labels = labels, test_labels
         self.turned = [turn(images, (i + 0.5) / ANGLES) for i in range(ANGLES)]
-        images, self.test_labels = load("test")
         self.test_angles = [(i + 0.5) / TEST_ANGLES for i in range(TEST_ANGLES)]
-        self.tests = [turn(images, angle) for angle in self.test_angles]
+        self.tests = [turn(test, angle) for angle in self.test_angles]
 
 
 def load(split: str) -> tuple[Tensor, Tensor]:
@@ -159,6 +179,11 @@ def build(
     if candidate == "original":
         return Original(task.inputs, shapes, hidden, weights)
     inputs = {"h": (task.inputs,)}
+    if candidate in FACTORS:
+        net = Hypernet(inputs, shapes, hidden)
+        with torch.no_grad():
+            net.output.weight.mul_(float(candidate) / EMITTED)
+        return net
     if weights is not None:
         return Hypernet.from_existing(weights, inputs, hidden, init_distribution=candidate)
     return Hypernet(inputs, shapes, hidden, init_distribution=candidate)
@@ -168,7 +193,7 @@ def accuracy(digits: Digits, candidate: str, task: Task, seed: int, steps: int) 
     """Percent of the test images that are right after training, over all angles of the test."""
     torch.manual_seed(seed)
     weights = upright(digits, seed) if task.existing else None
-    main = hypernetize(classifier())
+    main = hypernetize(classifier(), parameters="all")
     net = build(candidate, task, main.external_shapes(), weights)
     optimiser = torch.optim.Adam(net.parameters(), lr=task.rate)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -197,7 +222,7 @@ def norms(candidate: str, inputs: int, hidden: tuple[int, ...], draws: int) -> l
     The last figure is the norm of h's part of the first layer's weight by that of θ₀'s.
     """
     task = Task(inputs, hidden, 0.0)
-    shapes = hypernetize(classifier()).external_shapes()
+    shapes = hypernetize(classifier(), parameters="all").external_shapes()
     rows = []
     for seed in range(draws):
         torch.manual_seed(seed)
@@ -239,16 +264,25 @@ def print_norms(hidden: tuple[int, ...], draws: int) -> None:
             print(f"| {candidate} | {inputs} | " + " | ".join(f"{v:.2f}" for v in row), "|")
 
 
-def print_accuracies(digits: Digits, tasks: list[Task], seeds: int, steps: int) -> None:
-    print(f"\n| inputs | hidden | rate | {' | '.join(CANDIDATES)} |")
-    print("| --- " * (len(CANDIDATES) + 3) + "|")
+def print_accuracies(
+    digits: Digits, tasks: list[Task], candidates: Sequence[str], seeds: range, steps: int
+) -> None:
+    print(f"\n| inputs | hidden | rate | {' | '.join(candidates)} |")
+    print("| --- " * (len(candidates) + 3) + "|")
     for task in tasks:
         cells = []
-        for candidate in CANDIDATES:
-            got = [accuracy(digits, candidate, task, seed, steps) for seed in range(seeds)]
-            error = statistics.stdev(got) / math.sqrt(seeds) if seeds > 1 else math.nan
+        for candidate in candidates:
+            got = [accuracy(digits, candidate, task, seed, steps) for seed in seeds]
+            error = statistics.stdev(got) / math.sqrt(len(got)) if len(got) > 1 else math.nan
             cells.append(f"{statistics.mean(got):.1f} ± {error:.1f}")
         print(f"| {task} | {' | '.join(cells)} |", flush=True)
+
+
+def select(seeds: int, steps: int) -> None:
+    """Compare factors on training images held back."""
+    print(f"\nFactor of the last layer, {HELD_BACK} training images held back:")
+    chosen = range(FIRST_SEED, FIRST_SEED + seeds)
+    print_accuracies(Digits(held_back=True), SELECTED_ON, FACTORS, chosen, steps)
 
 
 def main() -> None:
@@ -257,15 +291,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--draws", type=int, default=20, help="hypernetworks behind each norm")
     parser.add_argument("--tasks", type=int, default=None, help="only the first of each table")
+    parser.add_argument("--select", action="store_true", help="compare factors, without the test")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     print(f"torch {torch.__version__}, one thread, {platform.machine()}")
+    if arguments.select:
+        select(arguments.seeds, arguments.steps)
+        return
     print_norms((16, 64, 128), arguments.draws)
     digits = Digits()
     for title, tasks in (("From scratch", TASKS), ("From existing weights", EXISTING)):
         print(f"\n{title}:")
-        print_accuracies(digits, tasks[: arguments.tasks], arguments.seeds, arguments.steps)
+        print_accuracies(
+            digits, tasks[: arguments.tasks], CANDIDATES, range(arguments.seeds), arguments.steps
+        )
     print(f"\n{arguments.seeds} seeds, {time.perf_counter() - started:.0f} seconds")
 
 

@@ -298,7 +298,7 @@ def resnet18_rows(repeats: int, batch: int, size: int) -> list[Row]:
     for training in (False, True):
         plain = torchvision_model("resnet18").train(training)
         flat = FlatModule(copy.deepcopy(plain))
-        hyper, values = hypernetize(copy.deepcopy(plain), return_values=True)
+        hyper, values = hypernetize(copy.deepcopy(plain), parameters="all", return_values=True)
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         hyper.set_externals(leaves)
         mode = "train" if training else "eval"

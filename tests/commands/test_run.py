@@ -95,6 +95,23 @@ def test_the_configuration_beside_the_result_repeats_it(bench: Workbench) -> Non
     assert json.loads(result.stdout)["result"]["config"]["seed"] == 5
 
 
+def test_a_run_can_measure_the_network_after_each_further_layer(bench: Workbench) -> None:
+    result = bench.run(*RANKS, "--progressive")
+    assert result.exit_code == 0, result.stderr
+    found = bench.report()["result"]
+    curve = found["progressive"]
+    assert [point["layer"] for point in curve["points"]] == ["", "conv1", "conv2"]
+    test = found["test"]
+    ends = [curve["points"][i]["value"] for i in (0, -1)]
+    assert ends == pytest.approx([test["top1_before"], test["top1_after"]])
+    assert "Replacing layer by layer takes accuracy from" in result.stdout
+    assert "plot-progressive" in (bench.output() / "report.html").read_text()
+    weights = (bench.output() / "model.safetensors").read_bytes()
+    assert bench.run(*RANKS, output=str(bench.output("without"))).exit_code == 0
+    assert bench.report("without")["result"]["progressive"] is None
+    assert (bench.output("without") / "model.safetensors").read_bytes() == weights
+
+
 def test_json_is_the_report_and_quiet_is_silence(bench: Workbench) -> None:
     result = bench.run(*RANKS, "--json")
     assert result.exit_code == 0

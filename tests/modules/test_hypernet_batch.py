@@ -32,7 +32,7 @@ def batched(main: HyperModule, batch: int = 5) -> dict[str, Tensor]:
 
 
 def test_every_sample_meets_its_own_weights() -> None:
-    main = hypernetize(convnet()).eval()
+    main = hypernetize(convnet(), parameters="all").eval()
     values, x = batched(main), images()
     outputs = per_sample(main, values, x)
     assert outputs.shape == (5, 3)
@@ -45,7 +45,7 @@ def test_every_sample_meets_its_own_weights() -> None:
 
 
 def test_groups_shared_values_and_values_set_before() -> None:
-    main = hypernetize(convnet()).eval()
+    main = hypernetize(convnet(), parameters="all").eval()
     values = batched(main)
     values["7.bias"] = values["7.bias"][0]
     main.set_externals({"1.weight": values.pop("1.weight")[2]})
@@ -67,7 +67,7 @@ def test_groups_shared_values_and_values_set_before() -> None:
 def test_batch_normalisation_in_training(momentum: Any, external: bool, affine: bool) -> None:
     """With equal weights for all samples it is the ordinary network, statistics and gradients."""
     plain = convnet(lambda n: nn.BatchNorm2d(n, momentum=momentum, affine=affine))
-    chosen = None if external else [plain[0], plain[3], plain[7]]
+    chosen = list(plain) if external else [plain[0], plain[3], plain[7]]
     main, values = hypernetize(plain, modules=chosen, return_values=True)
     leaves = {n: v.expand(5, *v.shape).clone().requires_grad_() for n, v in values.items()}
     x = images()
@@ -104,18 +104,20 @@ def test_batch_statistics_of_different_weights_and_groups() -> None:
 
 def test_batch_statistics_without_running_ones() -> None:
     plain = convnet(lambda n: nn.BatchNorm2d(n, track_running_stats=False)).eval()
-    main, values = hypernetize(plain, return_values=True)
+    main, values = hypernetize(plain, parameters="all", return_values=True)
     torch.testing.assert_close(per_sample(main, values, images()), plain(images()))
 
 
 def test_dropout_draws_for_every_sample() -> None:
-    main = hypernetize(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(0.5)))
+    main = hypernetize(
+        nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(0.5)), parameters="all"
+    )
     outputs = per_sample(main, {"0.weight": torch.eye(64)}, torch.ones(4, 64))
     assert len({tuple(row.tolist()) for row in outputs}) == 4
 
 
 def test_modules_are_left_as_they_were_after_an_error() -> None:
-    main = hypernetize(convnet())
+    main = hypernetize(convnet(), parameters="all")
     with pytest.raises(RuntimeError, match="channels"):
         per_sample(main, batched(main), torch.randn(5, 3, 8, 8).double())
     assert all("forward" not in vars(module) for module in main.modules())
@@ -123,7 +125,7 @@ def test_modules_are_left_as_they_were_after_an_error() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    main = hypernetize(convnet())
+    main = hypernetize(convnet(), parameters="all")
     values, x = batched(main), images()
     without = {name: value for name, value in values.items() if name != "0.bias"}
     for bad, inputs, words in (

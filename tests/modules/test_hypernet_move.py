@@ -218,7 +218,7 @@ def test_slots_take_data_before_dtype() -> None:
 
 
 def test_other_names_of_hyper_modules() -> None:
-    model = hl.hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
+    model = hl.hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), parameters="all")
     weight, bias = torch.rand(3, 2), torch.rand(1)
     model[0].set_external("weight", weight)
     model.apply_externals({"1.bias": bias})
@@ -263,11 +263,29 @@ def test_a_container_is_taken_with_a_warning_or_by_name_without() -> None:
     hl.hypernetize(nn.Sequential(nn.Sequential(nn.ReLU())), modules=[])
 
 
-def test_everything_of_a_model_that_has_slots_is_taken_with_a_warning() -> None:
+def test_taking_everything_without_saying_so_gives_a_warning() -> None:
     model = nn.Sequential(hl.HyperLinear(2, 3), nn.Linear(3, 1))
-    with pytest.warns(UserWarning, match=r"has external parameters already; .* modules=\[\]"):
+    with pytest.warns(UserWarning, match=r"takes all 2 parameters of the Sequential, where Hyper"):
         assert len(hl.hypernetize(model).external_shapes()) == 4
+    assert len(hl.hypernetize(model, parameters="all").external_shapes()) == 4
     assert list(hl.hypernetize(model, modules=[]).external_shapes()) == ["0.weight", "0.bias"]
+    with pytest.warns(
+        UserWarning, match=r"takes all 2 of the Linear's own, where HyperLight takes"
+    ):
+        single = hl.hypernetize_single(nn.Linear(2, 3))
+    assert isinstance(single, hl.HyperModule)
+    assert list(single.external_shapes()) == ["weight", "bias"]
+
+
+def test_a_parameter_called_all_is_taken_by_its_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all = nn.Parameter(torch.zeros(2))
+            self.other = nn.Parameter(torch.zeros(3))
+
+    assert list(hl.hypernetize(Named(), parameters=["all"]).external_shapes()) == ["all"]
+    assert list(hl.hypernetize(Named(), parameters="all").external_shapes()) == ["all", "other"]
 
 
 def test_flags_are_no_positional_arguments() -> None:

@@ -125,7 +125,7 @@ def test_initial_independent_weights() -> None:
 def test_from_existing_is_exact_and_learns(encoding: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).half())
-    hyper, values = hypernetize(model, return_values=True)
+    hyper, values = hypernetize(model, parameters="all", return_values=True)
     net = Hypernet.from_existing(
         values, {"h": (2,)}, [4], encoding, output_shapes=hyper.external_shapes()
     )
@@ -281,11 +281,10 @@ def test_both_networks_in_one_module_from_pretrained_weights() -> None:
 
 def test_a_hypernetwork_of_a_hypernetwork() -> None:
     torch.manual_seed(0)
-    mainnet, weights = hypernetize(
-        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), return_values=True
-    )
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    mainnet, weights = hypernetize(model, parameters="all", return_values=True)
     inner = Hypernet.from_existing(weights, {"h": (2,)}, [3])
-    inner, inner_weights = hypernetize(inner, return_values=True)
+    inner, inner_weights = hypernetize(inner, parameters="all", return_values=True)
     assert not list(inner.parameters())
     outer = Hypernet.from_existing(inner_weights, {"z": (1,)}, [2])
     x = torch.randn(5, 3)
@@ -341,7 +340,9 @@ def test_film() -> None:
 
 def test_one_network_a_sample_by_vmap() -> None:
     torch.manual_seed(0)
-    mainnet = hypernetize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    mainnet = hypernetize(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), parameters="all"
+    )
     hypernet = Hypernet({"h": (2,)}, mainnet.external_shapes(), [4])
     h, x = torch.rand(5, 2), torch.randn(5, 3)
 

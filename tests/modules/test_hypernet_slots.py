@@ -124,7 +124,7 @@ def test_slots_that_cannot_be_registered() -> None:
 
 
 def test_contexts_restore_and_nest() -> None:
-    model = hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
+    model = hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), parameters="all")
     first = {n: torch.rand(s) for n, s in model.external_shapes().items()}
     second = {"1.weight": torch.rand(1, 3)}
     x = torch.rand(1, 2)
@@ -151,7 +151,7 @@ def test_contexts_restore_and_nest() -> None:
 
 
 def test_a_context_checks_everything_before_it_starts() -> None:
-    model = hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
+    model = hypernetize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), parameters="all")
     good = {n: torch.rand(s) for n, s in model.external_shapes().items()}
     for bad, words in (
         ({**good, "1.wieght": good["1.weight"]}, r"no external .*'1.wieght'.*Did you mean '1.we"),
@@ -220,7 +220,7 @@ def test_any_tree_is_bit_equal_with_its_values_back(model: nn.Module) -> None:
     expected = model(x)
     names = list(dict(model.named_parameters()))
     before = {id(m): type(m) for m in model.modules()}
-    hyper, values = hypernetize(model, return_values=True, inplace=False)
+    hyper, values = hypernetize(model, parameters="all", return_values=True, inplace=False)
     assert list(values) == list(hyper.external_shapes()) == names
     assert list(hyper.parameters()) == []
     with hyper.using_externals(values):
@@ -235,7 +235,7 @@ def test_any_tree_is_bit_equal_with_its_values_back(model: nn.Module) -> None:
     twin.load_state_dict(hyper.state_dict())
     twin.set_externals(values)
     assert torch.equal(twin(x), expected)
-    assert hypernetize(model, inplace=True) is model
+    assert hypernetize(model, parameters="all", inplace=True) is model
     with model.using_externals(values):  # type: ignore[operator]
         assert torch.equal(model(x), expected)
 
@@ -277,7 +277,7 @@ def test_single_modules_by_parameter_names() -> None:
     assert isinstance(hyper, HyperModule)
     assert hyper.external_shapes() == {"weight": (4,)}
     assert list(dict(hyper.named_parameters())) == ["bias"]
-    _, values = hypernetize_single(norm, return_values=True)  # type: ignore[misc]
+    _, values = hypernetize_single(norm, parameters="all", return_values=True)  # type: ignore[misc]
     assert list(values) == ["weight", "bias"]
     assert hypernetize_single(norm, ["bias"], inplace=True) is norm
     with pytest.raises(ValueError, match=r"no parameter 'wight' of its own. Did you mean 'weight'"):
@@ -312,7 +312,7 @@ def test_recurrent_and_attention_layers_follow_their_slots() -> None:
         lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
     ):
         model, other = make(), make()
-        hyper, values = hypernetize(model, return_values=True)
+        hyper, values = hypernetize(model, parameters="all", return_values=True)
         for source in (dict(other.named_parameters()), values):
             with hyper.using_externals({n: v.detach() for n, v in source.items()}):
                 output = hyper(x)
@@ -371,7 +371,9 @@ def test_round_trips() -> None:
 
 
 def test_values_of_a_batch_by_vmap() -> None:
-    hyper = hypernetize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    hyper = hypernetize(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), parameters="all"
+    )
     batch = {n: torch.randn(5, *s) for n, s in hyper.external_shapes().items()}
     x = torch.randn(5, 3)
 

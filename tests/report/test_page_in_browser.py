@@ -24,7 +24,7 @@ from compress.report.points import points
 
 RUN_PLOTS = (
     "plot-drop", "plot-classes", "plot-calibration", "plot-macs", "plot-ranks", "plot-errors",
-    "plot-spectra", "plot-loss", "plot-latency",
+    "plot-spectra", "plot-loss", "plot-latency", "plot-progressive",
 )  # fmt: skip
 
 

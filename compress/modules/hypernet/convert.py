@@ -19,6 +19,7 @@ from compress.modules.hypernet.slot import ExternalParameter
 
 Modules = nn.Module | Iterable[nn.Module | str] | Mapping[str, nn.Module]
 Parameters = Tensor | Iterable[Tensor | str] | Mapping[str, Tensor]
+ALL = "all"
 
 
 @overload
@@ -61,7 +62,8 @@ def hypernetize(
         model: Any model, or one layer.
         modules: Modules of the model, or their dotted names, as a list or a finder's dict; all
             parameters below them are taken.
-        parameters: Parameters of the model, or their dotted names. With neither, all are taken.
+        parameters: Parameters of the model, or their dotted names; ``"all"`` takes all of them. So
+            does giving neither ``modules`` nor ``parameters``, with a warning.
         return_values: Whether to return the values too.
         inplace: Change ``model`` (True) or a copy (False). None changes a copy, and warns if an
             optimiser holds parameters of ``model``.
@@ -77,15 +79,17 @@ def hypernetize(
     Warns:
         UserWarning: Where HyperLight would do something else or training would have no effect: a
             module object (not a name) with parameters in submodules that were not chosen, whose
-            own parameters alone HyperLight takes; neither ``modules`` nor ``parameters`` for a
-            model that has slots already; an existing optimiser of ``model``, which will not train
+            own parameters alone HyperLight takes; neither ``modules`` nor ``parameters``, with
+            which HyperLight takes none; an existing optimiser of ``model``, which will not train
             the copy, or will not train what becomes a slot.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hypernetize takes an nn.Module, not a {type(model).__name__}.")
     # Once, for callers that pass iterators.
     modules = None if modules is None else _items(modules, nn.Module)
-    parameters = None if parameters is None else _items(parameters, Tensor)
+    if parameters is not None:
+        everything = dict(model.named_parameters())
+        parameters = _items(everything if _is_all(parameters) else parameters, Tensor)
     names = _chosen_names(model, modules, parameters)
     _check_kinds(model, names)
     _warn_of_differences(model, modules, parameters)
@@ -122,7 +126,8 @@ def hypernetize_single(
 
     Args:
         module: The module.
-        parameters: Its own parameters, or their names; None takes all of them.
+        parameters: Its own parameters, or their names; ``"all"`` takes all of its own. So does
+            None, with a warning, since HyperLight then takes none.
         return_values: Whether to return the values too.
         return_parameters: The same as ``return_values``, as HyperLight calls it.
         inplace: As for `hypernetize`.
@@ -135,7 +140,16 @@ def hypernetize_single(
     """
     own = {name: p for name, p in module._parameters.items() if p is not None}
     names = {id(p): name for name, p in own.items()}
-    wanted: list[Any] = list(own if parameters is None else _items(parameters, Tensor))
+    if parameters is None:
+        warnings.warn(
+            f"hypernetize_single without parameters takes all {len(own)} of the "
+            f"{type(module).__name__}'s own, where HyperLight takes none. Pass parameters='all' to "
+            "take all, or name what to take.",
+            UserWarning,
+            stacklevel=2,
+        )
+    everything = parameters is None or _is_all(parameters)
+    wanted: list[Any] = list(own) if everything else _items(parameters, Tensor)
     for index, name in enumerate(wanted):
         if id(name) in names:
             name = wanted[index] = names[id(name)]
@@ -186,6 +200,14 @@ def _chosen_names(
     return [name for key, name in first.items() if key in chosen]
 
 
+def _is_all(parameters: Any) -> bool:
+    return isinstance(parameters, str) and parameters == ALL
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.parameters())
+
+
 def _items(given: Any, single: type) -> list[Any]:
     if given is None:
         return []
@@ -200,14 +222,13 @@ def _warn_of_differences(
 ) -> None:
     """Warn where the same call of HyperLight takes other parameters."""
     if modules is None and parameters is None:
-        if any(isinstance(m, HyperModule) and m._external_parameters for m in model.modules()):
-            warnings.warn(
-                f"This {type(model).__name__} has external parameters already; hypernetize with "
-                "neither modules nor parameters takes all others too, where HyperLight takes none. "
-                "Pass modules=[] to take none, or name what to take.",
-                UserWarning,
-                stacklevel=3,
-            )
+        warnings.warn(
+            f"hypernetize with neither modules nor parameters takes all {_count(model)} parameters "
+            f"of the {type(model).__name__}, where HyperLight takes none. Pass parameters='all' to "
+            "take all, modules=[] to take none, or name what to take.",
+            UserWarning,
+            stacklevel=3,
+        )
         return
     given = _items(modules, nn.Module)
     objects = [module for module in given if isinstance(module, nn.Module)]

@@ -299,6 +299,32 @@
     }));
   }
 
+  // What the network gives with its first layers replaced, one more from row to row.
+  function progressive() {
+    const { metric, unit, rows: items } = data.progressive;
+    const named = items.map((d) => ({ ...d, key: `${d.index}` }));
+    const layerOf = new Map(named.map((d) => [d.key, d.layer]));
+    const shown = (v) => (unit === "points" ? `${v.toFixed(2)}%` : `${number(v)}${unit ? ` ${unit}` : ""}`);
+    draw("plot-progressive", named, (width) => {
+      const axis = naming(named.map((d) => d.layer), width);
+      return {
+        at: { x: "value", y: "key" }, pointer: "pointerY",
+        title: (d) => `${d.layer}\n${metric} ${shown(d.value)}`
+          + (d.change === null ? "" : `\n${points(d.change, unit)} by this layer\n${points(d.total, unit)} in all`),
+        plot: {
+          height: rows(named), marginLeft: axis.marginLeft, marginRight: 24,
+          x: { label: unit === "points" ? `${metric}, percent` : metric, grid: true, ticks: width / 120, nice: true },
+          y: { type: "point", domain: named.map((d) => d.key), label: null, tickFormat: (k) => axis.format(layerOf.get(k)) },
+          marks: [
+            Plot.ruleX([named[0].value], { stroke: css("soft"), strokeDasharray: "4 3" }),
+            Plot.line(named, { x: "value", y: "key", stroke: css("accent"), strokeWidth: 2 }),
+            Plot.dot(named, { x: "value", y: "key", r: 4.5, fill: (d) => css(d.index ? "accent" : "before") }),
+          ],
+        },
+      };
+    });
+  }
+
   function show(point) {
     const box = document.getElementById("chosen");
     const title = document.createElement("h3"), line = document.createElement("p");
@@ -378,6 +404,7 @@
     errors();
     spectra();
     loss();
+    if (data.progressive) progressive();
     const timed = data.layers.filter((d) => d.seconds !== null && d.dense_seconds !== null);
     costs("plot-latency", timed.map((d) => ({ ...d, end: Math.max(d.dense_seconds, d.seconds) * 1e3 })),
       "dense_seconds", "seconds", 1e-3, "milliseconds", (v) => `${number(v * 1e3)} ms`);
