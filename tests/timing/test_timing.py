@@ -190,10 +190,10 @@ def test_networks_are_timed_in_turns_and_left_as_they_were() -> None:
     timings = time_network_formats(models, example, pace=Pace(2, 0.0, fake.clock))
     threads = torch.get_num_threads()
     assert timings == {
-        ("dense", "contiguous"): Timing(4.0, 2, 2, "contiguous", threads),
-        ("compressed", "contiguous"): Timing(3.0, 2, 2, "contiguous", threads),
-        ("dense", "channels_last"): Timing(2.0, 2, 2, "channels_last", threads),
-        ("compressed", "channels_last"): Timing(1.5, 2, 2, "channels_last", threads),
+        ("dense", "contiguous"): Timing(4.0, 2, 2, "contiguous", threads, 4.0),
+        ("compressed", "contiguous"): Timing(3.0, 2, 2, "contiguous", threads, 3.0),
+        ("dense", "channels_last"): Timing(2.0, 2, 2, "channels_last", threads, 2.0),
+        ("compressed", "channels_last"): Timing(1.5, 2, 2, "channels_last", threads, 1.5),
     }
     assert "".join(fake.calls) == "ddccddcc" + "dcdc" + "cdcd"
     assert [snapshot(m) for m in models.values()] == before
@@ -258,16 +258,16 @@ def test_a_shape_in_several_layers_is_measured_once() -> None:
     same = [Timed(fake, "same", 2.0) for _ in range(3)]
     other = Timed(fake, "other", 3.0)
     layers = [(same[0], (2, 3, 8, 8)), (other, (2, 3, 8, 8)), (same[1], (2, 3, 8, 8))]
-    options = {"rounds": 3, "min_seconds": 0.0, "clock": fake.clock}
+    pace = Pace(3, 0.0, fake.clock)
     before = snapshot(same[0])
-    assert table.time(layers, setting, **options) == [2.0, 3.0, 2.0]
+    assert table.time(layers, setting, pace) == [2.0, 3.0, 2.0]
     assert fake.calls.count("same") == fake.calls.count("other") == 5
     assert snapshot(same[0]) == before
-    assert table.time([(same[2], (2, 3, 8, 8))], setting, **options) == [2.0]
+    assert table.time([(same[2], (2, 3, 8, 8))], setting, pace) == [2.0]
     assert fake.calls.count("same") == 5
-    assert table.time([(same[2], (4, 3, 8, 8))], setting, **options) == [2.0]
+    assert table.time([(same[2], (4, 3, 8, 8))], setting, pace) == [2.0]
     last, before = Setting.here(memory_format="channels_last"), snapshot(same[2])
-    assert table.time([(same[2], (2, 3, 8, 8))], last, **options) == [1.0]
+    assert table.time([(same[2], (2, 3, 8, 8))], last, pace) == [1.0]
     assert snapshot(same[2]) == before
     assert fake.calls.count("same") == 15
     assert len(table) == 4
@@ -290,7 +290,7 @@ def test_a_setting_is_that_of_this_process() -> None:
     assert setting.device_name
     table = LatencyTable()
     conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
-    seconds = table.time([(conv, (1, 3, 5, 5))], setting, rounds=1, min_seconds=0.0)
+    seconds = table.time([(conv, (1, 3, 5, 5))], setting, Pace(1, 0.0))
     assert seconds[0] > 0
     assert table.key(conv, (1, 3, 5, 5), setting) in table
     assert table.key(conv, (1, 3, 5, 5), Setting.here()) not in table
@@ -304,20 +304,20 @@ def test_a_table_survives_json(tmp_path: Path) -> None:
     fake = FakeTime()
     table, setting = LatencyTable(), Setting.here()
     layer = Timed(fake, "layer", 0.1 + 0.2)
-    options = {"rounds": 1, "min_seconds": 0.0, "clock": fake.clock}
-    seconds = table.time([(layer, (1, 3, 4, 4))], setting, **options)
+    pace = Pace(1, 0.0, fake.clock)
+    seconds = table.time([(layer, (1, 3, 4, 4))], setting, pace)
     path = tmp_path / "latency.json"
     path.write_text(table.to_json())
     again = LatencyTable.read(path)
     assert again.to_json() == table.to_json()
     fake.calls.clear()
-    assert again.time([(layer, (1, 3, 4, 4))], setting, **options) == seconds
+    assert again.time([(layer, (1, 3, 4, 4))], setting, pace) == seconds
     assert fake.calls == []
 
 
 def damaged(change: Any) -> str:
     table = LatencyTable()
-    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
+    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), Pace(1, 0.0))
     raw = json.loads(table.to_json())
     change(raw)
     raw.pop("sha256", None)
@@ -327,7 +327,7 @@ def damaged(change: Any) -> str:
 def test_no_flipped_bit_and_no_edited_table_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
     table = LatencyTable()
-    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
+    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), Pace(1, 0.0))
     path.write_text(table.to_json())
     for _ in flipped(path, 1000):
         with suppress(InputError):  # a space that became another one is no damage
