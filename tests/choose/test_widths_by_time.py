@@ -1,12 +1,10 @@
-"""Widths under a budget of time, with made-up times: against trying all of them, and whole runs."""
+"""Widths under a budget of time, with made-up times, against trying all of them."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_time import BEGIN, PRODUCT, MadeUpTable, MadeUpTimer, layer_seconds, network_seconds
 from narrowable import NETWORKS, narrower_of, plan_of, prepared, recipe_of, smooth
-from networks.narrow import mobile, settled, vgg
-from stopwatch import stop_the_clock
-from torch import Tensor, nn
-from workbench import made_images
+from torch import nn
 
-import compress
 from compress.calibrate.removal import Narrower
 from compress.choose import Chooser
 from compress.choose.by_time import plan as by_time
@@ -33,92 +28,10 @@ from compress.config import make_config
 from compress.data import Loader, as_images, split
 from compress.errors import BudgetError
 from compress.fit.layers import Fitter
-from compress.layers import kind_of
 from compress.network.baseline import Network
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
-from compress.pipeline.outcome import Compressed
-from compress.plan import NARROWER, Candidate, Choice, read_plan
-from compress.running.forward import forward_hooks
-from compress.timing.layers import LatencyTable, LayerTimer, Setting
-from compress.timing.networks import Timing
-
-# A device that takes so long to begin with a layer, for a product, and for a number given.
-BEGIN, PRODUCT, NUMBER = 3e-5, 1e-8, 2e-7
-
-
-def taken(layer: nn.Module, output: Tensor) -> float:
-    """What a layer takes that gives this."""
-    kind = kind_of(layer)
-    assert kind is not None
-    channels = output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1]
-    return BEGIN + PRODUCT * kind.weight(layer).numel() * (output.numel() // channels)
-
-
-def layer_seconds(module: nn.Module, shape: tuple[int, ...]) -> float:
-    """What a layer, or a chain of them, takes by itself."""
-    return _seconds(module, torch.zeros(shape), each=0.0)
-
-
-def network_seconds(model: nn.Module, images: Tensor) -> float:
-    """What a network takes: its layers, and as much for every number that one of them gives."""
-    return _seconds(model, images, each=NUMBER)
-
-
-def _seconds(model: nn.Module, images: Tensor, *, each: float) -> float:
-    seconds = 0.0
-
-    def add(layer: nn.Module, _: Any, output: Tensor) -> None:
-        nonlocal seconds
-        seconds += taken(layer, output) + each * output.numel()
-
-    layers = [m for m in model.modules() if kind_of(m) is not None]
-    with torch.no_grad(), forward_hooks(dict.fromkeys(layers, add)):
-        model(images)
-    return seconds
-
-
-class MadeUpTable(LatencyTable):
-    """Times of single layers on that device."""
-
-    def time(self, layers: Any, *_: Any) -> list[float]:
-        return [layer_seconds(module, tuple(shape)) for module, shape in layers]
-
-
-@dataclass(frozen=True)
-class MadeUpTimer:
-    """Times of whole networks on that device."""
-
-    network: Network
-    batch: int = 2
-
-    @property
-    def dense(self) -> nn.Module:
-        return self.network.model
-
-    @cached_property
-    def images(self) -> Tensor:
-        found = self.network.example.expand(self.batch, -1, -1, -1)
-        assert isinstance(found, Tensor)
-        return found
-
-    @cached_property
-    def total(self) -> float:
-        return network_seconds(self.dense, self.images)
-
-    @property
-    def totals(self) -> dict[str, float]:
-        return {"contiguous": self.total}
-
-    dense_format = "contiguous"
-
-    def of_layers(self, table: LatencyTable, memory_format: str) -> LayerTimer:
-        setting = Setting.here(memory_format=memory_format)
-        return LayerTimer(table, setting, self.batch)
-
-    def ratio_at(self, wide: Mapping[str, int], _: str) -> float:
-        small = narrowed(self.dense, self.network, wide)
-        return network_seconds(small, self.images) / self.total
+from compress.plan import NARROWER, Candidate, Choice
 
 
 @dataclass(frozen=True)
@@ -372,97 +285,3 @@ def test_a_network_that_is_timed_has_the_shape_of_the_one_that_is_fitted(name: s
     assert shapes(timed) == shapes(fitted)
     assert shapes(timed) != shapes(found.network.model)
     assert timed(found.network.example).isfinite().all()
-
-
-def images(count: int) -> Tensor:
-    pixels, _ = made_images(count, seed=1)
-    return torch.tensor(pixels).unsqueeze(1).float() / 255
-
-
-@pytest.fixture
-def on_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_the_clock(monkeypatch)
-
-    def taken(models: Any, given_: Tensor, formats: Any, *_: Any, **__: Any) -> Any:
-        return {
-            (name, form): Timing(network_seconds(model, given_), 1, len(given_), form, 1)
-            for name, model in models.items()
-            for form in formats
-        }
-
-    monkeypatch.setattr("compress.choose.by_time.plan.time_network_formats", taken)
-    monkeypatch.setattr("compress.measure.speed.time_network_formats", taken)
-    monkeypatch.setattr("compress.choose.by_time.plan.LatencyTable", MadeUpTable)
-
-
-def run(build: Any = vgg, **given_: Any) -> Compressed:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = settled(build())
-    return compress.compress_model(model, images(48), **{"latency": 0.5, "refit": False, **given_})
-
-
-@pytest.mark.usefixtures("on_that_device")
-@pytest.mark.parametrize("build", [vgg, mobile])
-def test_a_run_narrows_and_keeps_its_time(build: Any) -> None:
-    done = run(build)
-    assert any(c.width is not None for c in done.plan.choices)
-    timed = done.result.cost.latency[-1]
-    assert timed.batch_size == 8
-    assert timed.ratio <= 0.5
-    for layer in done.result.layers:
-        if layer.width is not None:
-            assert layer.seconds is not None
-            assert layer.dense_seconds is not None
-    assert run(build).plan == done.plan  # the same times, the same choices
-
-
-@pytest.mark.usefixtures("on_that_device")
-def test_ranks_alone_are_had_for_the_asking_and_lose_no_less() -> None:
-    both = run(latency=0.7)
-    alone = run(latency=0.7, schemes=("output", "input", "two_sided", "spatial"))
-    assert all(c.width is None for c in alone.plan.choices)
-    assert any(c.rewritten for c in alone.plan.choices)
-    assert both.plan != alone.plan
-
-
-@pytest.mark.usefixtures("on_that_device")
-def test_channels_alone_keep_a_budget_of_time() -> None:
-    done = run(schemes=("narrow",))
-    assert {c.scheme for c in done.plan.choices} == {"dense", "narrow"}
-
-
-@pytest.mark.usefixtures("on_that_device")
-def test_a_plan_made_by_time_can_be_edited_and_applied(tmp_path: Any) -> None:
-    done = run(output=str(tmp_path / "out"), schemes=("narrow",))
-    file = tmp_path / "out" / "plan.json"
-    raw = json.loads(file.read_text())
-    names = [c["name"] for c in raw["choices"]]
-    assert any(c["width"] for c in raw["choices"])
-    for choice in raw["choices"]:  # back to the network as it was
-        choice |= {"width": None, "scheme": "dense", "ranks": []}
-    file.write_text(json.dumps(raw))
-    plan = read_plan(file)
-    assert plan.rule == "latency"
-    assert [c.name for c in plan.choices] == names
-    fitting = compress.choose.check_plan(plan, done.network.sites, done.network.channels)
-    assert all(c.width is None for c in fitting.choices)
-
-
-@pytest.mark.usefixtures("on_that_device")
-def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {c.name: c for c in run(schemes=("narrow",)).plan.choices}
-    asked = []
-
-    def dear(predicted: Mapping[str, float], _: Any) -> dict[str, float]:
-        asked.append(sorted(predicted))
-        return dict.fromkeys(predicted, 1e6) if len(asked) == 1 else {}
-
-    monkeypatch.setattr("compress.pipeline.promised.ratios", dear)
-    narrow = run(schemes=("narrow",))
-    assert len(asked) == 2
-    assert asked[0]
-    # All are dearer by the same factor, so that the choice is the same.
-    assert {c.name: replace(c, reason="") for c in narrow.plan.choices} == {
-        n: replace(c, reason="") for n, c in before.items()
-    }

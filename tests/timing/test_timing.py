@@ -273,6 +273,38 @@ def test_a_shape_in_several_layers_is_measured_once() -> None:
     assert len(table) == 4
 
 
+def test_the_fastest_turn_of_a_layer_counts() -> None:
+    """What else the machine does only adds to a time."""
+    fake = FakeTime()
+    delays = iter([0.0, 0.0, 5.0, 0.0, 7.0, 3.0])
+
+    class Delayed(Timed):
+        def forward(self, x: Any) -> Any:
+            fake.now += next(delays)
+            return super().forward(x)
+
+    layer = Delayed(fake, "delayed", 2.0)
+    pace = Pace(4, 0.0, fake.clock)
+    assert LatencyTable().time([(layer, (2, 3, 8, 8))], Setting.here(), pace) == [2.0]
+
+
+def test_a_tenth_of_the_turns_of_a_network_were_as_fast_as_its_undisturbed_time() -> None:
+    fake = FakeTime()
+    delays = iter([0.0, 0.0, *(float(d) for d in range(19, -1, -1))])
+
+    class Delayed(Timed):
+        def forward(self, x: Any) -> Any:
+            fake.now += next(delays)
+            return super().forward(x)
+
+    models = {"delayed": Delayed(fake, "delayed", 2.0)}
+    pace = Pace(20, 0.0, fake.clock)
+    timing = time_network_formats(models, torch.zeros(1, 3, 8, 8), ("contiguous",), pace)
+    found = timing["delayed", "contiguous"]
+    assert (found.undisturbed, found.seconds) == (4.0, 11.5)
+    assert Timing(3.0, 1, 1, "contiguous", 1).undisturbed == 3.0
+
+
 def test_layers_are_told_apart_by_their_geometry() -> None:
     def chain(rank: int, stride: int = 1) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, rank, 3, stride, bias=False), nn.Conv2d(rank, 8, 1))

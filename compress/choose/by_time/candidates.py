@@ -73,6 +73,18 @@ class TimedBudgets:
         """Budgets in which some layers lose more than was predicted; see `Budgets.dearer`."""
         return replace(self, budgets=self.budgets.dearer(factors))
 
+    def unfactored(self) -> TimedBudgets | None:
+        """Budgets of widths alone, ranks as far as the user fixed them; None without widths."""
+        widths = self.budgets.widths
+        if widths is None:
+            return None
+        found = {
+            name: [c for c in candidates if c.scheme == DENSE] or candidates
+            for name, candidates in self.found.items()
+        }
+        widths = replace(widths, found=found)
+        return replace(self, budgets=replace(self.budgets, found=found, widths=widths))
+
     def _of_widths(self, choices: Mapping[str, Choice]) -> float:
         """What a plan's widths lose."""
         widths = self.budgets.widths
