@@ -45,7 +45,6 @@ def test_the_rule_is_threshold_unless_another_is_given() -> None:
         ({"schemes": ("outptu",)}, "Did you mean 'output'"),
         ({"schemes": ()}, "schemes is empty"),
         ({"scheme": {"conv1": "narrow"}}, "scheme conv1=narrow names one layer"),
-        ({"schemes": ("narrow",), "latency": 0.5}, "latency takes no channels out"),
         ({"scheme": {"conv1": "tucker"}}, "scheme 'tucker' is unknown"),
         ({"rank": {"conv1": "0"}}, "rank conv1=0"),
         ({"rank": {"conv1": "four"}}, "rank conv1=four"),

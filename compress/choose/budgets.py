@@ -120,15 +120,8 @@ class Budgets:
         return _Spent(pattern, chosen, loss + math.fsum(c.loss for c in chosen.values()))
 
     def _fixed_layers(self, pattern: Pattern) -> float:
-        """What layers without candidates cost whose width may change."""
-        if self.widths is None:
-            return 0.0
-        touched = {n for o in self.widths.options for n in o.group.modules}
-        return sum(
-            self.widths.dense_cost(site.name, pattern)
-            for site in self.sites
-            if site.name in touched and site.name not in self.found
-        )
+        """What costs that has no candidates and whose cost may change with a width."""
+        return 0.0 if self.widths is None else self.widths.fixed(pattern)
 
     def smallest(self) -> float:
         """The smallest fraction that can be reached."""

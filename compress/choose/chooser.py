@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,8 +12,9 @@ from compress.calibrate.statistics import Calibration
 from compress.choose.budgets import Budgets, options
 from compress.choose.by_spectrum import Asked, choose_by_spectrum
 from compress.choose.choices import problems
+from compress.choose.costs import Costs, Counted
 from compress.choose.overrides import Overrides
-from compress.choose.widths import Widths, width_options
+from compress.choose.widths import Grid, Widths, width_options
 from compress.config import RunConfig
 from compress.errors import ConfigError
 from compress.network.baseline import Network
@@ -99,20 +100,37 @@ class Chooser:
         return Budgets(
             self.sites, overrides, found, currency, total, fixed + total - layers,
             elsewhere=self.elsewhere if currency.name == "macs" else {},
-            widths=self._widths(overrides, found, currency),
+            widths=self.widths(overrides, found, Counted(currency)),
         )  # fmt: skip
 
-    def _widths(
-        self, overrides: Overrides, found: dict[str, list[Candidate]], currency: Currency
-    ) -> Widths | None:
-        if not self.config.narrower or not self.channels.groups:
+    def narrower(self) -> Narrower | None:
+        """What takes channels out; None where nothing may."""
+        ways = self.config.narrower
+        if not ways or not self.channels.groups:
             return None
-        narrower = Narrower(
-            self.model, self.sites, self.channels, self.calibration, self.config.narrower
-        )
-        options = width_options(narrower, overrides, self.track)
+        return Narrower(self.model, self.sites, self.channels, self.calibration, ways)
+
+    def widths(
+        self,
+        overrides: Overrides,
+        found: Mapping[str, Sequence[Candidate]],
+        costs: Costs,
+        grid: Grid | None = None,
+    ) -> Widths | None:
+        """What may become narrower, with its cost; None where nothing may.
+
+        Args:
+            overrides: What the user fixed.
+            found: Candidates by layer.
+            costs: What layers cost at their widths.
+            grid: The widths of a group; see `width_options`.
+        """
+        narrower = self.narrower()
+        if narrower is None:
+            return None
+        options = width_options(narrower, overrides, self.track, grid)
         sites = {site.name: site for site in self.sites}
-        return Widths(options, sites, found, currency) if options else None
+        return Widths(options, sites, found, costs) if options else None
 
     def within(self, currency: Currency, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's cost; see `compress.rules.Planning`."""

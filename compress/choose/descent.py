@@ -18,8 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.choose.choices import SchemeCost
-from compress.linalg.schemes import scheme_named
+from compress.choose.costs import AtParts, Costs, Floats
 from compress.network.channels import ChannelGroup
 from compress.network.sites import LayerSite
 from compress.plan import DENSE, NARROW, Candidate
@@ -30,7 +29,6 @@ _ROUNDS = 8
 # Of the moves of one group, those that are tried two at a time.
 _PAIRED = 12
 
-Floats = NDArray[np.float64]
 # Of each group, the index of its width among those that it may take.
 State = NDArray[np.intp]
 
@@ -50,22 +48,14 @@ class Options:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's candidates, and what they cost at parts ``i`` of its inputs and ``o`` of outputs.
+    """One layer's candidates: what they lose, and what they cost at parts of its width."""
 
-    That is ``both i o + inputs i + inside + outputs o``, exactly.
-    """
-
-    candidates: tuple[Candidate, ...]
     loss: Floats
-    both: Floats
-    inputs: Floats
-    inside: Floats
-    outputs: Floats
+    cost: AtParts
 
     def priced(self, price: float, i: Floats, o: Floats) -> tuple[Floats, Floats]:
         """The least loss plus priced cost at some widths, and the cost of what gives it."""
-        i, o = i[:, None], o[:, None]
-        cost = self.both * i * o + self.inputs * i + self.inside + self.outputs * o
+        cost = self.cost(i, o)
         value = self.loss + price * cost
         best = value.argmin(1)
         rows = np.arange(len(best))
@@ -80,11 +70,12 @@ class Search:
         options: Sequence[Options],
         sites: Mapping[str, LayerSite],
         found: Mapping[str, Sequence[Candidate]],
-        currency: Currency,
+        costs: Costs,
     ) -> None:
-        self.options, self.sites, self.found, self.currency = options, sites, found, currency
+        self.options, self.sites, self.found, self.costs = options, sites, found, costs
         self.losses = [np.array(o.losses) for o in self.options]
         self.parts = [np.array(o.widths) / o.group.size for o in self.options]
+        self.others = [costs.others(o.group, o.widths) for o in self.options]
         touched = {
             s.name
             for o in self.options
@@ -114,28 +105,18 @@ class Search:
     @cached_property
     def scale(self) -> float:
         """A price at which loss and cost are of one order."""
-        cost = sum(float(layer.both.max()) for layer in self.layers.values())
+        whole = np.ones(1)
+        cost = sum(float(layer.cost(whole, whole).max()) for layer in self.layers.values())
         loss = max((float(losses[0]) for losses in self.losses), default=1.0)
-        return 1e-6 * max(loss, 1e-30) / max(cost, 1.0)
+        return 1e-6 * max(loss, 1e-30) / max(cost, 1e-30)
 
     def _layer(self, name: str) -> _Layer:
         site = self.sites[name]
-        size = self.currency.size
-        dense = Candidate(DENSE, (), 0.0, site.macs, site.params)
-        candidates = _front(self.found.get(name, [dense]), self.currency)
-        columns = np.zeros((4, len(candidates)))
-        each = site.geometry.groups > 1
-        for k, candidate in enumerate(candidates):
-            if candidate.scheme == DENSE:
-                weights = float(size(SchemeCost(site.macs, site.geometry.weight_numel)))
-                columns[3 if each else 0, k] = weights
-            else:
-                parts = [float(size(c)) for c in stage_costs(site, candidate)]
-                columns[1, k], columns[3, k] = parts[0], parts[-1]
-                columns[2, k] = sum(parts[1:-1])
-            columns[3, k] += float(size(SchemeCost(0, site.geometry.out_channels)))
+        seconds = self.costs.dense(site, None)
+        dense = Candidate(DENSE, (), 0.0, site.macs, site.params, seconds)
+        candidates = _front(self.found.get(name, [dense]), self.costs.currency)
         loss = np.array([c.loss for c in candidates])
-        return _Layer(tuple(candidates), loss, *columns)
+        return _Layer(loss, self.costs.at_parts(site, candidates))
 
     def _at(self, name: str, parts: Sequence[Floats]) -> tuple[Floats, Floats]:
         i = 1.0 + sum((s * (parts[g] - 1.0) for g, s in self.reads[name]), np.zeros(1))
@@ -151,7 +132,7 @@ class Search:
             before = state.copy()
             for group, around in enumerate(self.around):
                 tried = [*parts[:group], self.parts[group], *parts[group + 1 :]]
-                value = self.losses[group].copy()
+                value = self.losses[group] + price * self.others[group]
                 for name in around:
                     value = value + self.layers[name].priced(price, *self._at(name, tried))[0]
                 state[group] = int(value.argmin())
@@ -162,18 +143,20 @@ class Search:
             float(layer.priced(price, *self._at(name, parts))[1][0])
             for name, layer in self.layers.items()
         )
+        spent += sum(float(cost[k]) for cost, k in zip(self.others, state, strict=True))
         return state, spent
 
     def beside(self, price: float, state: State) -> list[tuple[float, State]]:
         """Other widths of one group, or of two, with loss plus priced cost; the least first."""
         parts = [p[[k]] for p, k in zip(self.parts, state, strict=True)]
         now = {n: self.layers[n].priced(price, *self._at(n, parts))[0][0] for n in self.layers}
-        lost = [float(losses[k]) for losses, k in zip(self.losses, state, strict=True)]
+        priced = [losses + price * c for losses, c in zip(self.losses, self.others, strict=True)]
+        lost = [float(values[k]) for values, k in zip(priced, state, strict=True)]
         whole = sum(now.values()) + sum(lost)
         singles: list[tuple[float, State]] = []
         for group, around in enumerate(self.around):
             tried = [*parts[:group], self.parts[group], *parts[group + 1 :]]
-            value = self.losses[group] + (whole - lost[group] - sum(now[n] for n in around))
+            value = priced[group] + (whole - lost[group] - sum(now[n] for n in around))
             for name in around:
                 value = value + self.layers[name].priced(price, *self._at(name, tried))[0]
             singles += [
@@ -185,7 +168,10 @@ class Search:
 
     def _value(self, price: float, state: State) -> float:
         parts = [p[[k]] for p, k in zip(self.parts, state, strict=True)]
-        lost = sum(float(losses[k]) for losses, k in zip(self.losses, state, strict=True))
+        lost = sum(
+            float(losses[k] + price * cost[k])
+            for losses, cost, k in zip(self.losses, self.others, state, strict=True)
+        )
         return lost + sum(
             float(layer.priced(price, *self._at(name, parts))[0][0])
             for name, layer in self.layers.items()
@@ -213,15 +199,3 @@ def _front(candidates: Sequence[Candidate], currency: Currency) -> list[Candidat
         if not kept or candidate.loss < kept[-1].loss:
             kept.append(candidate)
     return kept
-
-
-def stage_costs(site: LayerSite, candidate: Candidate) -> list[SchemeCost]:
-    """What each layer of a candidate's chain costs, its weights alone."""
-    chain = scheme_named(candidate.scheme).stages(site.geometry, candidate.ranks)
-    macs = [0.0] * len(chain)
-    for call in site.calls:
-        size = call.size
-        for index, stage in enumerate(chain):
-            macs[index] += float(call.repeats) * stage.macs(size)
-            size = stage.output_size(size)
-    return [SchemeCost(round(m), stage.weight_numel) for m, stage in zip(macs, chain, strict=True)]

@@ -22,14 +22,13 @@ from functools import cached_property
 import numpy as np
 
 from compress.calibrate.removal import Narrower
-from compress.choose.choices import narrowed_site, rounded_up
-from compress.choose.descent import Options, Search, State, stage_costs
+from compress.choose.choices import rounded_up
+from compress.choose.costs import Costs
+from compress.choose.descent import Options, Search, State
 from compress.choose.overrides import Overrides
-from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, NARROW, SLICE, Candidate
+from compress.plan import NARROW, SLICE, Candidate
 from compress.progress import Track, silent
-from compress.rules import Currency
 
 # Widths that a group may take, beside its own.
 GRID = 16
@@ -44,8 +43,11 @@ PATTERNS = 5
 Pattern = dict[str, int]
 
 
+Grid = Callable[[int, int | None], tuple[int, ...]]
+
+
 def width_options(
-    narrower: Narrower, overrides: Overrides, track: Track = silent
+    narrower: Narrower, overrides: Overrides, track: Track = silent, grid: Grid | None = None
 ) -> tuple[Options, ...]:
     """The widths that a budget may choose from.
 
@@ -53,12 +55,15 @@ def width_options(
         narrower: The network's groups, with statistics.
         overrides: What the user fixed; groups that touch it are left.
         track: Progress.
+        grid: The widths of a group of some size, rounded to a multiple that may be given,
+            ascending, its own last; by default 15 narrower ones.
     """
+    grid = grid or _grid
     free = [g for g in narrower.groups() if not any(map(overrides.fixes, g.modules))]
     found = []
     for group in track(free, "channels", len(free)):
         removal = narrower.removal(group.name)
-        widths = _grid(group.size, overrides.config.round_to)
+        widths = grid(group.size, overrides.config.round_to)
         losses = tuple(removal.loss(w) for w in widths)
         found.append(Options(group, widths, losses, narrower.way(group.name)))
     return tuple(found)
@@ -87,13 +92,13 @@ class Widths:
         options: The groups.
         sites: All layers, by name.
         found: Candidates of the layers that may be rewritten, by name.
-        currency: What budgets are counted in.
+        costs: What layers cost at their widths.
     """
 
     options: tuple[Options, ...]
     sites: Mapping[str, LayerSite]
     found: Mapping[str, Sequence[Candidate]]
-    currency: Currency
+    costs: Costs
 
     def dearer(self, factors: Mapping[str, float]) -> Widths:
         """Widths whose losses are those of layers that lose more; see `Budgets.dearer`."""
@@ -147,7 +152,7 @@ class Widths:
     @cached_property
     def search(self) -> Search:
         """What finds widths at a price."""
-        return Search(self.options, self.sites, self.found, self.currency)
+        return Search(self.options, self.sites, self.found, self.costs)
 
     def patterns(self, room: float) -> tuple[list[Pattern], float]:
         """Patterns of widths near a budget, the one that changes nothing first; and its price.
@@ -216,33 +221,21 @@ class Widths:
             if name not in widths:
                 result[name] = list(candidates)
                 continue
-            site = narrowed_site(self.sites[name], widths[name])
-            result[name] = [c for c in map(site_cost(site), candidates) if c is not None]
+            costed = self.costs.narrowed(self.sites[name], widths[name])
+            result[name] = [c for c in map(costed, candidates) if c is not None]
         return result
 
-    def dense_cost(self, name: str, pattern: Pattern) -> float:
-        """What a layer costs at its width, not rewritten."""
-        width = self.layer_widths(pattern).get(name)
-        site = self.sites[name] if width is None else narrowed_site(self.sites[name], width)
-        return float(self.currency.size(site))
-
-
-def site_cost(site: LayerSite) -> Callable[[Candidate], Candidate | None]:
-    """Return what gives a candidate the cost that it has for a layer; None where it is no use."""
-    # Of a layer with a single output left, for one, nothing can be factored.
-    able = site.schemes
-
-    def costed(candidate: Candidate) -> Candidate | None:
-        if candidate.scheme == DENSE:
-            return replace(candidate, macs=site.macs, params=site.params)
-        if candidate.scheme not in able:
-            return None
-        limits = scheme_named(candidate.scheme).full_ranks(site.geometry)
-        if any(r >= limit for r, limit in zip(candidate.ranks, limits, strict=True)):
-            return None
-        parts = stage_costs(site, candidate)
-        macs = sum(p.macs for p in parts)
-        params = sum(p.params for p in parts) + site.geometry.out_channels
-        return replace(candidate, macs=macs, params=params)
-
-    return costed
+    def fixed(self, pattern: Pattern) -> float:
+        """What costs that has no candidates and whose cost may change with a width."""
+        widths = self.layer_widths(pattern)
+        touched = dict.fromkeys(name for o in self.options for name in o.group.modules)
+        layers = sum(
+            self.costs.dense(self.sites[name], widths.get(name))
+            for name in touched
+            if name in self.sites and name not in self.found
+        )
+        others = (
+            float(self.costs.others(o.group, [pattern.get(o.group.name, o.group.size)])[0])
+            for o in self.options
+        )
+        return layers + sum(others)

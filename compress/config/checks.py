@@ -87,11 +87,6 @@ def _contradictions(config: Settings) -> Iterable[str]:
             "no_latency and latency contradict each other: a budget of time is measured; give "
             "another budget, or let the time be measured"
         )
-    if config.schemes and set(config.schemes) <= set(NARROWER):
-        for rule in RULES:
-            if rule.name in config.rules and rule.weighs_layers and not rule.narrows:
-                named = " and ".join(config.schemes)
-                yield f"{rule.name} takes no channels out: name another scheme than {named}"
     for name in config.rules:
         if name not in RULE_NAMES:
             yield f"there is no rank rule {name!r}{near_matches(name, RULE_NAMES)}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from compress.calibrate.statistics import Calibration
 from compress.choose import Chooser
-from compress.choose.by_time.plan import choose_by_time
+from compress.choose.by_time.plan import ByTime, choose_by_time
 from compress.pipeline.job import Job
-from compress.pipeline.promised import PromisedBudgets
+from compress.pipeline.promised import PromisedBudgets, check_of
 from compress.pipeline.target_drop import choose_within_drop
 from compress.plan import Choice, Plan
 from compress.rules import Currency, RankOf
@@ -38,7 +38,9 @@ class Planner:
 
     def within_time(self, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's measured time."""
-        return choose_by_time(self.job.network, self.chooser, self.job.inputs.dtype, fraction)
+        job = self.job
+        asked = ByTime(fraction, job.inputs.dtype, check_of(job, self.chooser.calibration))
+        return choose_by_time(job.network, self.chooser, asked)
 
     def within_drop(self, points: float) -> list[Choice]:
         """Search for the cheapest network whose validation accuracy falls by at most ``points``."""

@@ -10,6 +10,7 @@ what it chooses keeps its promise.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,10 +49,9 @@ class PromisedBudgets:
             BudgetError: The fraction cannot be reached.
         """
         choices = self.budgets.spend(fraction)
-        if len(self.job.inputs.split.validation) < LEAST_IMAGES:
-            return choices
+        check = check_of(self.job, self.calibration)
         for _ in range(ROUNDS):
-            found = self._broken(choices)
+            found = check(choices)
             if not found:
                 break
             self.budgets = self.budgets.dearer(found)
@@ -65,30 +65,37 @@ class PromisedBudgets:
         """The smallest fraction that can be reached."""
         return self.budgets.smallest()
 
-    def _broken(self, choices: list[Choice]) -> dict[str, float]:
-        """How much more than predicted layers lose, where they do."""
-        names = [c.name for c in choices if c.rewritten]
-        if not names:
-            return {}
-        job = self.job
-        config = job.config
-        plan = Plan(config.rule, None, config.metric, tuple(choices), slices=config.slices)
-        fitter = dataclasses.replace(job.fitter, refit=False)
-        fitted = fitter.fit(plan, self.calibration)
-        replaced = fitter.replace(fitted)
-        predicted = {
-            name: fitted.predicted[name].loss for name in names if name in fitted.predicted
-        }
-        return ratios(predicted, self._measured(replaced.model, fitted.narrowed, list(predicted)))
 
-    def _measured(self, model: nn.Module, cut: Cut, names: list[str]) -> dict[str, HeldOutLoss]:
-        job = self.job
-        images = job.inputs.split.validation
-        source = Source(len(images), memory_format=job.network.memory_format)
-        recipe = job.recipe(job.config.schemes_in_play)
-        loaded = job.loader.batches(images)
-        tracked = job.track(loaded, "check", len(loaded))
-        return held_out_losses(cut, (job.network.model, model), names, tracked, (source, recipe))
+def check_of(job: Job, calibration: Calibration) -> Callable[[list[Choice]], dict[str, float]]:
+    """Return what says how much more than predicted layers lose, where they do.
+
+    With few validation images it says nothing.
+    """
+    if len(job.inputs.split.validation) < LEAST_IMAGES:
+        return lambda _: {}
+    return lambda choices: _broken(job, calibration, choices)
+
+
+def _broken(job: Job, calibration: Calibration, choices: list[Choice]) -> dict[str, float]:
+    names = [c.name for c in choices if c.rewritten]
+    if not names:
+        return {}
+    config = job.config
+    plan = Plan(config.rule, None, config.metric, tuple(choices), slices=config.slices)
+    fitter = dataclasses.replace(job.fitter, refit=False)
+    fitted = fitter.fit(plan, calibration)
+    replaced = fitter.replace(fitted)
+    predicted = {name: fitted.predicted[name].loss for name in names if name in fitted.predicted}
+    return ratios(predicted, _measured(job, replaced.model, fitted.narrowed, list(predicted)))
+
+
+def _measured(job: Job, model: nn.Module, cut: Cut, names: list[str]) -> dict[str, HeldOutLoss]:
+    images = job.inputs.split.validation
+    source = Source(len(images), memory_format=job.network.memory_format)
+    recipe = job.recipe(job.config.schemes_in_play)
+    loaded = job.loader.batches(images)
+    tracked = job.track(loaded, "check", len(loaded))
+    return held_out_losses(cut, (job.network.model, model), names, tracked, (source, recipe))
 
 
 def _same(first: list[Choice], second: list[Choice]) -> bool:

@@ -27,6 +27,5 @@ LATENCY = Rule(
     "--latency-batch.",
     problem=outside_unit_interval,
     choose=lambda planning, fraction: planning.within_time(fraction),
-    narrows=False,
     remark=_remark,
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from compress.errors import InputError
 from compress.files import BrokenSeal, sealed_record, unsealed_record
 from compress.running.memory_format import Layout, evaluating, in_format
 from compress.timing.networks import synchroniser
-from compress.timing.turns import ROUNDS, Clock, Run, measure
+from compress.timing.turns import Case, Pace, Run, sample
 from compress.untrusted import Unreadable, read_json, read_record
 
 # From 2 on, the file carries a digest of its content.
@@ -104,22 +103,18 @@ class LatencyTable:
         self,
         layers: Sequence[tuple[nn.Module, Sequence[int]]],
         setting: Setting,
-        *,
-        rounds: int = ROUNDS,
-        min_seconds: float = 0.05,
-        clock: Clock = time.perf_counter,
+        pace: Pace = Pace(min_seconds=0.05),
     ) -> list[float]:
         """Return the seconds of each layer at its input shape, measuring what is not known yet.
 
         What has to be measured takes turns in one run, so pass all that is to be compared at once.
+        The fastest turn of each counts: what else the machine does only adds to a time.
 
         Args:
             layers: Modules, on the setting's device and in its dtype, with their input shapes
                 ``[N, …]``; left as they were.
             setting: Where and how they run.
-            rounds: Turns of each, at least.
-            min_seconds: How long each is timed in all, at least.
-            clock: Seconds since some moment.
+            pace: How thoroughly.
 
         Raises:
             ValueError: The setting's threads are not those that torch has now, or its memory
@@ -145,16 +140,11 @@ class LatencyTable:
         layout.use(setting.memory_format)
         try:
             with evaluating(unknown.values()):
-                measured = measure(
-                    [run(key, module) for key, module in unknown.items()],
-                    rounds=rounds,
-                    min_seconds=min_seconds,
-                    synchronise=synchroniser(torch.device(setting.device)),
-                    clock=clock,
-                )
+                cases = [Case(run(key, module)) for key, module in unknown.items()]
+                turns = sample(cases, pace, synchroniser(torch.device(setting.device)))
         finally:
             layout.restore()
-        self._seconds.update(zip(unknown, measured, strict=True))
+        self._seconds.update(zip(unknown, map(min, turns), strict=True))
         return [self._seconds[key] for key in keys]
 
     def to_json(self) -> str:

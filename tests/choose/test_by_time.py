@@ -29,6 +29,7 @@ from compress.rules.latency import BY_TIME
 from compress.running.forward import forward_hooks
 from compress.timing.layers import LatencyTable, LayerTimer, Setting
 from compress.timing.networks import Timing
+from compress.timing.turns import Pace
 
 
 class ParameterTable(LatencyTable):
@@ -102,7 +103,7 @@ def test_candidates_cost_what_all_their_calls_take() -> None:
     small = Candidate("output", (2,), 0.5, 10, 20)
     setting = Setting.here()
     seconds, timed = timed_candidates(
-        model, sites, {"shared": [dense, small]}, LayerTimer(ParameterTable(), setting, 4)
+        model, sites, {"shared": [dense, small]}, (LayerTimer(ParameterTable(), setting, 4), Pace())
     )
     weights = 8 * 8 * 9 + 8
     assert seconds == {"shared": pytest.approx(2 * 4e-6 * weights)}
@@ -115,7 +116,7 @@ def test_candidates_cost_what_all_their_calls_take() -> None:
     ]  # fmt: skip
     # Ranks that the user fixed leave no dense candidate, and none is put in.
     _, fixed = timed_candidates(
-        model, sites, {"shared": [small]}, LayerTimer(ParameterTable(), setting, 4)
+        model, sites, {"shared": [small]}, (LayerTimer(ParameterTable(), setting, 4), Pace())
     )
     assert [c.scheme for c in fixed["shared"]] == ["output"]
 

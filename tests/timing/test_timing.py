@@ -190,10 +190,10 @@ def test_networks_are_timed_in_turns_and_left_as_they_were() -> None:
     timings = time_network_formats(models, example, pace=Pace(2, 0.0, fake.clock))
     threads = torch.get_num_threads()
     assert timings == {
-        ("dense", "contiguous"): Timing(4.0, 2, 2, "contiguous", threads),
-        ("compressed", "contiguous"): Timing(3.0, 2, 2, "contiguous", threads),
-        ("dense", "channels_last"): Timing(2.0, 2, 2, "channels_last", threads),
-        ("compressed", "channels_last"): Timing(1.5, 2, 2, "channels_last", threads),
+        ("dense", "contiguous"): Timing(4.0, 2, 2, "contiguous", threads, 4.0),
+        ("compressed", "contiguous"): Timing(3.0, 2, 2, "contiguous", threads, 3.0),
+        ("dense", "channels_last"): Timing(2.0, 2, 2, "channels_last", threads, 2.0),
+        ("compressed", "channels_last"): Timing(1.5, 2, 2, "channels_last", threads, 1.5),
     }
     assert "".join(fake.calls) == "ddccddcc" + "dcdc" + "cdcd"
     assert [snapshot(m) for m in models.values()] == before
@@ -258,19 +258,51 @@ def test_a_shape_in_several_layers_is_measured_once() -> None:
     same = [Timed(fake, "same", 2.0) for _ in range(3)]
     other = Timed(fake, "other", 3.0)
     layers = [(same[0], (2, 3, 8, 8)), (other, (2, 3, 8, 8)), (same[1], (2, 3, 8, 8))]
-    options = {"rounds": 3, "min_seconds": 0.0, "clock": fake.clock}
+    pace = Pace(3, 0.0, fake.clock)
     before = snapshot(same[0])
-    assert table.time(layers, setting, **options) == [2.0, 3.0, 2.0]
+    assert table.time(layers, setting, pace) == [2.0, 3.0, 2.0]
     assert fake.calls.count("same") == fake.calls.count("other") == 5
     assert snapshot(same[0]) == before
-    assert table.time([(same[2], (2, 3, 8, 8))], setting, **options) == [2.0]
+    assert table.time([(same[2], (2, 3, 8, 8))], setting, pace) == [2.0]
     assert fake.calls.count("same") == 5
-    assert table.time([(same[2], (4, 3, 8, 8))], setting, **options) == [2.0]
+    assert table.time([(same[2], (4, 3, 8, 8))], setting, pace) == [2.0]
     last, before = Setting.here(memory_format="channels_last"), snapshot(same[2])
-    assert table.time([(same[2], (2, 3, 8, 8))], last, **options) == [1.0]
+    assert table.time([(same[2], (2, 3, 8, 8))], last, pace) == [1.0]
     assert snapshot(same[2]) == before
     assert fake.calls.count("same") == 15
     assert len(table) == 4
+
+
+def test_the_fastest_turn_of_a_layer_counts() -> None:
+    """What else the machine does only adds to a time."""
+    fake = FakeTime()
+    delays = iter([0.0, 0.0, 5.0, 0.0, 7.0, 3.0])
+
+    class Delayed(Timed):
+        def forward(self, x: Any) -> Any:
+            fake.now += next(delays)
+            return super().forward(x)
+
+    layer = Delayed(fake, "delayed", 2.0)
+    pace = Pace(4, 0.0, fake.clock)
+    assert LatencyTable().time([(layer, (2, 3, 8, 8))], Setting.here(), pace) == [2.0]
+
+
+def test_a_tenth_of_the_turns_of_a_network_were_as_fast_as_its_undisturbed_time() -> None:
+    fake = FakeTime()
+    delays = iter([0.0, 0.0, *(float(d) for d in range(19, -1, -1))])
+
+    class Delayed(Timed):
+        def forward(self, x: Any) -> Any:
+            fake.now += next(delays)
+            return super().forward(x)
+
+    models = {"delayed": Delayed(fake, "delayed", 2.0)}
+    pace = Pace(20, 0.0, fake.clock)
+    timing = time_network_formats(models, torch.zeros(1, 3, 8, 8), ("contiguous",), pace)
+    found = timing["delayed", "contiguous"]
+    assert (found.undisturbed, found.seconds) == (4.0, 11.5)
+    assert Timing(3.0, 1, 1, "contiguous", 1).undisturbed == 3.0
 
 
 def test_layers_are_told_apart_by_their_geometry() -> None:
@@ -290,7 +322,7 @@ def test_a_setting_is_that_of_this_process() -> None:
     assert setting.device_name
     table = LatencyTable()
     conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
-    seconds = table.time([(conv, (1, 3, 5, 5))], setting, rounds=1, min_seconds=0.0)
+    seconds = table.time([(conv, (1, 3, 5, 5))], setting, Pace(1, 0.0))
     assert seconds[0] > 0
     assert table.key(conv, (1, 3, 5, 5), setting) in table
     assert table.key(conv, (1, 3, 5, 5), Setting.here()) not in table
@@ -304,20 +336,20 @@ def test_a_table_survives_json(tmp_path: Path) -> None:
     fake = FakeTime()
     table, setting = LatencyTable(), Setting.here()
     layer = Timed(fake, "layer", 0.1 + 0.2)
-    options = {"rounds": 1, "min_seconds": 0.0, "clock": fake.clock}
-    seconds = table.time([(layer, (1, 3, 4, 4))], setting, **options)
+    pace = Pace(1, 0.0, fake.clock)
+    seconds = table.time([(layer, (1, 3, 4, 4))], setting, pace)
     path = tmp_path / "latency.json"
     path.write_text(table.to_json())
     again = LatencyTable.read(path)
     assert again.to_json() == table.to_json()
     fake.calls.clear()
-    assert again.time([(layer, (1, 3, 4, 4))], setting, **options) == seconds
+    assert again.time([(layer, (1, 3, 4, 4))], setting, pace) == seconds
     assert fake.calls == []
 
 
 def damaged(change: Any) -> str:
     table = LatencyTable()
-    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
+    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), Pace(1, 0.0))
     raw = json.loads(table.to_json())
     change(raw)
     raw.pop("sha256", None)
@@ -327,7 +359,7 @@ def damaged(change: Any) -> str:
 def test_no_flipped_bit_and_no_edited_table_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
     table = LatencyTable()
-    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), rounds=1, min_seconds=0.0)
+    table.time([(nn.Linear(2, 2), (1, 2))], Setting.here(), Pace(1, 0.0))
     path.write_text(table.to_json())
     for _ in flipped(path, 1000):
         with suppress(InputError):  # a space that became another one is no damage

@@ -16,14 +16,13 @@ from torch import nn
 from compress.choose.budgets import Budgets
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
-from compress.plan import DENSE, Candidate, Choice
+from compress.plan import DENSE, NARROWER, Candidate, Choice
 from compress.progress import Track, silent
 from compress.timing.layers import LayerTimer
+from compress.timing.turns import Pace
 
 # Candidates of one scheme that are timed, and the turns of each.
-TIMED = 10
-ROUNDS = 3
-MIN_SECONDS = 0.03
+TIMED = 8
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,41 @@ class TimedBudgets:
 
     def loss(self, choices: Iterable[Choice]) -> float:
         """Summed predicted loss of a plan's choices."""
-        made = {c.name: (c.scheme, c.ranks) for c in choices}
-        return sum(
-            next(c.loss for c in found if (c.scheme, c.ranks) == made[name])
-            for name, found in self.found.items()
-        )
+        made_of = {c.name: c for c in choices}
+        made = {c.name: (c.scheme, c.ranks) for c in made_of.values()}
+        lost = 0.0
+        for name, found in self.found.items():
+            scheme, ranks = made[name]
+            kept = (DENSE, ()) if scheme in NARROWER else (scheme, ranks)
+            lost += next(c.loss for c in found if (c.scheme, c.ranks) == kept)
+        return lost + self._of_widths(made_of)
+
+    def dearer(self, factors: Mapping[str, float]) -> TimedBudgets:
+        """Budgets in which some layers lose more than was predicted; see `Budgets.dearer`."""
+        return replace(self, budgets=self.budgets.dearer(factors))
+
+    def unfactored(self) -> TimedBudgets | None:
+        """Budgets of widths alone, ranks as far as the user fixed them; None without widths."""
+        widths = self.budgets.widths
+        if widths is None:
+            return None
+        found = {
+            name: [c for c in candidates if c.scheme == DENSE] or candidates
+            for name, candidates in self.found.items()
+        }
+        widths = replace(widths, found=found)
+        return replace(self, budgets=replace(self.budgets, found=found, widths=widths))
+
+    def _of_widths(self, choices: Mapping[str, Choice]) -> float:
+        """What a plan's widths lose."""
+        widths = self.budgets.widths
+        if widths is None:
+            return 0.0
+        pattern = {}
+        for option in widths.options:
+            width = choices[option.group.producers[0].name].width
+            pattern[option.group.name] = option.group.size if width is None else width[1]
+        return widths.loss(pattern)
 
     def smallest(self) -> float:
         """The smallest fraction of ``total`` that is predicted to be reachable."""
@@ -74,6 +103,8 @@ class TimedBudgets:
 
     def _explained(self, choice: Choice) -> Choice:
         """Add measured times, and why a layer was left dense."""
+        if choice.width is not None:
+            return self._narrowed(choice, choice.width)
         if choice.name not in self.found:
             return choice
         found, dense = self.found[choice.name], self.dense[choice.name]
@@ -91,6 +122,19 @@ class TimedBudgets:
                 "the layer's time)"
             )
         return replace(choice, dense_seconds=dense, seconds=dense, reason=reason)
+
+    def _narrowed(self, choice: Choice, width: tuple[int, int]) -> Choice:
+        """Add times of a layer that becomes narrower, at its width as predicted."""
+        assert self.budgets.widths is not None  # or it would not
+        costs, site = self.budgets.widths.costs, self.budgets.widths.sites[choice.name]
+        dense = self.dense[choice.name]
+        seconds: float | None = costs.dense(site, width)
+        if choice.factored:
+            kept = (choice.scheme, choice.ranks)
+            candidate = next(c for c in self.found[choice.name] if (c.scheme, c.ranks) == kept)
+            at_width = costs.narrowed(site, width)(candidate)
+            seconds = None if at_width is None else at_width.seconds
+        return replace(choice, dense_seconds=dense, seconds=seconds)
 
 
 def thinned(candidates: Iterable[Candidate], points: int = TIMED) -> list[Candidate]:
@@ -115,7 +159,7 @@ def timed_candidates(
     model: nn.Module,
     sites: Iterable[LayerSite],
     found: Mapping[str, list[Candidate]],
-    timer: LayerTimer,
+    how: tuple[LayerTimer, Pace],
     track: Track = silent,
 ) -> tuple[dict[str, float], dict[str, list[Candidate]]]:
     """Measure every layer and its candidates, in turns.
@@ -124,12 +168,13 @@ def timed_candidates(
         model: The dense network, on the device and in the dtype of the setting.
         sites: Its layers.
         found: Candidates by layer name.
-        timer: How layers are timed.
+        how: How layers are timed, and how thoroughly each with its candidates.
         track: Progress.
 
     Returns:
         Seconds a batch of each layer as it is, and the candidates with theirs, over all calls.
     """
+    timer, pace = how
     modules = dict(model.named_modules(remove_duplicate=False))
     free = [site for site in sites if site.name in found]
     dense, timed = {}, {}
@@ -141,8 +186,7 @@ def timed_candidates(
         flat = timer.table.time(
             [(layer, shape) for layer in (module, *chains) for shape in shapes],
             timer.setting,
-            rounds=ROUNDS,
-            min_seconds=MIN_SECONDS,
+            pace,
         )
         of_layers = (flat[i : i + len(shapes)] for i in range(0, len(flat), len(shapes)))
         dense[site.name], *seconds = map(sum, of_layers)

@@ -12,6 +12,7 @@ from compress.linalg.schemes import OUTPUT
 from compress.network.chains import random_chain
 from compress.network.sites import LayerSite
 from compress.timing.layers import LayerTimer
+from compress.timing.turns import Pace
 
 # Tried from the largest. Rounding up is worth it while it costs less than this.
 MULTIPLES = (16, 8, 4)
@@ -51,7 +52,7 @@ def fastest_multiple(
         layers = [random_chain(site.geometry, OUTPUT.name, (r,), modules[site.name]) for r in ranks]
         shape = site.input_shape(site.calls[0], timer.batch)
         rounded, *short = timer.table.time(
-            [(layer, shape) for layer in layers], timer.setting, min_seconds=MIN_SECONDS
+            [(layer, shape) for layer in layers], timer.setting, Pace(min_seconds=MIN_SECONDS)
         )
         for multiple, seconds in zip(MULTIPLES, short, strict=True):
             slower[multiple].append(rounded / seconds)

@@ -58,13 +58,11 @@ def slowest_within(
     Raises:
         BudgetError: Even the fastest candidates take longer; the message names the ratio reached.
     """
-    best_total = min(b.total for b in budgets)
-    chosen = min(budgets, key=lambda b: _promise(b, fraction * best_total / b.total))
-    scale = chosen.total / best_total
+    chosen, scale = _chosen(budgets, fraction)
     smallest = chosen.smallest()
     below: tuple[float, float] | None = None
     above = (1.0, max(scale, 1.0))
-    point = min(max(AIM * fraction / scale, smallest), 1.0)
+    point = _first(chosen, scale, fraction)
     best: FoundTime | None = None  # safely within the budget
     barely: FoundTime | None = None
     for trial in range(1, trials + 1):
@@ -90,6 +88,23 @@ def slowest_within(
     if reached is None:
         raise _unreachable(fraction, ratio)
     return reached
+
+
+def first_choice(budgets: Sequence[TimedBudgets], fraction: float) -> list[Choice]:
+    """What `slowest_within` tries first: the choices that are fast enough, as predicted."""
+    chosen, scale = _chosen(budgets, fraction)
+    return chosen.spend(_first(chosen, scale, fraction))
+
+
+def _chosen(budgets: Sequence[TimedBudgets], fraction: float) -> tuple[TimedBudgets, float]:
+    """The memory format that promises most, and the dense network's time in it over its best."""
+    best_total = min(b.total for b in budgets)
+    chosen = min(budgets, key=lambda b: _promise(b, fraction * best_total / b.total))
+    return chosen, chosen.total / best_total
+
+
+def _first(chosen: TimedBudgets, scale: float, fraction: float) -> float:
+    return min(max(AIM * fraction / scale, chosen.smallest()), 1.0)
 
 
 def _next(
