@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import ModelError, one_line
+from compress.libraries.onnx_linear import restore_linear
 from compress.libraries.record import FromLibrary, Library, few_modules, quiet, require
 
 _NO_NAME = re.compile(r"\W+", re.ASCII)
@@ -34,6 +35,7 @@ def _build(file: str, arguments: dict[str, Any]) -> FromLibrary:
             _make_names_plain(model.graph.node)
             with few_modules():
                 module = onnx2torch.convert(model)
+                restore_linear(module)
             shape = _input_shape(model)
     except ModelError:
         raise
