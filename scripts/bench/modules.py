@@ -1,7 +1,8 @@
 """What the companion modules cost against plain torch and against the originals, side by side.
 
-Every row alternates the two candidates call by call in one process and compares their medians;
-the last row is a time in seconds. The originals (overparam, torchreparam) stand here as plain
+Every row alternates the two candidates call by call in one process and compares the medians of
+their processor time, which other jobs on the machine disturb less than time on the clock; the last
+row is a time in seconds. The originals (overparam, torchreparam) stand here as plain
 re-statements of their algorithms. Run from a checkout, in the project's environment:
 
     python scripts/bench/modules.py
@@ -158,7 +159,7 @@ Row = tuple[str, float, float, float | None]  # name, seconds of both, limit of 
 
 
 def alternate(one: Step, other: Step, repeats: int) -> tuple[float, float]:
-    """Median seconds of each, measured in turns, the order turned round every time.
+    """Median processor seconds of each, measured in turns, the order turned round every time.
 
     Short steps are repeated until they fill `SECONDS`.
     """
@@ -170,9 +171,9 @@ def alternate(one: Step, other: Step, repeats: int) -> tuple[float, float]:
     while repeat < repeats or time.perf_counter() < until:
         repeat += 1
         for step in (one, other) if repeat % 2 else (other, one):
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            times[step].append(time.perf_counter() - start)
+            times[step].append(time.process_time() - start)
     return statistics.median(times[one]), statistics.median(times[other])
 
 

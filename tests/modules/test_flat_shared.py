@@ -343,3 +343,15 @@ def test_checkpoints_are_recomputed_inside_the_block() -> None:
     with flat.unflattened(vector) as module:
         (slope,) = torch.autograd.grad(module(x).sum(), vector)
     torch.testing.assert_close(slope, wanted, **EXACT)
+
+
+def test_a_submodule_that_was_put_in_afterwards_runs_on_the_vector() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    flat = FlatModule(net)
+    other = nn.Linear(2, 1)
+    kept = {name: value.detach().clone() for name, value in other.named_parameters()}
+    x, vector = torch.randn(4, 3), torch.randn(flat.param_numel)
+    expected = flat(x, flat_param=vector)
+    net[1] = other
+    assert torch.equal(flat(x, flat_param=vector), expected)
+    assert all(torch.equal(value, kept[name]) for name, value in other.named_parameters())

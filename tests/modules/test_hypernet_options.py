@@ -69,10 +69,10 @@ def test_activations_start_with_norm_one(
 @pytest.mark.parametrize("inputs", [1, 16])
 @pytest.mark.parametrize("widths", [[], [64], [16, 300]])
 def test_every_output_starts_with_its_own_fan_out(inputs: int, widths: list[int]) -> None:
-    """By output: 0.3 sqrt(2 / rows), and with HyperLight's distribution sqrt(2 / rows)."""
+    """By output: 0.1 sqrt(2 / rows), and with HyperLight's distribution sqrt(2 / rows)."""
     torch.manual_seed(0)
     first = 1 / math.sqrt(inputs) if not widths else 1.0
-    for distribution, factor in (("constant_norm", 0.3 * first), ("kaiming_normal_fanout", 1.0)):
+    for distribution, factor in (("constant_norm", 0.1 * first), ("kaiming_normal_fanout", 1.0)):
         net = Hypernet(
             {"h": (inputs,)}, SHAPES, widths, init_distribution=distribution  # type: ignore[arg-type]
         )  # fmt: skip

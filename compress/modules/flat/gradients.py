@@ -32,6 +32,8 @@ class SharedGradient:
     def __init__(self, vector: nn.Parameter, pieces: Sequence[tuple[nn.Parameter, int]]) -> None:
         self._vector = vector
         self._pieces = tuple(pieces)
+        # Of each piece the shape, and the strides that it has within the vector.
+        self._layouts = [(p.shape, _strides(p.shape)) for p, _ in self._pieces]
         # The gradient that is shared, and each parameter's view of it; None where it has none.
         self._whole: Tensor | None = None
         self._views: list[Tensor | None] = [None] * len(self._pieces)
@@ -96,7 +98,9 @@ class SharedGradient:
         """
         with _LOCK:
             if self._vector.grad is not self._whole:
-                self._share(self._vector.grad)
+                # Where the vector itself accumulates, what comes of it is shared afterwards.
+                if index is not None:
+                    self._share(self._vector.grad)
                 return
             if self._whole is None:
                 return
@@ -132,28 +136,34 @@ class SharedGradient:
         return self._pieces[index][0].grad is self._views[index]
 
     def _part(self, index: int) -> Tensor:
-        parameter, offset = self._pieces[index]
         assert self._whole is not None
-        return self._whole.narrow(0, offset, parameter.numel()).view(parameter.shape)
+        return self._within(self._whole, index)
 
     def _share(self, whole: Tensor | None) -> None:
         """Let every parameter's gradient be its part of ``whole``."""
         self._whole = whole
-        for i, (parameter, _) in enumerate(self._pieces):
-            if not self._belongs(i):
-                continue
-            view = None
-            if whole is not None:
-                with torch.set_grad_enabled(whole.requires_grad):
-                    view = self._part(i)
-            if parameter.requires_grad:
-                parameter.grad = self._views[i] = view
+        # Every step of an optimiser over the vector comes here, so each piece takes one operation.
+        start, width = self._vector.data_ptr(), self._vector.element_size()
+        with torch.set_grad_enabled(whole is not None and whole.requires_grad):
+            for i, (parameter, offset) in enumerate(self._pieces):
+                if self._belongs(i, start + offset * width) and parameter.requires_grad:
+                    view = None if whole is None else self._within(whole, i)
+                    parameter.grad = self._views[i] = view
+
+    def _within(self, whole: Tensor, index: int) -> Tensor:
+        """A parameter's part of a gradient of the vector."""
+        shape, strides = self._layouts[index]
+        offset = self._pieces[index][1]
+        if whole.is_contiguous():
+            return whole.as_strided(shape, strides, whole.storage_offset() + offset)
+        return whole.narrow(0, offset, shape.numel()).view(shape)
 
     def _take(self, index: int) -> None:
         """Write a parameter's gradient to its part, and let it be that part."""
-        parameter, _ = self._pieces[index]
+        parameter, offset = self._pieces[index]
         gradient: Any = parameter.grad
-        if not self._belongs(index):
+        place = self._vector.data_ptr() + offset * self._vector.element_size()
+        if not self._belongs(index, place):
             return
         if self._whole is None:
             self._whole = self._vector.grad = torch.zeros_like(self._vector)
@@ -164,8 +174,17 @@ class SharedGradient:
             self._part(index).copy_(gradient)
             parameter.grad = self._views[index] = self._part(index)
 
-    def _belongs(self, index: int) -> bool:
-        """Whether the parameter still is a part of the vector, and not of a later one."""
-        parameter, offset = self._pieces[index]
-        start = self._vector.data_ptr() + offset * self._vector.element_size()
-        return parameter.is_meta or parameter.numel() == 0 or parameter.data_ptr() == start
+    def _belongs(self, index: int, place: int) -> bool:
+        """Whether the parameter still is at its place in the vector, and not in a later one."""
+        parameter, _ = self._pieces[index]
+        return parameter.data_ptr() == place or parameter.is_meta or parameter.numel() == 0
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides = []
+    step = 1
+    for side in reversed(shape):
+        strides.append(step)
+        step *= side
+    return tuple(reversed(strides))

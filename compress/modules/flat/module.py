@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.modules.flat.checks import Buffers, checked_buffers
-from compress.modules.flat.running import find_places, hold_buffers, lock_of, put_back, swapped
+from compress.modules.flat.running import (
+    Place,
+    find_places,
+    hold_buffers,
+    lock_of,
+    put_back,
+    run_with,
+    swapped,
+)
 from compress.modules.flat.tracing import Example, checked_inputs, trace_forms
 from compress.modules.flat.vector import SharedVector
 
@@ -77,7 +85,10 @@ class FlatModule(SharedVector):
         """
         if torch.compiler.is_compiling():
             return self._run(flat_param, buffers, inputs, kwargs)
-        with lock_of(self.module):
+        lock = self._lock
+        if lock is None:
+            lock = self._lock = lock_of(self.module)
+        with lock:
             return self._run(flat_param, buffers, inputs, kwargs)
 
     def _run(
@@ -90,32 +101,49 @@ class FlatModule(SharedVector):
         vector = flat_param
         if vector is None:
             vector = self.flat_param if self._inside is None else self._inside
-        self._check_vector(vector)
+        else:
+            self._check_vector(vector)
         given = None if buffers is None else checked_buffers(self.module, buffers)
         if self._traced is not None:
             self._traced.check(inputs, kwargs)
         traced = None if self._traced is None else self._traced.find(self.module)
-        tensors: dict[str, Tensor] = {}
-        if traced is None:
-            everything = self._views(vector)
-            tensors = {place: everything[name] for place, name in self._places}
-            if given is not None:
-                tensors |= {p: given[n] for p, n in find_places(self.module, buffers=True)}
         if torch.compiler.is_compiling():
-            return self._call(tensors, inputs, kwargs)
+            return self._functional(vector, given, inputs, kwargs)
         held = hold_buffers(self.module, given)
         try:
             if traced is not None:
                 values = self.module.buffers() if given is None else given.values()
                 return traced(vector, *self._frozen(), *values, *inputs)
-            return self._call(tensors, inputs, kwargs)
+            if _is_tracing() or isinstance(self.module, torch.jit.ScriptModule):
+                return self._functional(vector, given, inputs, kwargs)  # refuses both
+            everything = self._views(vector)
+            return run_with(
+                self.module,
+                [(place, everything[place.name]) for place in self._places],
+                [] if given is None else self._buffer_places(given),
+                lambda: self.module(*inputs, **kwargs),
+            )
         except BaseException:
             put_back(held)
             raise
 
-    def _call(
-        self, tensors: dict[str, Tensor], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    def _buffer_places(self, given: dict[str, Tensor]) -> list[tuple[Place, Tensor]]:
+        places = find_places(self.module, buffers=True)
+        return [(Place.of(place, name), given[name]) for place, name in places]
+
+    def _functional(
+        self,
+        vector: Tensor,
+        given: dict[str, Tensor] | None,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
+        """The same for a compiler, which knows this function of torch's."""
+        everything = self._views(vector)
+        places = find_places(self.module)
+        tensors = {place: everything[name] for place, name in places if name in self._trained}
+        if given is not None:
+            tensors |= {p: given[n] for p, n in find_places(self.module, buffers=True)}
         # With tie_weights=True functional_call would not restore modules that are used twice: it
         # swaps them once for each name and takes the first swap for what was there.
         return torch.func.functional_call(self.module, tensors, inputs, kwargs, tie_weights=False)
@@ -207,3 +235,8 @@ class FlatModule(SharedVector):
     def _frozen(self) -> list[Tensor]:
         named = dict(self.module.named_parameters())
         return [named[name].detach() for name in self.frozen_names]
+
+
+def _is_tracing() -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch's
+    return tracing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.modules.flat.checks import check_parameters, check_state
 from compress.modules.flat.gradients import SharedGradient
-from compress.modules.flat.running import find_places, state_besides
+from compress.modules.flat.running import Place, find_places, state_besides
 from compress.modules.flat.tracing import TracedForms
 
 
@@ -34,6 +34,7 @@ class SharedVector(nn.Module):
     # Neither moves nor copies keep a trace, or the vector of a block that is running.
     _traced: TracedForms | None = None
     _inside: Tensor | None = None
+    _lock: threading.RLock | None = None
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -42,10 +43,11 @@ class SharedVector(nn.Module):
         named = dict(module.named_parameters())
         check_parameters(type(module).__name__, named)
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in named.items()}
-        self.param_numel = sum(p.numel() for p in named.values())
+        self._sizes = [shape.numel() for shape in self.shapes.values()]
+        self.param_numel = sum(self._sizes)
         self._trained = tuple(name for name, p in named.items() if p.requires_grad)
         self._places = tuple(
-            (place, name) for place, name in find_places(module) if name in self._trained
+            Place.of(place, name) for place, name in find_places(module) if name in self._trained
         )
         # Not registered: its parameters are not parameters of this module.
         object.__setattr__(self, "module", module)
@@ -71,7 +73,7 @@ class SharedVector(nn.Module):
 
     def _views(self, vector: Tensor) -> dict[str, Tensor]:
         # One split, whose backward is one concatenation.
-        pieces = torch.split(vector, [math.prod(shape) for shape in self.shapes.values()])
+        pieces = vector.split_with_sizes(self._sizes)
         return {
             name: piece.view(shape)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
@@ -109,9 +111,9 @@ class SharedVector(nn.Module):
 
     def _starts(self) -> Iterator[int]:
         start = 0
-        for shape in self.shapes.values():
+        for size in self._sizes:
             yield start
-            start += math.prod(shape)
+            start += size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradient of the vector and of the module's parameters, which are one."""
@@ -228,7 +230,7 @@ class SharedVector(nn.Module):
             for name, p in self.module.named_parameters()
             if name in self._trained
         }
-        left = {"_traced": None, "_gradients": None, "_inside": None}
+        left = {"_traced": None, "_gradients": None, "_inside": None, "_lock": None}
         return {**self.__dict__, **left, "module": copy.deepcopy(self.module, hollow)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class Hypernet(nn.Module):
         dropout_prob: Probability of dropout after every hidden layer.
         init_distribution: Of the weights of h. ``"constant_norm"``, the default, keeps the norm of
             the activations at one from the first hidden layer to the last, whatever the number of
-            inputs and the widths, and multiplies what h emits from them by 0.3.
+            inputs and the widths, and multiplies what h emits from them by 0.1.
             ``"kaiming_normal_fanout"`` is HyperLight's, with which activations have the norm of
             the encoding, the square root of the number of inputs. Also
             ``"kaiming_normal"`` (by the fan-in), ``"kaiming_uniform"``,
