@@ -10,8 +10,10 @@ from compress.choose.by_time.candidates import TimedBudgets
 from compress.errors import BudgetError
 from compress.plan import Choice
 
-# Networks built and timed, at most.
+# Networks built and timed, at most; and those that are left when the fastest of all is tried, for
+# lack of one that was fast enough, to find a less drastic one.
 TRIALS = 7
+AFTER_THE_LEAST = 4
 # Parts of the budget. A time is not the same twice: what is aimed at; what a network may take to be
 # accepted, twice in a row; and how near it must be to be worth no other trial.
 AIM = 0.95
@@ -82,8 +84,8 @@ def slowest_within(
             if point <= smallest:
                 break
         point = _next(below, above, AIM * fraction, smallest)
-        if trial == trials - 1 and best is None:
-            point = smallest  # the last chance
+        if best is None and trials - trial <= AFTER_THE_LEAST:
+            point = smallest  # what is fast enough, if anything is; what is left looks above it
     reached = best or barely
     if reached is None:
         raise _unreachable(fraction, ratio)
