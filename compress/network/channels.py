@@ -32,6 +32,8 @@ from compress.running.forward import evaluation_mode
 from compress.running.structure import concatenated
 
 # Norms that treat every channel by itself in eval mode, with parameters of each.
+# So many channels are mixed with each other to find out whether mixtures of them would do.
+MIXED_TOGETHER = 64
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -381,14 +383,13 @@ class _Reader:
         values = self._drawn(node, known)
         if not all(values[source].is_floating_point() for source in known):
             return False
-        drawn = torch.randn(count, count, generator=self.generator, dtype=torch.float64)
-        turn = torch.linalg.qr(drawn)[0]
+        turns = _turns(count, self.generator)
         mixed = dict(values)
         for source, found in known.items():
-            mixed[source] = mixture(values[source], turn, found.axis).contiguous()
+            mixed[source] = _turned(values[source], turns, found.axis)
         whole, made = self._run(node, values), self._run(node, mixed)
         return whole.is_floating_point() and torch.allclose(
-            mixture(whole, turn, axis), made, 1e-4, 1e-4 * float(whole.abs().max())
+            _turned(whole, turns, axis), made, 1e-4, 1e-4 * float(whole.abs().max())
         )
 
     def found(self) -> ChannelMap:
@@ -468,19 +469,27 @@ def _unfit(places: list[tuple[str, str, int]]) -> str | None:
     return f"{both[0]} reads what it makes itself" if both else None
 
 
-def mixture(value: Tensor, rows: Tensor, axis: int) -> Tensor:
-    """Mix the channels of a value.
+def _turns(count: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Random rotations of channels: some at a time, since one of thousands would take minutes.
 
-    Args:
-        value: Channels along ``axis``, each perhaps several times in a row, as where a map was
-            flattened.
-        rows: ``[mixtures, channels]``: what of each channel is in a mixture.
-        axis: That of the channels.
+    Returns:
+        Channels, drawn at random, and the orthogonal matrix that mixes them; together all channels.
     """
-    count = rows.shape[1]
+    chosen = torch.randperm(count, generator=generator).split(MIXED_TOGETHER)
+    drawn = torch.randn(MIXED_TOGETHER, MIXED_TOGETHER, generator=generator, dtype=torch.float64)
+    return [(some, torch.linalg.qr(drawn[: len(some), : len(some)])[0]) for some in chosen]
+
+
+def _turned(value: Tensor, turns: list[tuple[Tensor, Tensor]], axis: int) -> Tensor:
+    """A value whose channels, each perhaps several times in a row, are mixed as `_turns` says."""
+    count = sum(len(some) for some, _ in turns)
     split = value.unflatten(axis, (count, value.shape[axis] // count))
-    found: Tensor = torch.tensordot(split, rows.to(value), dims=([axis], [1])).movedim(-1, axis)
-    return found.flatten(axis, axis + 1)
+    made = torch.empty_like(split, memory_format=torch.contiguous_format)
+    for some, turn in turns:
+        where = some.to(value.device)
+        mixed = torch.tensordot(split.index_select(axis, where), turn.to(value), ([axis], [1]))
+        made.index_copy_(axis, where, mixed.movedim(-1, axis))
+    return made.flatten(axis, axis + 1)
 
 
 def _group(name: str, channels: list[list[tuple[str, str, int]]], *, linear: bool) -> ChannelGroup:
