@@ -469,6 +469,21 @@ def _unfit(places: list[tuple[str, str, int]]) -> str | None:
     return f"{both[0]} reads what it makes itself" if both else None
 
 
+def mixture(value: Tensor, rows: Tensor, axis: int) -> Tensor:
+    """Mix the channels of a value.
+
+    Args:
+        value: Channels along ``axis``, each perhaps several times in a row, as where a map was
+            flattened.
+        rows: ``[mixtures, channels]``: what of each channel is in a mixture.
+        axis: That of the channels.
+    """
+    count = rows.shape[1]
+    split = value.unflatten(axis, (count, value.shape[axis] // count))
+    found: Tensor = torch.tensordot(split, rows.to(value), dims=([axis], [1])).movedim(-1, axis)
+    return found.flatten(axis, axis + 1)
+
+
 def _turns(count: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """Random rotations of channels: some at a time, since one of thousands would take minutes.
 
@@ -487,8 +502,7 @@ def _turned(value: Tensor, turns: list[tuple[Tensor, Tensor]], axis: int) -> Ten
     made = torch.empty_like(split, memory_format=torch.contiguous_format)
     for some, turn in turns:
         where = some.to(value.device)
-        mixed = torch.tensordot(split.index_select(axis, where), turn.to(value), ([axis], [1]))
-        made.index_copy_(axis, where, mixed.movedim(-1, axis))
+        made.index_copy_(axis, where, mixture(split.index_select(axis, where), turn, axis))
     return made.flatten(axis, axis + 1)
 
 
