@@ -153,7 +153,8 @@ class RunConfig:
     @property
     def narrower(self) -> tuple[str, ...]:
         """How channels may be taken out: ``"narrow"``, ``"slice"``, both or not at all."""
-        if not self.chosen_rule.narrows:
+        rule, unasked = self.chosen_rule, self.schemes == values.WAYS
+        if not rule.narrows or (unasked and not rule.narrows_unasked):
             return ()
         return tuple(way for way in NARROWER if way in self.schemes)
 

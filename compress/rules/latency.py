@@ -28,4 +28,6 @@ LATENCY = Rule(
     problem=outside_unit_interval,
     choose=lambda planning, fraction: planning.within_time(fraction),
     remark=_remark,
+    # On the one real network that it was tried on, it cut far more than the time asked for.
+    narrows_unasked=False,
 )

@@ -119,6 +119,7 @@ class Rule:
         weighs_layers: Whether it weighs layers against each other, which takes statistics of whole
             weight gradients; a rule that looks at one spectrum at a time needs none.
         narrows: Whether it may take channels out of layers.
+        narrows_unasked: Whether it does so where nobody says which schemes it may choose from.
         default: The value that holds where no rule is given; only one rule has it.
         grid: How a sweep walks along it; None where it holds a search or a clock.
         cuts_spectra_at_value: Whether the value is a height in the plots of spectra.
@@ -132,6 +133,7 @@ class Rule:
     choose: Callable[[Planning, float], list[Choice]]
     weighs_layers: bool = True
     narrows: bool = True
+    narrows_unasked: bool = True
     default: float | None = None
     grid: GridFlag | None = None
     cuts_spectra_at_value: bool = False
