@@ -15,7 +15,7 @@ from compress.errors import ConfigError, GateError
 
 if TYPE_CHECKING:
     from compress.config import RunConfig
-    from compress.pipeline.recovery import Wish
+    from compress.pipeline.recovery_stage import Wish
 
 # Where neither minutes nor steps are given.
 MINUTES = 10.0
@@ -68,7 +68,7 @@ def recover(
     manifest = read_manifest(result)
     drawn = {n: v for n, v in manifest.settings.items() if n in ("seed", "calibration_images")}
     config = settings.config(**recorded_settings(manifest), **drawn)
-    request = Request(result, _wish(config, **asked), resume, settings.trust_code)
+    request = Request(result, _wish(**asked), resume, settings.trust_code)
     try:
         found = recover_result(config, request, terminal.track)
     except GateError:
@@ -82,7 +82,6 @@ def recover(
 
 
 def _wish(
-    config: RunConfig,
     *,
     minutes: float | None,
     steps: int | None,
@@ -94,22 +93,20 @@ def _wish(
     Raises:
         ConfigError: They contradict each other, or leave no time.
     """
-    from compress.inputs.functions import loss_function
-    from compress.pipeline.recovery import Wish
+    from compress.pipeline.recovery_stage import Wish
 
     if minutes is not None and steps is not None:
         raise ConfigError("Both --minutes and --steps were given; give one of them.")
     if minutes is not None and minutes <= 0:
         raise ConfigError(f"minutes = {minutes:g} leaves no time to learn; give more than 0.")
-    function = loss_function(config.replace(loss_fn=goal, task="")) if goal else None
     length = None if steps is not None else (minutes or MINUTES)
-    return Wish(length, steps, overparam or 0, function)
+    return Wish(length, steps, overparam or 0, goal or "")
 
 
 def _say_interrupted(config: RunConfig) -> None:
     """Say where a stopped recovery goes on, and end, if there is anything to go on from."""
+    from compress.files import RECOVERY_FILE
     from compress.pipeline.unfinished import unfinished_folder
-    from compress.recover.store import RECOVERY_FILE
 
     folder = unfinished_folder(config.output)
     if not (folder / RECOVERY_FILE).is_file():

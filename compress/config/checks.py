@@ -31,6 +31,16 @@ class Settings(Protocol):
         ...
 
     @property
+    def progressive(self) -> bool:
+        """Whether networks with some layers replaced are measured."""
+        ...
+
+    @property
+    def recover(self) -> float | None:
+        """Minutes that the network may learn for."""
+        ...
+
+    @property
     def metric(self) -> str:
         """What errors are weighed by."""
         ...
@@ -82,6 +92,11 @@ def _contradictions(config: Settings) -> Iterable[str]:
     if len(config.rules) > 1:
         given = " and ".join(name for name in RULE_NAMES if name in config.rules)
         yield f"{given} contradict each other: give one rank rule"
+    if config.progressive and config.recover is not None:
+        yield (
+            "progressive and recover contradict each other: a recovery changes all layers at once, "
+            "so that they cannot be replaced one after the other; give one of them"
+        )
     if config.no_latency and "latency" in config.rules:
         yield (
             "no_latency and latency contradict each other: a budget of time is measured; give "

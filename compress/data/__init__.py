@@ -1,7 +1,7 @@
 """From a data spec to images: reading, checking, splitting and batching them."""
 
 from compress.data.images import ImageSet, Source, check_channels, check_labels
-from compress.data.loading import Batches, Loader, Split, batches, first_inputs, split
+from compress.data.loading import Batches, Loader, Split, batches, draw, first_inputs, split
 from compress.data.sources import DATA_FORMS, Given, as_images, open_dataset
 from compress.vision.preprocessing import Preprocessing
 
@@ -18,6 +18,7 @@ __all__ = [
     "batches",
     "check_channels",
     "check_labels",
+    "draw",
     "first_inputs",
     "open_dataset",
     "split",

@@ -38,12 +38,9 @@ def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 
     Raises:
         DataError: The set is empty.
     """
-    total = min(count, len(images))
-    if total < 1:
+    if min(count, len(images)) < 1:
         raise DataError(f"{images.source.described} holds no images to calibrate on.")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    validating = min(max(round(total * validation_fraction), 1), total - 1)
-    fit, validation = order[: total - validating], order[total - validating : total]
+    fit, validation, _ = draw(len(images), count, seed, validation_fraction)
     drawn = hashlib.sha256(json.dumps([fit, validation]).encode()).hexdigest()
     record = {
         "seed": seed,
@@ -54,6 +51,16 @@ def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 
         "indices_sha256": drawn,
     }
     return Split(fit=images.subset(fit), validation=images.subset(validation), record=record)
+
+
+def draw(
+    images: int, count: int, seed: int, validation_fraction: float = 0.25
+) -> tuple[list[int], list[int], list[int]]:
+    """Draw positions to fit and to validate on, as `split` does; also those that are left."""
+    total = min(count, images)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tolist()
+    validating = min(max(round(total * validation_fraction), 1), total - 1)
+    return order[: total - validating], order[total - validating : total], order[total:]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from compress.files.atomic import atomic_folder, atomic_update, sha256_file, wri
 from compress.files.outputs import (
     CALIBRATION_FILE,
     MODEL_FILE,
+    RECOVERY_FILE,
     REPORT,
     RESULT,
     RUNTIME_FILE,
@@ -27,6 +28,7 @@ from compress.files.sealed import (
 __all__ = [
     "CALIBRATION_FILE",
     "MODEL_FILE",
+    "RECOVERY_FILE",
     "REPORT",
     "RESULT",
     "RUNTIME_FILE",

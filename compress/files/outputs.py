@@ -16,6 +16,7 @@ MODEL_FILE = "model.safetensors"
 # What was timed of a model, and so is no part of it: equal models are equal bytes.
 RUNTIME_FILE = "runtime.json"
 CALIBRATION_FILE = "calibration.safetensors"
+RECOVERY_FILE = "recovery.safetensors"
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
 
@@ -74,7 +75,7 @@ UNFINISHED = OutputKind(
             CALIBRATION_FILE,
             "plan.json",
             "config.toml",
-            "recovery.safetensors",
+            RECOVERY_FILE,
         )
     ).__contains__,
     bool,

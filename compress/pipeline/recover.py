@@ -15,10 +15,10 @@ from compress.artefact.model import rebuilt, save
 from compress.artefact.runtime import Runtime, read_runtime, write_runtime
 from compress.config import RunConfig
 from compress.data import Split
-from compress.data.held import hold
 from compress.errors import ConfigError, GateError
 from compress.files import (
     MODEL_FILE,
+    RECOVERY_FILE,
     UNFINISHED,
     atomic_folder,
     atomic_update,
@@ -43,10 +43,9 @@ from compress.pipeline.job import Job
 from compress.pipeline.outcome import Clock, current_versions, limits_of, verified_by
 from compress.pipeline.pictures import Pair
 from compress.pipeline.places import check_places
-from compress.pipeline.recovery import (
+from compress.pipeline.recovery_stage import (
     Recovering,
     Wish,
-    division_of,
     kept_by_user,
     recorded,
     task_of,
@@ -57,8 +56,8 @@ from compress.pipeline.unfinished import unfinished_folder
 from compress.pipeline.verify import tracked, verified_layers, with_model
 from compress.plan import Plan, read_plan
 from compress.progress import Track, silent
-from compress.recover import Course, Keep, State, divided
-from compress.recover.store import RECOVERY_FILE, read_state, write_state
+from compress.recover import Course, Division, Keep, State, divided
+from compress.recover.store import read_state, write_state
 from compress.report import build_report, gate_sentence, judged, write_report
 from compress.result import Recovery, Result
 from compress.running.forward import evaluation_mode
@@ -115,14 +114,11 @@ def recover_result(config: RunConfig, request: Request, track: Track = silent) -
         opened = _opened(config, request, track)
     job, manifest = opened.job, opened.manifest
     config = job.config
-    division = division_of(job)
-    split = Split(division.learning, division.held_out, {})
-    job = dataclasses.replace(job, inputs=dataclasses.replace(job.inputs, split=split))
-    opened = dataclasses.replace(opened, job=job)
+    split = job.inputs.split
     kept = kept_by_user(job.network.sites, manifest.settings, _plan(request.artefact))
-    task = task_of(job, division, kept, request.wish.function)
+    task = task_of(job, Division(split.fit, split.validation), kept, request.wish.goal)
     recovering = Recovering(opened.compressed, task, request.wish)
-    state = _State(opened, division.learning.fingerprint)
+    state = _State(opened)
     before = value_of(job, opened.compressed)
     with clock.stage("recover"):
         course = state.resumed(recovering) if request.resume else recovering.begin()
@@ -130,7 +126,7 @@ def recover_result(config: RunConfig, request: Request, track: Track = silent) -
         keep(course.state, course.tensors())
         model = recovering.run(course, keep)
     final = as_saved(model, job.inputs.dtype)
-    recovery = recorded(course, division, request.wish, before)
+    recovery = recorded(course, request.wish, before)
     result = _measured(opened, final, recovery, clock)
     _save(opened, final, result)
     state.forget()
@@ -174,10 +170,7 @@ def _opened(config: RunConfig, request: Request, track: Track) -> _Opened:
         test=test,
         images=images,
     )
-    job = Job.open(inputs, config, track)
-    if test is not None:
-        held = hold(test, job.loader, track)
-        job = dataclasses.replace(job, inputs=dataclasses.replace(inputs, test=held))
+    job = Job.open(inputs, config, track).with_images()
     return _Opened(job, manifest, compressed.float().to(config.device), request)
 
 
@@ -185,22 +178,19 @@ class _State:
     """What is kept of a recovery on its way, beside the output, so that nothing stops it for good.
 
     Args:
-        opened: What is recovered.
-        length: How long it takes, which a course that goes on shares.
+        opened: What is recovered, and how; only a recovery of the same goes on from it.
     """
 
-    def __init__(self, opened: _Opened, fingerprint: str) -> None:
+    def __init__(self, opened: _Opened) -> None:
         self._opened = opened
         job, wish = opened.job, opened.request.wish
         self._folder = unfinished_folder(job.config.output)
         self._key = {
             "result": sha256_file(result_file(opened.request.artefact)),
-            "data": fingerprint,
+            "data": job.inputs.split.fit.fingerprint,
             "seed": job.config.seed,
             "batch size": job.loader.batch_size,
-            "overparam": wish.overparam,
-            "minutes": wish.minutes,
-            "steps": wish.steps,
+            **dataclasses.asdict(wish),
         }
 
     def resumed(self, recovering: Recovering) -> Course:

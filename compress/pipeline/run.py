@@ -32,7 +32,7 @@ from compress.pipeline.job import Job
 from compress.pipeline.outcome import Compressed, Record
 from compress.pipeline.places import check_files, check_places
 from compress.pipeline.planning import choose
-from compress.pipeline.recovery import recovered_in_run
+from compress.pipeline.recovery_stage import check_recoverable, recovered_in_run
 from compress.pipeline.unfinished import Work, kept_on_failure
 from compress.plan import Plan
 from compress.progress import Track, silent
@@ -68,6 +68,8 @@ def compress_network(
         check_runs_in(job.network.original, job.network.example, inputs.dtype)
         if plan is not None:
             applied(plan, job)  # before any work that it might be in vain
+        if config.recover is not None:
+            check_recoverable(job)
     with clock.stage("read"):
         job = job.with_images()
     with clock.stage("calibrate"):
@@ -86,6 +88,7 @@ def compress_network(
         replaced = job.fitter.replace(fitted)
     recovery = None
     if config.recover is not None:
+        work.model = as_saved(replaced.model, job.inputs.dtype)  # should it fail
         with clock.stage("recover"):
             replaced, recovery = recovered_in_run(job, plan, replaced)
     rewritten = _finished(job, plan, replaced, work)

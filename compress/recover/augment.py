@@ -1,7 +1,7 @@
 """Pictures that are like the given ones, for a network that would learn few of them by heart.
 
 The original says what is right for whatever picture it is shown, so that pictures may be mirrored,
-shifted and mixed freely. Whether that suits the data is decided by held-out images.
+shifted freely. Whether that suits the data is decided by held-out images.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NONE, MOVED, MIXED = "none", "moved", "mixed"
-KINDS = (NONE, MOVED, MIXED)
+NONE, MOVED = "none", "moved"
 # Pictures are shifted by up to this share of a side.
 FARTHEST = 1 / 8
 # Smaller ones are no pictures.
 SMALLEST_SIDE = 8
-# A third of the pictures is mixed; see Zhang et al., "mixup: Beyond Empirical Risk Minimization",
-# 2018.
-MIXED_SHARE = 1 / 3
 
 
 def are_pictures(inputs: Any) -> bool:
@@ -40,15 +36,12 @@ def augmented(inputs: Any, kind: str, seed: int) -> Any:
     Args:
         inputs: ``[images, channels, height, width]`` on the CPU; anything for `NONE`.
         kind: ``"none"``; ``"moved"``: half of them mirrored, and all shifted by up to an eighth of
-            a side, with what lies at the border reflected; ``"mixed"``: a third of those also
-            mixed with another one of the batch, by a share that is uniform.
+            a side, with what lies at the border reflected.
         seed: Decides all of it.
     """
     if kind == NONE:
         return inputs
-    generator = torch.Generator().manual_seed(seed)
-    moved = _moved(inputs, generator)
-    return _mixed(moved, generator) if kind == MIXED else moved
+    return _moved(inputs, torch.Generator().manual_seed(seed))
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,11 +57,3 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
         for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True))
     ]
     return torch.stack(cut)
-
-
-def _mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    count = len(images)
-    chosen = torch.rand(count, generator=generator) < MIXED_SHARE
-    shares = torch.rand(count, generator=generator).where(chosen, torch.ones(()))
-    shares = shares[:, None, None, None].to(images.dtype)
-    return shares * images + (1 - shares) * images.roll(1, 0)

@@ -77,7 +77,7 @@ class State:
         augmentation: How pictures are changed.
         planned: How many steps there were to be, which decides the batches.
         total: How many there are to be by now.
-        step: How many were taken.
+        step: How many were begun.
         way: The share of the course that is behind, in (0, 1).
         start: The held-out images' distance at the start.
         best: The least that was met.
@@ -101,7 +101,7 @@ class State:
     steps_back: int = 0
     length: float = 0.0
     taken: int = 0
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    curve: tuple[tuple[int, float], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -151,8 +151,10 @@ def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Param
     for name, parameter in copied.named_parameters():
         module = name.rpartition(".")[0]
         kept = any(module == k or module.startswith(f"{k}.") for k in task.keep)
+        if not parameter.is_floating_point():
+            continue  # whole numbers take no steps
         parameter.requires_grad_(not kept)
-        if not kept and parameter.is_floating_point() and parameter.numel():
+        if not kept and parameter.numel():
             weights[name] = parameter
     return copied, weights
 
@@ -202,7 +204,9 @@ class Course:
         for inputs, right in bar:
             if state.step >= state.total or state.steps_back > MOST_STEPS_BACK:
                 break
+            # One that fails counts too: what comes next is the next batch, also after a stop.
             done = self.step(inputs, right)
+            state.step += 1
             if not done:
                 self._step_back()
             elif state.step % every == 0 or state.step == state.total:
@@ -242,7 +246,6 @@ class Course:
         if not self._steps.step(state.rate * warm * fall):
             return False
         state.way += (1 - state.way) / max(state.total - state.step, 1)
-        state.step += 1
         return True
 
     def tensors(self) -> dict[str, Tensor]:
@@ -273,7 +276,7 @@ class Course:
         state = self.state
         with self._averaged():
             found = self.jury.distance(self.model)
-        state.curve.append((state.step, found))
+        state.curve += ((state.step, found),)
         if found < state.best:
             state.best, state.best_step = found, state.step
             self._best = {name: t.clone() for name, t in self._steps.averages.items()}

@@ -108,8 +108,8 @@ def _all_values(taught: Any, result: Any) -> Tensor:
             "compared; pass --loss-fn package.module:function (outputs, originals) -> summed loss."
         )
     losses = [
-        (new[path] - t).float().square().flatten(1).mean(1)
-        / t.float().square().mean().clamp_min(1e-12)
+        _precise(new[path] - t).square().flatten(1).mean(1)
+        / _precise(t).square().mean().clamp_min(1e-12)
         for path, t in old.items()
         if t.dim() > 1
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.data import ImageSet, Loader
+from compress.data import ImageSet, Loader, draw
 from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.recover.augment import augmented
@@ -30,7 +30,7 @@ KEPT_BYTES = 1 << 28
 # How often a batch is seen before others are drawn: the original then takes a quarter of the time
 # that it would take otherwise, and four times are too few to learn by heart.
 REPEATS = 4
-# Of more images than these the held-out ones are not more.
+# How many images are held out, at most and of all; more only where more validated the compression.
 MOST_HELD_OUT = 1000
 HELD_OUT_SHARE = 0.2
 
@@ -63,15 +63,11 @@ def divided(images: ImageSet, fitted: int, seed: int) -> Division:
             f"{images.source.described} holds {total} image{'' if total == 1 else 's'}: recovery "
             "takes at least two, one to learn from and one held out; some hundred are few."
         )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn = min(fitted, total)
-    validating = min(max(round(drawn * 0.25), 1), drawn - 1) if drawn > 1 else 0
-    first, rest = order[drawn - validating : drawn], order[drawn:]
+    fit, validation, rest = draw(total, fitted, seed)
     wanted = min(MOST_HELD_OUT, max(1, round(total * HELD_OUT_SHARE)))
-    more = rest[len(rest) - max(0, min(wanted - len(first), len(rest))) :] if rest else []
-    held_out = (first + more) or order[-1:]
-    chosen = set(held_out)
-    return Division(images.subset([i for i in order if i not in chosen]), images.subset(held_out))
+    more = min(max(wanted - len(validation), 0), len(rest))
+    learning, further = rest[: len(rest) - more], rest[len(rest) - more :]
+    return Division(images.subset(fit + learning), images.subset(validation + further))
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 Every trial is a small course from the same start, and held-out images judge it. A short trial
 cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
-are used unless they are clearly in the way.
+are used unless they are clearly in the way. A course too short for trials leaves pictures as they
+are, since it is also too short to learn them by heart.
 """
 
 from __future__ import annotations
@@ -48,16 +49,20 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
     jury = Jury(task)
     start = jury.distance(model)
     first, _ = next(iter(task.loader.batches(task.division.learning)))
-    kind = MOVED if are_pictures(first) else NONE
-    pace = None if length.steps is not None else _pace(model, task, jury, kind)
-    steps = length.steps or _steps_in(length, pace, task)
-    rate = USUAL
+    suited = MOVED if are_pictures(first) else NONE
+    pace = None if length.steps is not None else _pace(model, task, jury, suited)
+
+    def steps_left() -> int:
+        if pace is None:
+            return length.steps or 1
+        return _steps_in((length.seconds or 0.0) - (time.perf_counter() - begun), pace, task)
+
+    steps, rate, kind = steps_left(), USUAL, NONE
     if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL and start > 0:
-        rate, kind = _chosen(_Trials(model, task, jury, steps), kind, start)
+        rate, kind = _chosen(_Trials(model, task, jury, steps), suited, start)
+    steps = steps_left()
     spent = time.perf_counter() - begun
-    if pace is not None:
-        steps = _steps_in(length, pace, task, spent)
-    state = State(rate, kind, steps, steps, start=start, best=start, curve=[(0, start)])
+    state = State(rate, kind, steps, steps, start=start, best=start, curve=((0, start),))
     state.seconds = {"search": spent, "all": spent}
     return _course(model, task, jury, state)
 
@@ -125,11 +130,9 @@ def _pace(model: nn.Module, task: Task, jury: Jury, kind: str) -> _Pace:
     return _Pace(original / TIMED, max(spent - original, 0.0) / TIMED, check)
 
 
-def _steps_in(length: Length, pace: _Pace | None, task: Task, spent: float = 0.0) -> int:
-    """How many steps fit into what is left of the time, one at least."""
-    if pace is None:
-        return length.steps or 1
-    seconds = (length.seconds or 0.0) - spent - CHECKS * pace.check
+def _steps_in(seconds: float, pace: _Pace, task: Task) -> int:
+    """How many steps fit into some seconds, with the checks on the way; one at least."""
+    seconds -= CHECKS * pace.check
     batches = max(len(task.division.learning) // task.loader.batch_size, 1)
     steps = 1
     for _ in range(3):  # how often the original runs depends on how often batches come again

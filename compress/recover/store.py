@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from compress.recover.course import State
 from compress.untrusted import Unreadable, parse_json, read_record
 from compress.untrusted.tensors import read_tensors
 
-RECOVERY_FILE = "recovery.safetensors"
 _STATE, _KEY = "compress_recovery", "compress_recovery_key"
 
 
@@ -34,26 +33,6 @@ class Stored:
     tensors: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """`State` as JSON holds it, in which tuples are lists and no number is left out."""
-
-    rate: float
-    augmentation: str
-    planned: int
-    total: int
-    step: int
-    way: float
-    start: float
-    best: float
-    best_step: int
-    steps_back: int
-    length: float
-    taken: int
-    curve: tuple[tuple[int, float], ...]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def write_state(
     path: Path, state: State, tensors: Mapping[str, Tensor], key: Mapping[str, Any]
 ) -> None:
@@ -68,9 +47,10 @@ def write_state(
     Raises:
         ArtefactError: The file cannot be written; what stood there before still stands.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {_STATE: json.dumps(asdict(state)), _KEY: json.dumps(key, sort_keys=True)}
-    content = safetensors.torch.save({name: t.clone() for name, t in plain.items()})
+    # Copies, since tied weights may share their storage, which safetensors refuses.
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(own)
     write_atomically(path, sealed_tensors(content, metadata))
 
 
@@ -91,7 +71,7 @@ def read_state(path: Path, key: Mapping[str, Any]) -> Stored:
         if SEAL_KEY not in metadata:
             raise ArtefactError(f"{path} is no state of a recovery; leave out --resume.")
         belongs = parse_json(metadata[_KEY])
-        plain = read_record(_Plain, parse_json(metadata[_STATE]), "the state")
+        state = read_record(State, parse_json(metadata[_STATE]), "the state")
     except (OSError, Unreadable, BrokenSeal, KeyError) as error:
         raise ArtefactError(
             f"{path} is damaged ({error}); leave out --resume to begin anew."
@@ -102,5 +82,4 @@ def read_state(path: Path, key: Mapping[str, Any]) -> Stored:
             f"What {path} holds belongs to another recovery: it differs in {', '.join(other)}. "
             "Repeat the same command with --resume, or leave --resume out to begin anew."
         )
-    state = State(**{**asdict(plain), "curve": list(plain.curve)})
     return Stored(state, found.tensors)

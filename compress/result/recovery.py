@@ -21,7 +21,7 @@ class Recovery:
     ``augmentation`` how pictures were changed (``"none"``, ``"moved"``), ``overparam`` the depth of
     the chains that factors were trained as. ``start`` and ``best`` are the held-out images'
     distances before it and of the network that was kept, after ``best_step`` steps. ``before`` is
-    the end metric's value without it, on the test images, else the held-out ones. ``seconds`` are
+    the end metric's value without it, on the test images. ``seconds`` are
     by what they were spent on: ``images``, ``original``, ``search``, ``all``.
     """
 
@@ -39,8 +39,3 @@ class Recovery:
     before: float | None = None
     checks: tuple[RecoveryCheck, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def better(self) -> bool:
-        """Whether the network changed at all."""
-        return self.best < self.start

@@ -15,9 +15,9 @@ from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 import compress
 from compress.artefact.manifest import read_manifest
 from compress.errors import ArtefactError
+from compress.files import RECOVERY_FILE
 from compress.pipeline import recover as pipeline
 from compress.pipeline.run import compress_model
-from compress.recover.store import RECOVERY_FILE
 
 # Ranks that hurt, and no refit, so that there is something to recover.
 RANKS = ("--rank", "conv1=1", "--rank", "conv2=1", "--no-refit", "--keep", "head")
@@ -137,6 +137,39 @@ def test_run_recovers_too(bench: Workbench) -> None:
     assert result["recovery"]["before"] is not None
     assert "recover" in result["seconds"]
     assert read_manifest(bench.output()).recovered
+
+
+def test_the_picked_point_of_a_sweep_recovers(bench: Workbench) -> None:
+    found = command(
+        "sweep", bench.checkpoint, "--model", SPEC, "--data", bench.train, "--test", bench.test,
+        "--macs", "0.9,0.5", "--pick", "macs<=0.6", "--recover", "0.02",
+        "--output", str(bench.output("sweep")),
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    chosen = json.loads((bench.output("sweep") / "chosen" / "report.json").read_text())["result"]
+    assert chosen["recovery"]["best"] <= chosen["recovery"]["start"]
+
+
+def test_a_recovery_that_fails_leaves_the_fitted_network(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ArtefactError("The images are gone.")
+
+    monkeypatch.setattr("compress.pipeline.run.recovered_in_run", fail)
+    text = paragraph(bench.run(*RANKS, "--recover", "0.02"), 3)
+    assert "the fitted model" in text
+    assert (bench.output("out.unfinished") / "model.safetensors").is_file()
+
+
+def test_what_cannot_recover_is_said_before_any_work(bench: Workbench) -> None:
+    text = paragraph(bench.run(*RANKS, "--recover", "0.02", **one_image(bench)), 3)
+    assert "at least two" in text
+    assert bench.leftovers() == ["one.npz"]
+    text = paragraph(bench.run(*RANKS, "--recover", "1", "--progressive"), 2)
+    assert "contradict each other" in text
+    text = paragraph(bench.run(*RANKS, "--recover", "0"), 2)
+    assert "minutes above 0" in text
 
 
 @pytest.mark.usefixtures("bench")  # for its clock

@@ -1,9 +1,9 @@
-"""Recovery as a stage of a run, and of a result: a course set up, kept on the way, and recorded."""
+"""Recovery as a stage: a course set up for a job, run, and recorded."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from compress.data.held import hold
 from compress.errors import ArtefactError, ConfigError, DataError
 from compress.fit.layers import Replaced
+from compress.inputs.functions import loss_function
 from compress.modules.overparam import collapse, overparameterize
 from compress.network.sites import LayerSite
 from compress.pipeline.job import Job
@@ -23,8 +24,6 @@ from compress.recover.store import Stored
 from compress.result import Recovery, RecoveryCheck
 from compress.running.memory_format import in_memory_format, put_in_format
 
-Goal = Callable[[Any, Any], Any]
-
 
 @dataclass(frozen=True)
 class Wish:
@@ -34,13 +33,13 @@ class Wish:
         minutes: How long it may take; None where the number of steps is given.
         steps: How many steps it takes.
         overparam: Depth of the chains that factors are trained as; 0 for the factors themselves.
-        function: The user's own summed loss ``(outputs, originals)``.
+        goal: Spec of the user's own summed loss ``(outputs, originals)``; empty for none.
     """
 
     minutes: float | None = None
     steps: int | None = None
     overparam: int = 0
-    function: Goal | None = None
+    goal: str = ""
 
     @property
     def length(self) -> Length:
@@ -48,31 +47,40 @@ class Wish:
         return Length(self.steps, None if self.minutes is None else 60 * self.minutes)
 
 
-def division_of(job: Job) -> Division:
-    """The images of a job to learn from and to judge by, held in memory as far as they fit.
-
-    Raises:
-        DataError: There are too few, or it is not known which there are.
-    """
-    images = job.inputs.images
-    if images is None:
-        raise DataError("No images given to learn from; pass --data SPEC.")
-    found = divided(images, job.config.calibration_images, job.config.seed)
-    loader, track = job.loader, job.track
-    return Division(hold(found.learning, loader, track), hold(found.held_out, loader, track))
-
-
-def task_of(job: Job, division: Division, kept: frozenset[str], goal: Goal | None) -> Task:
+def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") -> Task:
     """What a course works on.
 
     Args:
         job: The job, whose baseline is what is learned from.
         division: Its images.
         kept: Names of layers that stay as they are.
-        goal: The user's own loss.
+        goal: As in `Wish`.
+
+    Raises:
+        ModelError: There is no such function, or nothing says how far the outputs are apart.
     """
-    distance = Distance(job.network.reading, function=goal)
-    return Task(job.network.model, division, job.loader, distance, kept, job.config.seed, job.track)
+    config, network = job.config, job.network
+    function = loss_function(config.replace(loss_fn=goal, task="")) if goal else None
+    distance = Distance(network.reading, function=function)
+    distance.held_out(distance.taught(network.result), network.result)  # before any work
+    return Task(network.model, division, job.loader, distance, kept, config.seed, job.track)
+
+
+def check_recoverable(job: Job) -> None:
+    """Find out whether a run's network will be able to learn, before hours of work.
+
+    Raises:
+        DataError: There are too few images, or it is not known which there are.
+        ModelError: Nothing says how far the outputs are apart.
+    """
+    task_of(job, _division(job), frozenset())
+
+
+def _division(job: Job) -> Division:
+    images = job.inputs.images
+    if images is None:
+        raise DataError("No images given to learn from; pass --data SPEC.")
+    return divided(images, job.config.calibration_images, job.config.seed)
 
 
 def kept_by_user(
@@ -151,7 +159,7 @@ class Recovering:
         plain = collapse(model) if self.wish.overparam else model
         put_in_format(plain, "contiguous")
         for parameter in plain.parameters():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter.is_floating_point())
         return plain.eval()
 
 
@@ -172,24 +180,20 @@ def _expanded(model: nn.Module, depth: int, task: Task) -> nn.Module:
             f"over while it learns, and at most {MOST_NUMBERS:,} are taken; give a smaller depth, "
             "or none."
         )
-    names = {name for name, _ in model.named_modules()}
-    exclude = [glob for k in task.keep if k in names for glob in (k, f"{k}.*") if k]
-    eligible = {name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
-    exclude = [g for g in exclude if any(fnmatchcase(n, g) for n in eligible)]
-    expanded: nn.Module = overparameterize(model, depth=depth, exclude=exclude, inplace=False)
+    kept = [module for name, module in model.named_modules() if name in task.keep]
+    expanded: nn.Module = overparameterize(model, depth=depth, ignore=kept, inplace=False)
     return expanded
 
 
-def recorded(course: Course, division: Division, wish: Wish, before: float | None) -> Recovery:
+def recorded(course: Course, wish: Wish, before: float | None) -> Recovery:
     """What is written down of a course.
 
     Args:
         course: The course.
-        division: Its images.
         wish: What was asked for.
         before: The end metric's value without it.
     """
-    state = course.state
+    state, division = course.state, course.task.division
     return Recovery(
         images=len(division.learning),
         held_out_images=len(division.held_out),
@@ -229,11 +233,11 @@ def recovered_in_run(job: Job, plan: Plan, replaced: Replaced) -> tuple[Replaced
         DataError: There are too few images, or one cannot be read.
         ModelError: Outputs cannot be compared.
     """
-    division, wish = division_of(job), Wish(minutes=job.config.recover)
+    found, wish = _division(job), Wish(minutes=job.config.recover)
+    sets = (hold(images, job.loader, job.track) for images in (found.learning, found.held_out))
     kept = kept_by_user(job.network.sites, job.config.settings(), plan)
-    recovering = Recovering(replaced.model, task_of(job, division, kept, None), wish)
+    recovering = Recovering(replaced.model, task_of(job, Division(*sets), kept), wish)
     before = value_of(job, replaced.model)
     course = recovering.begin()
     model = recovering.run(course)
-    record = recorded(course, division, wish, before)
-    return dataclasses.replace(replaced, model=model), record
+    return dataclasses.replace(replaced, model=model), recorded(course, wish, before)
