@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,3 +178,16 @@ def weighting(
         for row in rows[group]:
             total[group] += torch.outer(row, row)
     return total / rows.shape[1]
+
+
+def unbeaten(cost: np.ndarray, lost: np.ndarray, each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All sums of what there is with each pair of a cost and a loss ``[n, 2]``.
+
+    Without those that another beats in both, which cannot be part of the best.
+    """
+    cost = (cost[:, None] + each[:, 0]).ravel()
+    lost = (lost[:, None] + each[:, 1]).ravel()
+    order = np.lexsort((lost, cost))
+    best = np.minimum.accumulate(lost[order])
+    keep = order[np.r_[True, lost[order][1:] < best[:-1]]]
+    return cost[keep], lost[keep]

@@ -75,7 +75,7 @@ class State:
     Attributes:
         rate: Of the steps; a step back halves it.
         augmentation: How pictures are changed.
-        planned: How many steps there were to be, which decides the batches.
+        planned: How many steps there may be, which decides the batches.
         total: How many there are to be by now.
         step: How many were begun.
         way: The share of the course that is behind, in (0, 1).
@@ -193,7 +193,7 @@ class Course:
             ModelError: A forward fails.
         """
         state = self.state
-        every = max(1, state.planned // CHECKS)
+        every = max(1, state.total // CHECKS)
         lessons = self.lessons()
         before = state.seconds.get("all", 0.0)
         begun = time.perf_counter()
@@ -298,7 +298,8 @@ class Course:
         if length.seconds is None or not state.step:
             return
         left = length.seconds - state.seconds["all"]
-        each = state.seconds["all"] / state.step
+        spent = state.seconds["all"] - state.seconds.get("search", 0.0)
+        each = max(spent / state.step, 1e-9)
         wanted = state.step + max(int(left / each), 0)
         if abs(wanted - state.total) > 0.1 * (state.total - state.step):
             # Not more than planned: beyond that there are no batches.

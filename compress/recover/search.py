@@ -29,8 +29,9 @@ TRIAL_SHARE = 1 / 40
 SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
 # How much worse a trial with changed pictures may come out.
 WORTH = 0.1
-# The first steps take longer than those to come.
+# How many steps are timed, and how many times as many as fit by that there may be.
 TIMED = 3
+SPARE = 1.5
 
 
 def begin(model: nn.Module, task: Task, length: Length) -> Course:
@@ -62,7 +63,9 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         rate, kind = _chosen(_Trials(model, task, jury, steps), suited, start)
     steps = steps_left()
     spent = time.perf_counter() - begun
-    state = State(rate, kind, steps, steps, start=start, best=start, curve=((0, start),))
+    # The first steps are the slowest: there are batches for more than fit as far as is known.
+    planned = steps if pace is None else math.ceil(SPARE * steps)
+    state = State(rate, kind, planned, steps, start=start, best=start, curve=((0, start),))
     state.seconds = {"search": spent, "all": spent}
     return _course(model, task, jury, state)
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrowable import NETWORKS, narrower_of, prepared, recipe_of, smooth
+from oracles import unbeaten
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,13 +130,7 @@ class Setting:
                     if c.ranks and c.ranks[0] < limit
                 ]
                 each = np.array(options)
-                cost = (cost[:, None] + each[:, 0]).ravel()
-                lost = (lost[:, None] + each[:, 1]).ravel()
-                # What another beats in both cannot be part of the best.
-                order = np.lexsort((lost, cost))
-                best = np.minimum.accumulate(lost[order])
-                keep = order[np.r_[True, lost[order][1:] < best[:-1]]]
-                cost, lost = cost[keep], lost[keep]
+                cost, lost = unbeaten(cost, lost, each)
             costs.append(cost)
             losses.append(lost)
         cost, lost = np.concatenate(costs), np.concatenate(losses)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_time import BEGIN, PRODUCT, MadeUpTable, MadeUpTimer, layer_seconds, network_seconds
 from narrowable import NETWORKS, narrower_of, plan_of, prepared, recipe_of, smooth
+from oracles import unbeaten
 from torch import nn
 
 from compress.calibrate.removal import Narrower
@@ -119,12 +120,7 @@ class Made:
                         if c.ranks and c.ranks[0] < limit
                     ]
                 )
-                cost = (cost[:, None] + each[:, 0]).ravel()
-                lost = (lost[:, None] + each[:, 1]).ravel()
-                order = np.lexsort((lost, cost))
-                best = np.minimum.accumulate(lost[order])
-                keep = order[np.r_[True, lost[order][1:] < best[:-1]]]
-                cost, lost = cost[keep], lost[keep]
+                cost, lost = unbeaten(cost, lost, each)
             costs.append(cost)
             losses.append(lost)
         return np.concatenate(costs), np.concatenate(losses)

@@ -125,6 +125,14 @@ def test_time_that_runs_out_shortens_the_course(monkeypatch: pytest.MonkeyPatch)
     assert found.state.way > 0.9
 
 
+def test_time_that_is_left_lengthens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = course(network(1), task(network(0)), 100)
+    found.state.total = 60
+    monkeypatch.setattr("compress.recover.course.time.perf_counter", lambda: 0.5)
+    found.run(Length(seconds=1000.0))
+    assert found.state.step == 100  # no batches are left
+
+
 def test_steps_are_adams_relative_to_each_tensors_size() -> None:
     generator = torch.Generator().manual_seed(0)
     start = {
