@@ -20,9 +20,9 @@ from compress.layers import registered_kind
 from compress.linalg.fit import Covariances, Problem, refine
 from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.linalg.moments import Moments
-from compress.linalg.problem import solve_psd
+from compress.linalg.problem import roots_of, solve_psd
 from compress.linalg.schemes import scheme_named
-from compress.linalg.spectrum import regularise, square_roots
+from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
 from compress.plan import NARROW
 
@@ -246,7 +246,7 @@ class Layer:
         xx, tx, _ = rows.train.parts
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-300)
         missing = tx - weight @ xx
-        roots = square_roots(regularise(old.weighting))
+        roots = roots_of(regularise(old.weighting))
         long = self.site.geometry.in_features > LONG_PATCH
         dtype = torch.float32 if long else torch.float64
 

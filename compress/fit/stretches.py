@@ -19,7 +19,8 @@ from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import holds_numbers
 from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
-from compress.linalg.spectrum import regularise, square_roots
+from compress.linalg.problem import roots_of
+from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
 from compress.running.structure import cloned, concatenated, count, part, rebuilt, with_gradients
 
@@ -108,7 +109,7 @@ class StretchWalk(Walk):
         return self.lockstep.across(value, start, end, numbers, compressed=compressed)
 
     def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
-        """Return ``G^½ [channels, channels]`` at the end of every stretch that has channels."""
+        """Return ``R [channels, channels]``, ``Rᵀ R = G``, for stretches that end in channels."""
         moments: dict[int, Moments] = {}
         fitted = self.batches(held_out=False)
         images = sum(self.sizes[batch] for batch in fitted)
@@ -119,7 +120,7 @@ class StretchWalk(Walk):
                 found = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
                 found.update(rows.unsqueeze(0))
         return {
-            end: square_roots(regularise(self._kept(end, found.second_moment)))[0][0].float()
+            end: roots_of(regularise(self._kept(end, found.second_moment)))[0][0].float()
             for end, found in moments.items()
         }
 
@@ -184,7 +185,7 @@ class Stretch:
     Attributes:
         walk: The walk that stands there.
         segment: Where it is, and its layers.
-        root: ``G^½ [channels, channels]`` that its error is weighted by.
+        root: ``R [channels, channels]``, with ``Rᵀ R = G`` what its error is weighted by.
         positions: How many an image has where it ends.
     """
 
@@ -255,7 +256,7 @@ class Stretch:
         images = count(given)
         last = self.walk.lockstep.nodes[self.segment.end].name
         wanted = self.walk.cut.of_node(last, target)
-        return (channel_rows(output - wanted) @ self.root).square().sum() / images, images
+        return (channel_rows(output - wanted) @ self.root.mT).square().sum() / images, images
 
 
 def _drawn(

@@ -100,12 +100,12 @@ class Alternation:
         return float((s.weighting * (self._pulled.flatten(2) @ delta.mT)).sum())
 
     def explained(self) -> Tensor:
-        """``G^½ Ŵ C Ŵᵀ G^½ [groups, out, out]``, what a lower rank of the last factor cuts."""
+        """``R Ŵ C Ŵᵀ Rᵀ [groups, out, out]``, what a lower rank of the last factor cuts."""
         s = self.split
         root = s.problem.roots[0].to(s.dtype)
         full = combine_factors(self.first, self.last)
         pulled = (s.pulled_weight - self._pulled).flatten(2)
-        return root @ pulled @ full.flatten(2).mT @ root
+        return root @ pulled @ full.flatten(2).mT @ root.mT
 
     def run(self, iterations: int, steps: int = 3, tolerance: float = 2e-3) -> None:
         """Alternate until the error falls by less than ``tolerance`` of itself."""

@@ -150,10 +150,10 @@ def _extended(split: Split, warm: Fit, rank: int) -> Tensor:
 
 
 def _fit_output(problem: Problem, rank: int) -> Fit:
-    """Fit the ``output`` scheme in closed form: PCA of ``G^½ C G^½``.
+    """Fit the ``output`` scheme in closed form: PCA of ``R C Rᵀ`` for ``G = Rᵀ R``.
 
     The weighted error on the rows seen is the tail of the spectrum; the plain mean squared error
-    is ``Σ_{i>r} λ_i |G^-½ u_i|² / c_out``.
+    is ``Σ_{i>r} λ_i |R⁻¹ u_i|² / c_out``.
     """
     geometry = problem.geometry
     if rank >= geometry.full_rank:
@@ -161,14 +161,14 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
     spectrum = problem.spectrum
     basis = spectrum.eigenvectors[:, :, :rank]
     rest = spectrum.eigenvectors[:, :, rank:]
-    first = problem.rooted(basis).mT @ problem.matrix
+    first = basis.mT @ problem.rooted(problem.matrix)
     up, left_over = (
         (basis, rest) if problem.plain else (problem.roots[1] @ b for b in (basis, rest))
     )
     weights = OUTPUT.stage_weights(geometry, *balance(first, up.unsqueeze(-1)))
     tail = spectrum.eigenvalues[:, rank:]
     mse = float((tail * (left_over**2).sum(1)).sum()) / geometry.out_channels
-    projection = up @ problem.rooted(basis).mT
+    projection = up @ (basis.mT if problem.plain else basis.mT @ problem.roots[0])
     return Fit(OUTPUT.name, (rank,), weights, float(tail.sum()), mse, up @ first, projection)
 
 

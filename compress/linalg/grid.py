@@ -70,7 +70,7 @@ def grid_losses(
 
 
 def _nested(split: Split, ranks: list[int], limit: int) -> list[tuple[float, Tensor]]:
-    """Loss at each rank, and the explained ``G^½ Ŵ C Ŵᵀ G^½ [groups, out, out]``."""
+    """Loss at each rank, and the explained ``R Ŵ C Ŵᵀ Rᵀ [groups, out, out]``."""
     first = split.start[:, :limit]
     _, gram = split.project(first)
     wide = gram.shape[-1]

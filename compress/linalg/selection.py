@@ -46,7 +46,7 @@ class Reader:
     """A layer that reads the channels, in the metric of its data.
 
     Attributes:
-        root: ``G^½ W [out, d]``, scaled so that squares are losses.
+        root: ``R W [out, d]`` for ``G = Rᵀ R``, scaled so that squares are losses.
         covariance: ``C [d, d]`` of its patches.
         columns: ``[channels, taps]``: where each channel lies in a patch.
     """

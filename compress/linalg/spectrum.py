@@ -1,4 +1,4 @@
-"""Symmetric eigenproblems: eigenbases, square roots, shrinkage."""
+"""Symmetric eigenproblems: eigenbases and shrinkage."""
 
 from __future__ import annotations
 
@@ -45,19 +45,6 @@ def regularise(weighting: Tensor, epsilon: float = 1e-6) -> Tensor:
     eye = torch.eye(weighting.shape[-1], dtype=weighting.dtype, device=weighting.device)
     mean = weighting.diagonal(dim1=-2, dim2=-1).mean()
     return torch.where(mean > 0, weighting + epsilon * mean * eye, eye)
-
-
-def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric square root of a positive definite matrix and its inverse.
-
-    Args:
-        matrix: ``[groups, n, n]``; eigenvalues below 1e-14 of the largest count as that.
-    """
-    spectrum = eigenbasis(matrix)
-    floor = spectrum.eigenvalues[:, :1] * 1e-14
-    root = spectrum.eigenvalues.clamp_min(floor).sqrt().unsqueeze(1)
-    basis = spectrum.eigenvectors
-    return (basis * root) @ basis.mT, (basis / root) @ basis.mT
 
 
 def shrinkage(covariance: Tensor, samples: int) -> float:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.linalg.spectrum import eigenbasis, regularise, shrink, shrinkage, square_roots
+from compress.linalg.problem import roots_of
+from compress.linalg.spectrum import eigenbasis, regularise, shrink, shrinkage
 
 
 def positive(groups: int, n: int, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -35,11 +36,12 @@ def test_eigenvalues_are_never_negative_and_tails_add_up() -> None:
         assert float(tail[rank]) == pytest.approx(float(found.eigenvalues[:, rank:].sum()))
 
 
-def test_square_roots() -> None:
-    matrix = positive(2, 4)
-    root, inverse = square_roots(matrix)
-    torch.testing.assert_close(root @ root, matrix)
-    torch.testing.assert_close(root, root.mT)
+def test_roots_of_a_metric() -> None:
+    """Also of channels whose gradients are of very different sizes."""
+    sizes = torch.tensor([1e-3, 1.0, 1e2, 1e3], dtype=torch.float64)
+    matrix = positive(2, 4) * sizes * sizes.unsqueeze(1)
+    root, inverse = roots_of(matrix)
+    torch.testing.assert_close(root.mT @ root, matrix, rtol=1e-10, atol=0)
     torch.testing.assert_close(root @ inverse, torch.eye(4, dtype=torch.float64).expand(2, -1, -1))
 
 
