@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Rows are few where the features are more than so many times as many.
+FEW_ROWS = 8
+
 
 class Moments:
     """Count, mean and centred scatter of rows, per group, in float64.
@@ -41,7 +44,7 @@ class Moments:
         """Add rows ``[groups, samples, features]``.
 
         Rows below float64 are centred on their own mean before the product is taken in float32,
-        so that a large mean costs no precision.
+        so that a large mean costs no precision; few long ones are taken in float64.
         """
         samples = rows.shape[1]
         if samples == 0:
@@ -49,6 +52,9 @@ class Moments:
         rows = rows.detach()
         if rows.dtype in (torch.float16, torch.bfloat16):
             rows = rows.float()
+        if samples * FEW_ROWS < rows.shape[2]:
+            self._update_in_place(rows.double())
+            return
         reference = rows.mean(dim=1, keepdim=True)
         centred = rows - reference
         scatter = (centred.transpose(1, 2) @ centred).double()
@@ -56,6 +62,21 @@ class Moments:
         residue = centred.mean(dim=1).double()
         scatter -= samples * residue.unsqueeze(2) * residue.unsqueeze(1)
         self._merge(samples, reference.squeeze(1).double() + residue, scatter)
+
+    def _update_in_place(self, rows: Tensor) -> None:
+        """Add a few long rows in one pass over the scatter, the shift of the mean as one more row.
+
+        The product is small beside the matrices, which are what takes time and memory here.
+        """
+        samples = rows.shape[1]
+        total = self.count + samples
+        mean = rows.mean(dim=1)
+        shift = mean - self.mean
+        weight = (self.count * samples / total) ** 0.5
+        stacked = torch.cat([rows - mean.unsqueeze(1), weight * shift.unsqueeze(1)], dim=1)
+        self.scatter.baddbmm_(stacked.mT, stacked)
+        self.mean = self.mean + shift * (samples / total)
+        self.count = total
 
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count

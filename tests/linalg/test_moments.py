@@ -69,6 +69,15 @@ def test_any_split_in_any_order_agrees(
     assert_same(shuffled, whole)
 
 
+def test_a_few_long_rows_at_a_time_agree_with_all_at_once() -> None:
+    rows = rows_of(2, 20, 60)
+    mean, scatter = oracle(rows)
+    found = accumulated(rows, [1, 3, 10, 15])  # parts of 1 to 7 rows; 60 / FEW_ROWS is 7.5
+    assert found.count == 20
+    torch.testing.assert_close(found.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.scatter, scatter, rtol=1e-10, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_rows_lose_nothing_to_a_large_mean(dtype: torch.dtype) -> None:
     """The rows are taken as they are; only the product inside a batch is in float32."""
