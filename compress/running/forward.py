@@ -119,7 +119,7 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
         elif not text or isinstance(error, KeyError | ZeroDivisionError):
             text = f"{type(error).__name__}{f': {text}' if text else ''}"
         raise ModelError(
-            f"The model's forward failed on {_shapes_in_words(inputs)}: {text}. {_advice(inputs)}"
+            f"The model's forward failed on {_shapes_in_words(inputs)}: {_explained(text, inputs)}"
         ) from error
     if not tensors(result):
         raise ModelError(
@@ -134,6 +134,18 @@ def _shapes_in_words(inputs: Any) -> str:
     if len(found) == 1:
         return f"an input of shape {next(iter(found.values()))}"
     return f"inputs of shapes {', '.join(f'{name} {shape}' for name, shape in found.items())}"
+
+
+def _explained(text: str, inputs: Any) -> str:
+    """What went wrong, and what to do about it."""
+    if "custom C++ ops" in text or "'torchvision::" in text:
+        # What torchvision says then is long, and its inputs are not at fault.
+        return (
+            "torchvision's compiled operators, such as the one that drops overlapping boxes, cannot "
+            "be loaded beside this torch. Install a torch and a torchvision of the same build, both "
+            "for the CPU or both for the same CUDA."
+        )
+    return f"{text.removesuffix('.')}. {_advice(inputs)}"
 
 
 def _advice(inputs: Any) -> str:

@@ -1,0 +1,37 @@
+"""What is said where a network's forward fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ModelError
+from compress.running.forward import run_model
+
+
+class Failing(nn.Module):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError(self.text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Couldn't load custom C++ ops. This can happen if your PyTorch and torchvision versions...",
+        "Could not run 'torchvision::nms' with arguments from the 'CPU' backend.",
+    ],
+)
+def test_missing_operators_of_torchvision_are_not_blamed_on_the_images(text: str) -> None:
+    with pytest.raises(ModelError, match="torchvision of the same build") as caught:
+        run_model(Failing(text), torch.zeros(1, 3, 8, 8))
+    assert "--resize" not in str(caught.value)
+
+
+def test_other_failures_name_the_shape_and_what_to_check() -> None:
+    with pytest.raises(ModelError, match=r"\(1, 3, 8, 8\): too small\. Check .*--resize"):
+        run_model(Failing("too small.\nand more"), torch.zeros(1, 3, 8, 8))
