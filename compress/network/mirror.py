@@ -20,7 +20,8 @@ class Mirror(nn.Module):
     """A network with two versions of some of its layers, of which one at a time is in use.
 
     At first all real layers are in use. Switching takes effect at the next forward pass, and hooks
-    on either version stay. A layer that stands in several places is switched in all of them.
+    on either version stay. A layer that stands in several places is switched in all of them. The
+    keys of the state dict follow what is in use, so load one while the same layers are.
 
     Args:
         model: The network; it is left as it was, and its copy is the attribute ``model``.
@@ -72,6 +73,7 @@ class Mirror(nn.Module):
             *patterns: Names or globs of names, such as ``"layer1.*"``; without any, all layers.
 
         Raises:
+            TypeError: Something that is not a name.
             UsageError: A pattern that matches none of `names`.
         """
         self._put(self._on | set(self._matching(patterns)))
@@ -115,6 +117,11 @@ class Mirror(nn.Module):
             return list(self.names)
         found = []
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"A mirror switches layers by name, and {pattern!r} is none; replace_first "
+                    "takes a number of layers."
+                )
             matching = [n for n in self.names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
             if not matching:
                 raise UsageError(

@@ -180,7 +180,13 @@ def _expanded(model: nn.Module, depth: int, task: Task) -> nn.Module:
             f"over while it learns, and at most {MOST_NUMBERS:,} are taken; give a smaller depth, "
             "or none."
         )
-    kept = [module for name, module in model.named_modules() if name in task.keep]
+    plain = (nn.Linear, nn.Conv2d)
+    # Subclasses of the layers cannot be chains, and learn as they are.
+    kept = [
+        module
+        for name, module in model.named_modules()
+        if name in task.keep or (isinstance(module, plain) and type(module) not in plain)
+    ]
     expanded: nn.Module = overparameterize(model, depth=depth, ignore=kept, inplace=False)
     return expanded
 

@@ -141,9 +141,9 @@ def _explained(text: str, inputs: Any) -> str:
     if "custom C++ ops" in text or "'torchvision::" in text:
         # What torchvision says then is long, and its inputs are not at fault.
         return (
-            "torchvision's compiled operators, such as the one that drops overlapping boxes, cannot "
-            "be loaded beside this torch. Install a torch and a torchvision of the same build, both "
-            "for the CPU or both for the same CUDA."
+            "torchvision's compiled operators, such as the one that drops overlapping boxes, "
+            "cannot be loaded beside this torch. Install a torch and a torchvision of the same "
+            "build, both for the CPU or both for the same CUDA."
         )
     return f"{text.removesuffix('.')}. {_advice(inputs)}"
 

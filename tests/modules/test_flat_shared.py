@@ -137,6 +137,32 @@ def test_gradients_that_were_there_or_are_assigned() -> None:
     assert net[2].bias.grad.data_ptr() == flat.flat_param.grad[-2:].data_ptr()
 
 
+def test_a_part_that_was_cleared_follows_whatever_the_next_pass_reaches() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    flat = FlatModule(net)
+    x = torch.ones(1, 2)
+    flat(x).sum().backward()
+    torch.optim.SGD(net[2].parameters(), 0.1).zero_grad()
+    net[0](x).sum().backward()
+    assert net[2].bias.grad is None
+    assert flat.flat_param.grad is not None
+    assert not flat.flat_param.grad[-6:].any()
+
+
+def test_filling_with_zeros_reaches_gradients_that_were_assigned() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    flat = FlatModule(net)
+    x = torch.ones(1, 2)
+    flat(x).sum().backward()
+    net[1].bias.grad = torch.full((2,), 100.0)
+    flat.zero_grad(set_to_none=False)
+    assert flat.flat_param.grad is not None
+    assert not flat.flat_param.grad.any()
+    assert net[1].bias.grad.abs().sum() == 0
+    flat(x).sum().backward()
+    assert flat.flat_param.grad[-2:].tolist() == net[1].bias.grad.tolist() == [1.0, 1.0]
+
+
 def test_parts_of_a_module_and_frozen_parameters() -> None:
     net = network()
     net[0].bias.requires_grad_(False)

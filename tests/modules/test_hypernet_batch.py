@@ -68,7 +68,7 @@ def test_batch_normalisation_in_training(momentum: Any, external: bool, affine: 
     """With equal weights for all samples it is the ordinary network, statistics and gradients."""
     plain = convnet(lambda n: nn.BatchNorm2d(n, momentum=momentum, affine=affine))
     chosen = list(plain) if external else [plain[0], plain[3], plain[7]]
-    main, values = hypernetize(plain, modules=chosen, return_values=True)
+    main, values = hypernetize(plain, modules=chosen, return_values=True, inplace=False)
     leaves = {n: v.expand(5, *v.shape).clone().requires_grad_() for n, v in values.items()}
     x = images()
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_batch_statistics_of_different_weights_and_groups() -> None:
 
 def test_batch_statistics_without_running_ones() -> None:
     plain = convnet(lambda n: nn.BatchNorm2d(n, track_running_stats=False)).eval()
-    main, values = hypernetize(plain, parameters="all", return_values=True)
+    main, values = hypernetize(plain, parameters="all", return_values=True, inplace=False)
     torch.testing.assert_close(per_sample(main, values, images()), plain(images()))
 
 

@@ -255,31 +255,36 @@ def test_the_originals_examples_of_dynamic_conversion() -> None:
         )
     )  # fmt: skip
     modules = [model.conv, model.out]
-    hyper = hypernetize(model, modules=modules)
+    hyper = hypernetize(model, modules=modules, inplace=False)
     assert hyper.external_shapes() == {
         "conv.weight": (128, 3, 3, 3), "conv.bias": (128,),
         "out.weight": (10, 128), "out.bias": (10,),
     }  # fmt: skip
     assert modules == [model.conv, model.out]
     assert type(model.conv) is nn.Conv2d
-    assert hypernetize(model, modules=["conv"]).external_shapes().keys() == {
-        "conv.weight", "conv.bias",
-    }  # fmt: skip
-    assert list(hypernetize(model, parameters=["out.bias"]).external_shapes()) == ["out.bias"]
-    with pytest.warns(UserWarning, match="The chosen Sequential has 6 parameters in its submod"):
+    assert hypernetize(model, modules=[], inplace=False).external_shapes() == {}
+    one = hypernetize(model, parameters=["out.bias"], inplace=False)
+    assert list(one.external_shapes()) == ["out.bias"]
+    # As in HyperLight, the model itself is converted where nothing else is said.
+    found = hypernetize(model, modules=["conv"])
+    assert found is model
+    assert isinstance(model.conv, HyperModule)
+    assert list(found.external_shapes()) == ["conv.weight", "conv.bias"]
+    with pytest.warns(UserWarning, match="The chosen HypernetizedSequential has 4 param"):
         assert len(hypernetize(model, modules=[model]).external_shapes()) == 6
-    assert hypernetize(model, modules=[]).external_shapes() == {}
 
 
 def test_single_modules_by_parameter_names() -> None:
     norm = nn.BatchNorm2d(4)
-    hyper = hypernetize_single(norm, ["weight"])
+    hyper = hypernetize_single(norm, ["weight"], inplace=False)
     assert isinstance(hyper, HyperModule)
     assert hyper.external_shapes() == {"weight": (4,)}
     assert list(dict(hyper.named_parameters())) == ["bias"]
-    _, values = hypernetize_single(norm, parameters="all", return_values=True)  # type: ignore[misc]
+    _, values = hypernetize_single(  # type: ignore[misc]
+        norm, parameters="all", return_values=True, inplace=False
+    )
     assert list(values) == ["weight", "bias"]
-    assert hypernetize_single(norm, ["bias"], inplace=True) is norm
+    assert hypernetize_single(norm, ["bias"]) is norm
     with pytest.raises(ValueError, match=r"no parameter 'wight' of its own. Did you mean 'weight'"):
         hypernetize_single(nn.Linear(2, 2), ["wight"])
     layer = HyperLinear(2, 2)
@@ -312,7 +317,7 @@ def test_recurrent_and_attention_layers_follow_their_slots() -> None:
         lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
     ):
         model, other = make(), make()
-        hyper, values = hypernetize(model, parameters="all", return_values=True)
+        hyper, values = hypernetize(model, parameters="all", return_values=True, inplace=False)
         for source in (dict(other.named_parameters()), values):
             with hyper.using_externals({n: v.detach() for n, v in source.items()}):
                 output = hyper(x)

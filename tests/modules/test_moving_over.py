@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import compress.modules.hypernet as hl
 from compress.modules.flat import FlatModule, from_reparam_state_dict, to_reparam_state_dict
 from compress.modules.overparam import (
     OverparamConv2d,
     OverparamLinear,
+    collapse,
     from_overparam_state_dict,
     overparameterize,
     to_overparam_state_dict,
@@ -284,3 +287,23 @@ def test_the_restated_originals_compute_what_ours_do(originals: Any) -> None:
         torch.testing.assert_close(
             flat(rows, flat_param=given), their_flat(rows, flat_param=given), **EXACT
         )
+
+
+def test_numbers_and_arrays_of_numpy_are_taken() -> None:
+    layer = OverparamLinear(2, 2, negative_slope=np.float32(0.5))  # type: ignore[arg-type]
+    assert layer.negative_slope == 0.5
+    assert hl.HyperConv2d(1, 4, np.array([3, 5])).kernel_size == (3, 5)  # type: ignore[arg-type]
+
+
+def test_an_input_without_a_name_is_refused() -> None:
+    hypernet = hl.Hypernet({"angle": (2,)}, {"w": (3,)}, [4])
+    with pytest.raises(TypeError, match=r"by name, such as angle=\.\.\."):
+        hypernet(torch.rand(2))
+
+
+def test_an_optimiser_of_chains_that_are_collapsed_in_place_is_pointed_out() -> None:
+    model = nn.Sequential(OverparamLinear(2, 2), nn.Linear(2, 2))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="holds 4 parameters of layers that are replaced"):
+        collapse(model, inplace=True)
+    del optimiser

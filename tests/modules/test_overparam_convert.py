@@ -254,7 +254,11 @@ def test_subclasses_and_computed_weights_are_left_alone() -> None:
         pass
 
     model = nn.Sequential(Mine(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    assert not chains(overparameterize(model))
+    said = r"Kept as they are, .*: 0 \(Mine\), 1 \(ParametrizedLinear\)\. List them in ignore"
+    with pytest.warns(UserWarning, match=said):
+        assert not chains(overparameterize(model))
+    assert not chains(overparameterize(model, ignore=list(model)))
+    assert not chains(overparameterize(model, exclude="*"))
 
 
 def test_training_after_conversion_and_collapsing() -> None:

@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from compress.modules.overparam import OverparamConv2d, OverparamLinear
+from compress.modules.overparam import (
+    OverparamConv2d,
+    OverparamLinear,
+    to_overparam_state_dict,
+)
 from compress.modules.overparam import layer as layer_module
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -295,3 +300,59 @@ def test_statistics_that_a_training_forward_moved_are_seen(gradients: bool) -> N
         layer.eval()
         torch.testing.assert_close(layer(x), layer.forward_expanded(x), **EXACT)
         assert not torch.allclose(layer(x), before)
+
+
+@pytest.mark.parametrize("mode", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_optimisers_of_any_kind_are_noticed_in_evaluation(kind: Any, mode: dict[str, bool]) -> None:
+    """Fused ones change values without raising versions."""
+    layer, x = layers()[1], example(layers()[1])
+    optimiser = kind(layer.parameters(), lr=0.1, **mode)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        with torch.no_grad():
+            layer(x)  # kept after the backward, before the step
+        optimiser.step()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer.forward_expanded(x), **EXACT)
+
+
+def test_a_changed_mode_and_a_collapse_look_at_the_factors_again() -> None:
+    """Also where a write could not be seen, as through ``data``."""
+    layer, x = layers()[1], example(layers()[1])
+    with torch.no_grad():
+        before = layer(x)
+        layer.layers[0].weight.data.mul_(2)
+        torch.testing.assert_close(layer.collapse()(x), 2 * before, **EXACT)
+        layer.layers[0].weight.data.mul_(2)
+        theirs = to_overparam_state_dict(layer)
+        torch.testing.assert_close(theirs["weight"], layer.collapse().weight, **EXACT)
+        layer.layers[0].weight.data.mul_(2)
+        torch.testing.assert_close(layer.eval()(x), 8 * before, **EXACT)
+
+
+def test_a_forward_may_be_run_again_by_a_checkpoint() -> None:
+    for layer in layers():
+        x = example(layer).requires_grad_()
+        wanted = torch.autograd.grad(layer.forward_expanded(x).square().sum(), layer.parameters())
+        for _ in range(2):
+            loss = checkpoint(layer, x, use_reentrant=False).square().sum()
+            found = torch.autograd.grad(loss, layer.parameters())
+            torch.testing.assert_close(found, wanted, **EXACT)
+            with torch.no_grad():
+                layer.layers[0].weight.mul_(1)  # raises its version
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_is_done_to_a_weight_that_was_given_out_does_not_reach_the_layer(
+    gradients: bool,
+) -> None:
+    layer = layers()[0]
+    x = example(layer)
+    before = layer(x).detach()
+    with torch.set_grad_enabled(gradients):
+        weight, bias = layer.weight, layer.bias
+        assert bias is not None
+        weight.data.zero_()
+        bias.data.zero_()
+    torch.testing.assert_close(layer(x).detach(), before, rtol=0, atol=0)

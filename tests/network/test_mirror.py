@@ -119,6 +119,8 @@ def test_what_cannot_be_switched_is_refused() -> None:
         mirror.replace("frist")
     with pytest.raises(UsageError, match=r"no layer 'last\.1'"), mirror.replacing("last.1"):
         pass
+    with pytest.raises(TypeError, match="by name, and 0 is none; replace_first"):
+        mirror.replace(0)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="1 layers; it cannot replace 2"):
         mirror.replace_first(2)
     assert mirror.replaced == ()

@@ -15,7 +15,7 @@ class Failing(nn.Module):
         super().__init__()
         self.text = text
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, _: Tensor) -> Tensor:
         raise RuntimeError(self.text)
 
 

@@ -38,6 +38,8 @@ class SharedGradient:
         self._whole: Tensor | None = None
         self._views: list[Tensor | None] = [None] * len(self._pieces)
         self._handles: list[RemovableHandle] = []
+        # The backward pass for which all parameters were looked at last.
+        self._pass = -1
         with _LOCK:
             if vector.grad is not None:
                 self._share(vector.grad)
@@ -60,6 +62,16 @@ class SharedGradient:
             for parameter, _ in self._pieces:
                 parameter.grad = None
             self._share(None)
+
+    def zero(self) -> None:
+        """Fill every gradient that there is with zeros."""
+        with _LOCK:
+            for gradient in (self._vector.grad, *(p.grad for p, _ in self._pieces)):
+                if gradient is not None:
+                    gradient.detach_() if gradient.grad_fn else gradient.requires_grad_(False)
+                    gradient.zero_()
+            if self._vector.grad is not None:
+                self._share(self._vector.grad)
 
     def _watch(self) -> None:
         # The hooks must not keep this object alive: the module may outlive its vector.
@@ -104,8 +116,11 @@ class SharedGradient:
                 return
             if self._whole is None:
                 return
-            # Looking at all of them for each of them would cost the square of their number.
-            if index is not None and self._as_shared(index):
+            # Looking at all of them for each of them would cost the square of their number, so it
+            # is done for the first that a backward pass reaches.
+            this = torch._C._current_graph_task_id()
+            known, self._pass = this == self._pass, this
+            if index is not None and known and self._as_shared(index):
                 return
             tied = [i for i, view in enumerate(self._views) if view is not None]
             changed = [i for i in tied if not self._as_shared(i)]

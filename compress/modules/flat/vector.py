@@ -117,10 +117,12 @@ class SharedVector(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradient of the vector and of the module's parameters, which are one."""
-        if set_to_none and self._gradients is not None:
+        if self._gradients is None:
+            super().zero_grad(set_to_none)
+        elif set_to_none:
             self._gradients.clear()
         else:
-            super().zero_grad(set_to_none)
+            self._gradients.zero()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "flat_param" and "flat_param" in self._parameters:

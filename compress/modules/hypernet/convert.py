@@ -29,7 +29,7 @@ def hypernetize(
     parameters: Parameters | None = ...,
     *,
     return_values: Literal[False] = ...,
-    inplace: bool | None = ...,
+    inplace: bool = ...,
 ) -> HyperModule: ...
 
 
@@ -40,7 +40,7 @@ def hypernetize(
     parameters: Parameters | None = ...,
     *,
     return_values: Literal[True],
-    inplace: bool | None = ...,
+    inplace: bool = ...,
 ) -> tuple[HyperModule, dict[str, Tensor]]: ...
 
 
@@ -50,7 +50,7 @@ def hypernetize(
     parameters: Parameters | None = None,
     *,
     return_values: bool = False,
-    inplace: bool | None = None,
+    inplace: bool = True,
 ) -> HyperModule | tuple[HyperModule, dict[str, Tensor]]:
     """Turn the parameters of chosen modules, and chosen parameters, into slots.
 
@@ -65,8 +65,7 @@ def hypernetize(
         parameters: Parameters of the model, or their dotted names; ``"all"`` takes all of them. So
             does giving neither ``modules`` nor ``parameters``, with a warning.
         return_values: Whether to return the values too.
-        inplace: Change ``model`` (True) or a copy (False). None changes a copy, and warns if an
-            optimiser holds parameters of ``model``.
+        inplace: Change ``model`` itself, as HyperLight does, or a copy (False).
 
     Returns:
         The model, or the model and the values that its slots had, by dotted name; with those put
@@ -80,8 +79,8 @@ def hypernetize(
         UserWarning: Where HyperLight would do something else or training would have no effect: a
             module object (not a name) with parameters in submodules that were not chosen, whose
             own parameters alone HyperLight takes; neither ``modules`` nor ``parameters``, with
-            which HyperLight takes none; an existing optimiser of ``model``, which will not train
-            the copy, or will not train what becomes a slot.
+            which HyperLight takes none; an existing optimiser that holds what becomes a slot,
+            which it will not train.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hypernetize takes an nn.Module, not a {type(model).__name__}.")
@@ -93,7 +92,8 @@ def hypernetize(
     names = _chosen_names(model, modules, parameters)
     _check_kinds(model, names)
     _warn_of_differences(model, modules, parameters)
-    warn_of_optimisers(model, names, inplace)
+    if inplace:
+        warn_of_optimisers(model, names)
     target = model if inplace else copy.deepcopy(model)
     named = dict(target.named_parameters())
     slots: dict[int, ExternalParameter] = {}
@@ -120,7 +120,7 @@ def hypernetize_single(
     *,
     return_values: bool = False,
     return_parameters: bool = False,
-    inplace: bool | None = None,
+    inplace: bool = True,
 ) -> HyperModule | tuple[HyperModule, dict[str, Tensor]]:
     """Turn parameters of one module into slots; its submodules stay as they are.
 

@@ -50,6 +50,8 @@ def _checked_size(kind: type[nn.Module], name: str, value: Any) -> Any:
     if name not in _LEAST or (name == "padding" and isinstance(value, str)):
         return value
     what = f"{kind.__name__}: {name}"
+    if getattr(value, "ndim", 0):  # an array of numpy's
+        value = value.tolist()
     if isinstance(value, tuple | list):
         return tuple(size(f"{what}[{i}]", side, _LEAST[name]) for i, side in enumerate(value))
     return size(what, value, _LEAST[name])

@@ -260,13 +260,20 @@ class Hypernet(nn.Module):
         return self.freeze_independent_weights(frozen=False)
 
     def forward(
-        self, inputs: Mapping[str, Tensor] | None = None, /, **named: Tensor
+        self, inputs: Mapping[str, Tensor] | Tensor | None = None, /, **named: Tensor
     ) -> dict[str, Tensor]:
         """Emit the outputs for inputs given by name, or as one dict.
 
         Raises:
+            TypeError: An input without its name.
             ValueError: Missing or unexpected inputs, other shapes or batch sizes.
         """
+        if isinstance(inputs, Tensor):
+            first = next(iter(self.input_shapes), "h")
+            raise TypeError(
+                f"{type(self).__name__} takes its inputs by name, such as {first}=..., or as a "
+                "dict, not as a tensor alone."
+            )
         batch = self._batched({**(inputs or {}), **named})
         hidden = self.hidden(encode(batch, self.encoding))
         sizes = [math.prod(shape) for shape in self.output_shapes.values()]

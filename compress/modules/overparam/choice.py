@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from compress.modules.optimisers import optimisers_of
+from compress.modules.overparam.layer import OverparamLayer
 
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (nn.Linear, nn.Conv2d),
@@ -47,6 +49,50 @@ def below(model: nn.Module, ignore: Iterable[nn.Module]) -> set[int]:
             raise ValueError(f"ignore has a {type(module).__name__} that is not in the model.")
         found |= {id(m) for m in module.modules()}
     return found
+
+
+def matches(names: Iterable[str], include: Collection[str], exclude: Collection[str]) -> bool:
+    """Whether a module of these names is included by some glob and excluded by none."""
+    names = list(names)
+    return any(fnmatchcase(n, p) for n in names for p in include) and not any(
+        fnmatchcase(n, p) for n in names for p in exclude
+    )
+
+
+def warn_of_others(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    ignored: Collection[int],
+    include: Collection[str],
+    exclude: Collection[str],
+) -> None:
+    """Warn of layers that are meant but not converted, as they may compute something else.
+
+    Args:
+        model: The model.
+        kinds: Classes to convert.
+        ignored: Ids of modules that the user keeps.
+        include: Globs of names to convert.
+        exclude: Globs of names to keep.
+    """
+    chains = [m for m in model.modules() if isinstance(m, OverparamLayer)]
+    inside = {id(part) for chain in chains for part in chain.modules()}
+    found = []
+    for name, module in model.named_modules():
+        plain = type(module) in kinds and "weight" in module._parameters
+        if not isinstance(module, kinds) or plain or id(module) in inside:
+            continue
+        if id(module) not in ignored and matches([name], include, exclude):
+            what = "computed weight" if type(module) in kinds else type(module).__name__
+            found.append(f"{name or 'the model'} ({what})")
+    if found:
+        named = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        warnings.warn(
+            f"Kept as they are, since they may compute something else than their base class: "
+            f"{named}. List them in ignore to say that this is meant.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def warn_of_optimisers(before: Mapping[int, nn.Parameter], converted: nn.Module) -> None:

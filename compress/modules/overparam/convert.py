@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from compress.errors import near_matches
 from compress.linalg.kernels import spatial_size
 from compress.modules.overparam.chain import whole
-from compress.modules.overparam.choice import below, chosen_kinds, warn_of_optimisers
+from compress.modules.overparam.choice import (
+    below,
+    chosen_kinds,
+    matches,
+    warn_of_optimisers,
+    warn_of_others,
+)
 from compress.modules.overparam.conv import KernelSizes, OverparamConv2d, chain_kernels
 from compress.modules.overparam.layer import OverparamLayer
 from compress.modules.overparam.linear import OverparamLinear
@@ -47,10 +53,10 @@ def overparameterize(
 ) -> nn.Module:
     """Replace every ``nn.Linear`` and ``nn.Conv2d`` by an over-parameterised layer, in place.
 
-    Subclasses are kept, because they may compute something else; so are layers whose weight is
-    tied to another module (with a warning), because a chain has no weight to tie, and layers that
-    are over-parameterised already. A module that is used in several places, and layers that share
-    all their parameters, stay shared.
+    Subclasses and layers whose weight is computed are kept, because they may compute something
+    else; so are layers whose weight is tied to another module, because a chain has no weight to
+    tie (both with a warning), and layers that are over-parameterised already. A module that is used
+    in several places, and layers that share all their parameters, stay shared.
 
     Args:
         model: The model. Where it is itself such a layer, only what is returned is converted.
@@ -78,8 +84,9 @@ def overparameterize(
             does not have. Nothing is replaced then.
 
     Warns:
-        UserWarning: An optimiser made before holds parameters of replaced layers, which it would
-            step without any effect on the model.
+        UserWarning: Layers that are kept for what they are, which the authors' function converts;
+            or an optimiser made before holds parameters of replaced layers, which it would step
+            without any effect on the model.
     """
     if init not in ("preserve", "fresh"):
         raise ValueError(f"init={init!r} is unknown; it is 'preserve' or 'fresh'.")
@@ -92,6 +99,7 @@ def overparameterize(
     patterns = _patterns(include), _patterns(exclude)
     replacements: dict[int, nn.Module] = {}
     twins: dict[tuple[Any, ...], nn.Module] = {}
+    warn_of_others(target, kinds, kept, *patterns)
     for name, layer in _chosen(target, *patterns).items():
         if type(layer) not in kinds or id(layer) in kept:
             continue
@@ -119,13 +127,20 @@ def collapse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Returns:
         The model with plain layers; modules that were shared still are.
+
+    Warns:
+        UserWarning: In place, an optimiser holds parameters of the chains, which it would step
+            without any effect on the model.
     """
     replacements: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, OverparamConv2d | OverparamLinear):
             replacements[id(module)] = _carry_hooks(module, module.collapse())
     if inplace:
-        return _replace(model, replacements)
+        before = {id(p): p for p in model.parameters()}
+        collapsed = _replace(model, replacements)
+        warn_of_optimisers(before, collapsed)
+        return collapsed
     # The copy takes the plain layers where the chains are, which are not copied at all.
     memo: dict[int, Any] = dict(replacements)
     return copy.deepcopy(model, memo)
@@ -169,10 +184,7 @@ def _chosen(
                 f"{found}{near_matches(pattern, eligible)}"
             )
     chosen = {
-        group[0]: layers[key]
-        for key, group in names.items()
-        if any(fnmatchcase(n, p) for n in group for p in include)
-        and not any(fnmatchcase(n, p) for n in group for p in exclude)
+        group[0]: layers[key] for key, group in names.items() if matches(group, include, exclude)
     }
     return {n: layer for n, layer in chosen.items() if not _tied(model, n, layer)}
 

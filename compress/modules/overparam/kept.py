@@ -4,6 +4,10 @@ A kept weight must not hold an autograd graph: the first backward pass would fre
 forward would share it. It is kept as a value, and `_Kept` puts that value in the graph as a
 function of the sublayers' tensors, whose backward collapses the chain again. Every forward so has a
 node of its own, and derivatives of any order are those of collapsing anew.
+
+A kept weight is good as long as the tensors that it was made from are the same with the same
+versions, and no optimiser has taken a step since: fused optimisers change values without raising
+versions.
 """
 
 from __future__ import annotations
@@ -17,10 +21,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 Tensors = Sequence[Tensor | None]
 Collapsed = tuple[Tensor, Tensor | None]
 Compose = Callable[[Tensors], Collapsed]
+
+
+class _Steps:
+    """How many steps the optimisers of this process have taken, from the first question on."""
+
+    taken = 0
+    watched = False
+
+    @classmethod
+    def so_far(cls) -> int:
+        """The count; torch is asked to report steps once there is something to watch them for."""
+        if not cls.watched:
+            cls.watched = True
+            register_optimizer_step_post_hook(cls._one_more)
+        return cls.taken
+
+    @classmethod
+    def _one_more(cls, _optimiser: Optimizer, _args: Any, _kwargs: Any) -> None:
+        cls.taken += 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,8 @@ class KeptWeight:
         versions: Of the value itself; an in-place edit of it makes it useless.
         constants: The tensors that need no gradient, as they were: the statistics of BatchNorm
             may be updated between a forward and its backward.
-        compose: Collapses tensors under these options.
+        compose: Collapses tensors under these options, in the precision for a gradient.
+        steps: Optimisers' steps when it was made.
     """
 
     stamps: tuple[Stamp | None, ...]
@@ -65,11 +90,13 @@ class KeptWeight:
     versions: tuple[int, ...]
     constants: dict[int, Tensor]
     compose: Compose
+    steps: int
 
     def fits(self, tensors: Tensors, options: tuple[float, ...]) -> bool:
         """Whether collapsing ``tensors`` would give this value."""
         return (
             self.options == options
+            and self.steps == _Steps.so_far()
             and self.versions == _versions(self.value)
             and len(self.stamps) == len(tensors)
             and all(map(_same, self.stamps, tensors))
@@ -85,7 +112,7 @@ def keep(
         tensors: What it was made from, readable (`readable`).
         options: As in `KeptWeight`.
         collapsed: Weight and bias.
-        compose: What made them.
+        compose: What makes them, as `KeptWeight` has it.
     """
     weight, bias = collapsed
     value = weight.detach(), None if bias is None else bias.detach()
@@ -96,7 +123,7 @@ def keep(
         for i, t in enumerate(tensors)
         if t is not None and t.dim() < 2 and not t.requires_grad
     }
-    return KeptWeight(stamps, options, value, _versions(value), constants, compose)
+    return KeptWeight(stamps, options, value, _versions(value), constants, compose, _Steps.so_far())
 
 
 def readable(tensors: Tensors) -> bool:

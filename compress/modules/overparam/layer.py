@@ -38,10 +38,10 @@ class OverparamLayer(nn.Module):
     layer's at any time, differentiable with respect to every sublayer.
 
     The collapsed weight is kept, and made anew when any sublayer's tensor was replaced, moved or
-    written in place. Where gradients are asked for, the kept weight serves every forward and its
-    backward collapses the chain again, so that each backward pass, of any order, stands by itself.
-    Writes through ``tensor.data``, or through another tensor over its storage, cannot be seen:
-    write under ``torch.no_grad()``.
+    written in place, an optimiser took a step, or the mode was set. Where gradients are asked for,
+    the kept weight serves every forward and its backward collapses the chain again, so that each
+    backward pass, of any order, stands by itself. In evaluation, writes through ``tensor.data``, or
+    through another tensor over its storage, cannot be seen: write under ``torch.no_grad()``.
     """
 
     chain: Chain
@@ -53,6 +53,7 @@ class OverparamLayer(nn.Module):
     def _assemble(
         self, layers: list[nn.Module], norms: list[nn.Module], negative_slope: float
     ) -> None:
+        negative_slope = float(negative_slope)  # torch's gain takes no number of numpy's
         if not math.isfinite(negative_slope):
             raise ValueError(
                 f"{type(self).__name__} has negative_slope={negative_slope}; it must be finite."
@@ -110,33 +111,44 @@ class OverparamLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the one layer that this one equals in evaluation."""
-        return self.effective()[0]
+        """Weight of the one layer that this one equals in evaluation: a new tensor each time."""
+        return self.effective()[0].clone()
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of that layer, or None."""
-        return self.effective()[1]
+        """Bias of that layer, a new tensor each time, or None."""
+        bias = self.effective()[1]
+        return None if bias is None else bias.clone()
 
     def effective(self) -> Collapsed:
         """Weight and bias of the one layer, kept from the last call where nothing changed."""
         tensors = self._tensors()
-        compose = functools.partial(_compose, self.chain, self._epsilons())
+        epsilons = self._epsilons()
+        compose = functools.partial(_compose, self.chain, epsilons, wide_dtype)
         tracked = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
         if not readable(tensors):
             return compose(tensors)
         kept = self._kept
-        if kept is not None and kept.fits(tensors, self._epsilons()):
-            return differentiable(kept, tensors) if tracked else kept.value
-        # The graph of this first use is that of the computation itself; only its value is kept.
-        # A tensor made under inference_mode could not be used in a later training step.
-        with torch.inference_mode(False), torch.set_grad_enabled(tracked):
-            collapsed = compose(tensors)
-        kept = keep(tensors, self._epsilons(), collapsed, compose)
-        self._kept = kept
-        return collapsed if tracked else kept.value
+        if kept is None or not kept.fits(tensors, epsilons):
+            # A tensor made under inference_mode could not be used in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                collapsed = compose(tensors)
+            # A gradient need not be more precise than the chain's own would be.
+            again = functools.partial(_compose, self.chain, epsilons, _own_dtype)
+            kept = self._kept = keep(tensors, epsilons, collapsed, again)
+        # The first use takes the same way as all others, which checkpoints rely on.
+        return differentiable(kept, tensors) if tracked else kept.value
+
+    def forget(self) -> None:
+        """Collapse anew at the next use, whatever was written where nothing could tell."""
+        self._kept = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and `forget`, as the authors' layers do in evaluation."""
+        self.forget()
+        return super().train(mode)
 
     @contextlib.contextmanager
     def _statistics_kept_on_error(self) -> Iterator[None]:
@@ -172,6 +184,7 @@ class OverparamLayer(nn.Module):
         return found
 
     def _filled(self, plain: nn.Module) -> Any:
+        self.forget()
         weight, bias = self.effective()
         trained = any(p.requires_grad for p in self.parameters())
         plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=trained)
@@ -180,7 +193,7 @@ class OverparamLayer(nn.Module):
         return plain.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._kept = None
+        self.forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
 
@@ -192,8 +205,25 @@ class OverparamLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
-def _compose(chain: Chain, epsilons: Sequence[float], tensors: Tensors) -> Collapsed:
-    """Weight and bias of the one layer, from `_SLOTS` tensors of each sublayer."""
+def _own_dtype(weight: Tensor) -> torch.dtype:
+    """float32, or float64 for such a weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _compose(
+    chain: Chain,
+    epsilons: Sequence[float],
+    precision: Callable[[Tensor], torch.dtype],
+    tensors: Tensors,
+) -> Collapsed:
+    """Weight and bias of the one layer, from `_SLOTS` tensors of each sublayer.
+
+    Args:
+        chain: Its shape.
+        epsilons: Of the BatchNorms.
+        precision: What dtype to compute with a weight in.
+        tensors: The sublayers'.
+    """
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     last = tensors[-_SLOTS]
@@ -201,7 +231,7 @@ def _compose(chain: Chain, epsilons: Sequence[float], tensors: Tensors) -> Colla
     for position in range(chain.depth):
         weight, bias, gamma, beta, mean, variance, _ = tensors[position * _SLOTS :][:_SLOTS]
         assert weight is not None
-        weight = weight.to(wide_dtype(weight))
+        weight = weight.to(precision(weight))
         if epsilons:
             assert mean is not None
             assert variance is not None

@@ -64,6 +64,7 @@ def to_overparam_state_dict(model: nn.Module) -> dict[str, Any]:
         found[f"{match['layer']}layer_dict.{match['i']}.{part}.{match['leaf']}"] = value
     with torch.no_grad():
         for prefix, chain in chains.items():
+            chain.forget()
             weight, bias = chain.effective()
             found[f"{prefix}weight"] = weight.clone()
             found[f"{prefix}bias"] = weight.new_zeros(len(weight)) if bias is None else bias.clone()
