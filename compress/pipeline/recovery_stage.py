@@ -136,7 +136,8 @@ class Recovering:
             ArtefactError: What was stored is of another network.
         """
         copied, weights = learner(self._start, self.task)
-        course = Course(self.task, copied, weights, stored.state, Jury(self.task))
+        jury = Jury(self.task, stored.state.augmentation)
+        course = Course(self.task, copied, weights, stored.state, jury)
         try:
             course.load(stored.tensors)
         except (KeyError, RuntimeError) as error:

@@ -1,7 +1,8 @@
 """Pictures that are like the given ones, for a network that would learn few of them by heart.
 
 The original says what is right for whatever picture it is shown, so that pictures may be mirrored,
-shifted freely. Whether that suits the data is decided by held-out images.
+shifted, and have pieces of others pasted in (CutMix: Yun et al., 2019, there with mixed labels).
+Whether that suits the data is decided by held-out images.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NONE, MOVED = "none", "moved"
+NONE, MOVED, PASTED = "none", "moved", "pasted"
 # Pictures are shifted by up to this share of a side.
 FARTHEST = 1 / 8
+# A piece that is pasted in has these shares of a side, at least and at most.
+PIECE = 1 / 8, 3 / 4
 # Smaller ones are no pictures.
 SMALLEST_SIDE = 8
 
@@ -36,12 +39,15 @@ def augmented(inputs: Any, kind: str, seed: int) -> Any:
     Args:
         inputs: ``[images, channels, height, width]`` on the CPU; anything for `NONE`.
         kind: ``"none"``; ``"moved"``: half of them mirrored, and all shifted by up to an eighth of
-            a side, with what lies at the border reflected.
+            a side, with what lies at the border reflected; ``"pasted"``: moved, and every other
+            one with a rectangle of the next one in its place.
         seed: Decides all of it.
     """
     if kind == NONE:
         return inputs
-    return _moved(inputs, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    moved = _moved(inputs, generator)
+    return _pasted(moved, generator) if kind == PASTED else moved
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,3 +63,16 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
         for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True))
     ]
     return torch.stack(cut)
+
+
+def _pasted(images: Tensor, generator: torch.Generator) -> Tensor:
+    sides = images.shape[2:]
+    for index in range(0, len(images) - 1, 2):
+        places = []
+        for side in sides:
+            least, most = (max(1, int(side * share)) for share in PIECE)
+            length = int(torch.randint(least, most + 1, (), generator=generator))
+            start = int(torch.randint(0, side - length + 1, (), generator=generator))
+            places.append(slice(start, start + length))
+        images[index, :, places[0], places[1]] = images[index + 1, :, places[0], places[1]]
+    return images

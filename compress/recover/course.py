@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from compress.data import Loader
 from compress.progress import Track, note, silent
+from compress.recover.augment import MOVED, NONE, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import Division, Lessons, taught
 from compress.recover.steps import Steps
 from compress.running.forward import evaluation_mode, run_model
 from compress.running.memory_format import put_in_format
-from compress.running.structure import count
+from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
 
 WARM_UP = 100
@@ -110,10 +111,18 @@ Keep = Callable[[State, Kept], None]
 
 
 class Jury:
-    """The held-out images, and what the original makes of them."""
+    """The held-out images, and what the original makes of them.
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    Where pictures are changed to be learnt from, half of those held out are moved too: as they are,
+    a trained original knows them too well to tell much about pictures that it never saw.
+
+    Args:
+        task: What there is to do.
+        kind: How pictures are changed to be learnt from.
+    """
+
+    def __init__(self, task: Task, kind: str = NONE) -> None:
+        self._task, self._kind = task, kind
         self._taught: list[Any] | None = None
 
     def distance(self, model: nn.Module) -> float:
@@ -126,7 +135,9 @@ class Jury:
         total, images = 0.0, 0
         kept: list[Any] = []
         task, held = self._task, self._task.division.held_out
-        for number, (inputs, _) in enumerate(task.loader.placed(held)):
+        for number, (given, _) in enumerate(task.loader.batches(held)):
+            shown = self._shown(given, number)
+            inputs = placed(shown, task.loader.device, task.loader.memory_format)
             right = (
                 taught(task.original, inputs, task.distance)
                 if self._taught is None
@@ -141,6 +152,15 @@ class Jury:
         if len(kept) == len(task.loader.batches(held)):
             self._taught = kept
         return max(total / images, 0.0)  # rounding can leave less than nothing
+
+    def _shown(self, inputs: Any, number: int) -> Any:
+        """A batch as it is shown to both networks."""
+        if self._kind == NONE:
+            return inputs
+        if len(inputs) == 1:  # pictures of different sizes come alone
+            return augmented(inputs, MOVED, number) if number % 2 else inputs
+        plain = len(inputs) - len(inputs) // 2
+        return torch.cat([inputs[:plain], augmented(inputs[plain:], MOVED, number)])
 
 
 def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Parameter]]:

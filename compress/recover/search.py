@@ -2,8 +2,8 @@
 
 Every trial is a small course from the same start, and held-out images judge it. A short trial
 cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
-are used unless they are clearly in the way. A course too short for trials leaves pictures as they
-are, since it is also too short to learn them by heart.
+are used unless they are clearly in the way of the held-out images as they are. A course too short
+for trials leaves pictures as they are, since it is also too short to learn them by heart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compress.recover.augment import MOVED, NONE, are_pictures
+from compress.recover.augment import NONE, PASTED, are_pictures
 from compress.recover.course import CHECKS, Course, Jury, Length, State, Task, learner
 from compress.recover.lessons import REPEATS
 
@@ -23,7 +23,7 @@ RATES = (0.01, 0.003, 0.001, 0.0003)
 USUAL = 0.003
 # A trial has little time to settle, and so speaks for steps that are too small for a whole course:
 # the largest are taken with which it does not end so much farther away than it began.
-FARTHER = 0.1
+FARTHER = 0.25
 # Each trial takes this share of all steps, and so many.
 TRIAL_SHARE = 1 / 40
 SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
@@ -47,10 +47,9 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         ModelError: A forward fails, or the outputs cannot be compared.
     """
     begun = time.perf_counter()
-    jury = Jury(task)
-    start = jury.distance(model)
     first, _ = next(iter(task.loader.batches(task.division.learning)))
-    suited = MOVED if are_pictures(first) else NONE
+    suited = PASTED if are_pictures(first) else NONE
+    jury = Jury(task)
     pace = None if length.steps is not None else _pace(model, task, jury, suited)
 
     def steps_left() -> int:
@@ -59,8 +58,11 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         return _steps_in((length.seconds or 0.0) - (time.perf_counter() - begun), pace, task)
 
     steps, rate, kind = steps_left(), USUAL, NONE
-    if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL and start > 0:
-        rate, kind = _chosen(_Trials(model, task, jury, steps), suited, start)
+    if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL and jury.distance(model) > 0:
+        rate, kind = _chosen(_Trials(model, task, steps), suited)
+    if kind != NONE:
+        jury = Jury(task, kind)
+    start = jury.distance(model)
     steps = steps_left()
     spent = time.perf_counter() - begun
     # The first steps are the slowest: there are batches for more than fit as far as is known.
@@ -81,29 +83,33 @@ class _Trials:
 
     model: nn.Module
     task: Task
-    jury: Jury
     steps: int
 
-    def distance(self, rate: float, kind: str) -> float:
-        """How far held-out images are apart after a trial; infinitely, where it went astray."""
+    def after(self, rate: float, kind: str) -> nn.Module | None:
+        """The network after a trial; None where it went astray."""
         steps = min(int(self.steps * TRIAL_SHARE), LONGEST_TRIAL)
-        course = _course(self.model, self.task, self.jury, State(rate, kind, steps, steps))
+        state = State(rate, kind, steps, steps)
+        course = _course(self.model, self.task, Jury(self.task), state)
         for inputs, right in course.lessons().begin(0):
             if not course.step(inputs, right):
-                return math.inf
-        found = self.jury.distance(course.model)
-        return found if found < math.inf else math.inf
+                return None
+        return course.model
 
 
-def _chosen(trials: _Trials, kind: str, start: float) -> tuple[float, str]:
+def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
     """The rate and the augmentation that held-out images speak for."""
-    rate, found = RATES[-1], math.inf
+    jury = Jury(trials.task, kind)
+    farthest = jury.distance(trials.model) * (1 + FARTHER)
+    rate, found = RATES[-1], None
     for rate in trials.task.track(RATES, "find the rate", len(RATES)):
-        found = trials.distance(rate, kind)
-        if found <= start * (1 + FARTHER):
+        found = trials.after(rate, kind)
+        if found is not None and jury.distance(found) <= farthest:
             break
-    if kind != NONE and found > trials.distance(rate, NONE) * (1 + WORTH):
-        kind = NONE
+    if kind != NONE:
+        jury, plain = Jury(trials.task), trials.after(rate, NONE)
+        best = math.inf if plain is None else jury.distance(plain)
+        if found is None or not jury.distance(found) <= best * (1 + WORTH):
+            kind = NONE
     return rate, kind
 
 

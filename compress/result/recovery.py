@@ -18,8 +18,8 @@ class Recovery:
     """How a compressed network learned from the original.
 
     ``images`` are those learned from, ``rate`` the size of a step relative to that of each weight,
-    ``augmentation`` how pictures were changed (``"none"``, ``"moved"``), ``overparam`` the depth of
-    the chains that factors were trained as. ``start`` and ``best`` are the held-out images'
+    ``augmentation`` how pictures were changed (``"none"``, ``"pasted"``), ``overparam`` the depth
+    of the chains that factors were trained as. ``start`` and ``best`` are the held-out images'
     distances before it and of the network that was kept, after ``best_step`` steps. ``before`` is
     the end metric's value without it, on the test images. ``seconds`` are
     by what they were spent on: ``images``, ``original``, ``search``, ``all``.

@@ -172,3 +172,26 @@ def test_a_long_gradient_is_cut_and_one_that_is_not_finite_refused() -> None:
     weight.grad = torch.tensor([1.0, math.nan, 1.0])
     assert not steps.step(0.1)
     assert torch.equal(weight, torch.ones(3))
+
+
+def test_half_of_the_pictures_held_out_are_moved_where_pictures_are_changed() -> None:
+    pictures = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    loader = Loader(8)
+    sets = [hold(as_images(part), loader) for part in (pictures[:8], pictures[8:])]
+    seen = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    shown: list[Tensor] = []
+    seen.register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
+    job = Task(seen, Division(*sets), loader, distance=Distance(READING))
+    jury = Jury(job, "pasted")
+    assert jury.distance(seen) == 0
+    assert jury.distance(seen) == 0
+    # The original once, and the network twice, of batches of 8 and 4.
+    first, second = shown[0], shown[2]
+    assert torch.equal(first[:4], pictures[8:12])
+    assert not torch.isclose(first[4:], pictures[12:16]).all(3).all(2).all(1).any()
+    assert torch.equal(second[:2], pictures[16:18])
+    assert all(torch.equal(shown[i], first) for i in (1, 4))
+    plain = Jury(job)
+    shown.clear()
+    plain.distance(seen)
+    assert torch.equal(shown[0], pictures[8:16])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.data import Loader, as_images, split
 from compress.data.held import hold
 from compress.errors import DataError
-from compress.recover.augment import MOVED, NONE, are_pictures, augmented
+from compress.recover.augment import MOVED, NONE, PASTED, are_pictures, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import REPEATS, Lessons, divided
 from compress.running.outputs import Part, Reading
@@ -129,6 +129,25 @@ def test_pictures_are_mirrored_and_shifted_with_their_border_reflected() -> None
     found = {tuple(one.flatten().tolist()) for one in changed}
     assert found <= possible
     assert len(found) > 10
+
+
+def test_every_other_picture_gets_a_piece_of_the_next() -> None:
+    batch = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 2, 16, 24).clone()
+    changed = augmented(batch, PASTED, seed=3)
+    assert torch.equal(batch, torch.arange(5.0).view(5, 1, 1, 1).expand(5, 2, 16, 24))
+    for index in (1, 3, 4):  # the last has no next one
+        assert bool((changed[index] == index).all())
+    sizes = set()
+    for index in (0, 2):
+        assert set(changed[index].unique().tolist()) == {float(index), float(index + 1)}
+        foreign = changed[index] == index + 1
+        rows, columns = foreign[0].any(1), foreign[0].any(0)
+        assert torch.equal(foreign, (rows[:, None] & columns).expand_as(foreign))  # a rectangle
+        assert 2 <= int(rows.sum()) <= 12
+        assert 3 <= int(columns.sum()) <= 18
+        sizes.add((int(rows.sum()), int(columns.sum())))
+    assert torch.equal(changed, augmented(batch, PASTED, seed=3))
+    assert len(sizes) == 2
 
 
 def test_only_pictures_are_changed() -> None:
