@@ -161,15 +161,15 @@ def _fit_output(problem: Problem, rank: int) -> Fit:
     spectrum = problem.spectrum
     basis = spectrum.eigenvectors[:, :, :rank]
     rest = spectrum.eigenvectors[:, :, rank:]
-    first = basis.mT @ problem.rooted(problem.matrix)
+    seen = basis.mT if problem.plain else basis.mT @ problem.roots[0]
+    first = seen @ problem.matrix
     up, left_over = (
         (basis, rest) if problem.plain else (problem.roots[1] @ b for b in (basis, rest))
     )
     weights = OUTPUT.stage_weights(geometry, *balance(first, up.unsqueeze(-1)))
     tail = spectrum.eigenvalues[:, rank:]
     mse = float((tail * (left_over**2).sum(1)).sum()) / geometry.out_channels
-    projection = up @ (basis.mT if problem.plain else basis.mT @ problem.roots[0])
-    return Fit(OUTPUT.name, (rank,), weights, float(tail.sum()), mse, up @ first, projection)
+    return Fit(OUTPUT.name, (rank,), weights, float(tail.sum()), mse, up @ first, up @ seen)
 
 
 def _exact(problem: Problem, scheme: str, ranks: Ranks) -> Fit:

@@ -125,6 +125,10 @@ from overparam.utils import overparameterize
 model = models.resnet18()
 model = overparameterize(model, depth=2)
 assert type(model.fc) is OverparamLinear
+with torch.device("meta"):  # as the README has it, without its minutes of decompositions
+    model = models.alexnet()
+model = overparameterize(model, depth=2)
+assert type(model.classifier[1]) is OverparamLinear
 """,
     """
 layer = OverparamConv2d(32, 32, kernel_sizes=3, padding=1, depth=2, batch_norm=True)
