@@ -15,6 +15,7 @@ from compress import __version__
 from compress.commands.apply import apply
 from compress.commands.demo import demo
 from compress.commands.evaluate import evaluate
+from compress.commands.export import export
 from compress.commands.inspect import inspect
 from compress.commands.interruption import INTERRUPTED, say_interrupted
 from compress.commands.output import cannot_print, discard, say
@@ -189,6 +190,6 @@ def cli() -> None:
 
 
 for command in (
-    run, inspect, plan, apply, recover, sweep, report, verify, evaluate, demo,
+    run, inspect, plan, apply, recover, sweep, report, verify, evaluate, export, demo,
 ):  # fmt: skip
     cli.add_command(command)

@@ -40,7 +40,7 @@ _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def _build(folder: str, arguments: dict[str, Any]) -> FromLibrary:
-    transformers = require("transformers", "transformers", "hf")
+    transformers = require("transformers", "transformers", "Models of hf:")
     place = Path(folder)
     raw = _read(place / CONFIG_FILE)
     try:
@@ -217,8 +217,8 @@ def _offline() -> Iterator[None]:
 
     The client looks at its constant before every request.
     """
-    constants = require("huggingface_hub", "transformers", "hf").constants
-    said = require("transformers", "transformers", "hf").utils.logging
+    constants = require("huggingface_hub", "transformers", "Models of hf:").constants
+    said = require("transformers", "transformers", "Models of hf:").utils.logging
     before = constants.HF_HUB_OFFLINE
     bars, words = said.is_progress_bar_enabled(), said.get_verbosity()
     constants.HF_HUB_OFFLINE = True

@@ -25,8 +25,8 @@ _TAKEN = frozenset((*dir(nn.Module()), "initializers"))
 def _build(file: str, arguments: dict[str, Any]) -> FromLibrary:
     if arguments:
         raise ModelError(f"onnx:{file} takes no arguments: the file says all; leave out ?….")
-    onnx = require("onnx", "onnx", "onnx")
-    onnx2torch = require("onnx2torch", "onnx", "onnx")
+    onnx = require("onnx", "onnx", "Models of onnx:")
+    onnx2torch = require("onnx2torch", "onnx", "Models of onnx:")
     model = _read(file)
     try:
         with quiet():
@@ -58,7 +58,7 @@ def _read(file: str) -> Any:
     Raises:
         ModelError: It cannot be read, or is none.
     """
-    onnx = require("onnx", "onnx", "onnx")
+    onnx = require("onnx", "onnx", "Models of onnx:")
     path = Path(file)
     try:
         if path.exists() and not path.is_file():

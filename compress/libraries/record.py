@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -100,13 +101,13 @@ class Library:
     brings_weights: bool = False
 
 
-def require(package: str, extra: str, specs: str) -> Any:
+def require(package: str, extra: str, user: str) -> Any:
     """Import an optional package.
 
     Args:
         package: Its name.
         extra: The extra of this package that installs it.
-        specs: The prefix of the specs that need it.
+        user: What needs it, such as ``"Models of timm:"``.
 
     Raises:
         ModelError: It is not installed, or cannot be imported.
@@ -117,12 +118,12 @@ def require(package: str, extra: str, specs: str) -> Any:
             return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"Models of {specs}: need the package {error.name}, which is not installed; install "
+            f"{user} need the package {error.name}, which is not installed; install "
             f"it with pip install 'compress[{extra}]'."
         ) from error
     except Exception as error:  # whatever a package does while it is imported
         raise ModelError(
-            f"Models of {specs}: need the package {package}, and importing it raised "
+            f"{user} need the package {package}, and importing it raised "
             f"{type(error).__name__}: {one_line(error)}. Install it anew with pip install "
             f"--upgrade 'compress[{extra}]'."
         ) from error
@@ -130,10 +131,15 @@ def require(package: str, extra: str, specs: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a library's own warnings to itself; what matters to the user raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep a library's own warnings and logs to itself; what matters to the user raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _ShortLinesOnCpu(TorchFunctionMode):

@@ -28,7 +28,7 @@ def _networks(package: Any) -> dict[str, Any]:
 
 
 def _build(name: str, arguments: dict[str, Any]) -> FromLibrary:
-    package = require(_PACKAGE, "smp", "smp")
+    package = require(_PACKAGE, "smp", "Models of smp:")
     networks = _networks(package)
     if name not in networks:
         raise ModelError(

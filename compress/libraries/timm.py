@@ -21,7 +21,7 @@ def timm_names() -> tuple[str, ...]:
     Raises:
         ModelError: timm is not installed.
     """
-    return tuple(require("timm", "timm", "timm").list_models())
+    return tuple(require("timm", "timm", "Models of timm:").list_models())
 
 
 def check_timm_name(name: str, front: str = "") -> None:
@@ -45,7 +45,7 @@ def check_timm_name(name: str, front: str = "") -> None:
 
 
 def _build(name: str, arguments: dict[str, Any]) -> FromLibrary:
-    timm = require("timm", "timm", "timm")
+    timm = require("timm", "timm", "Models of timm:")
     check_timm_name(name)
     fetching = [a for a in arguments if a.startswith(_FETCHING)]
     if fetching:

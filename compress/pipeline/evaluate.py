@@ -109,27 +109,35 @@ def evaluate_model(
     Raises:
         CompressError: Something is missing or cannot be used.
     """
-    if not config.checkpoint:
-        raise ConfigError("No checkpoint given; pass it, or set it with --config.")
     spec = config.test or config.data
     if not spec:
         raise ConfigError("No images given; pass --test SPEC (or --data SPEC).")
-    if is_artefact(config.checkpoint):
-        module, name = load_result(config.checkpoint, config.model, trust_code=trust_code)
-        preprocessing = _preprocessing(config, name)
-        runtime = read_runtime(config.checkpoint)
-        model = Finished(module.to(config.device), name, True, runtime)
-    else:
-        if not config.model:
-            raise ConfigError("No model given (how the network is built); pass --model SPEC.")
-        module, _, dtype, preprocessing = load_model(config)
-        model = Finished(module.to(dtype).to(config.device), config.model)
-    images = open_images(spec, config, module, preprocessing)
+    model, preprocessing = finished(config, trust_code=trust_code)
+    images = open_images(spec, config, model.module, preprocessing)
     return measured(model, images, config, track)
 
 
-def _preprocessing(config: RunConfig, spec: str) -> Preprocessing:
-    return preprocessing_of(config, preset_of(spec) if spec else None)
+def finished(config: RunConfig, *, trust_code: bool) -> tuple[Finished, Preprocessing]:
+    """Load a finished model, and how its pictures are prepared.
+
+    Args:
+        config: ``checkpoint`` names a checkpoint, or a result of `compress run`.
+        trust_code: As `load_result`.
+
+    Raises:
+        CompressError: Something is missing or cannot be used.
+    """
+    if not config.checkpoint:
+        raise ConfigError("No checkpoint given; pass it, or set it with --config.")
+    if is_artefact(config.checkpoint):
+        module, name = load_result(config.checkpoint, config.model, trust_code=trust_code)
+        preprocessing = preprocessing_of(config, preset_of(name) if name else None)
+        runtime = read_runtime(config.checkpoint)
+        return Finished(module.to(config.device), name, True, runtime), preprocessing
+    if not config.model:
+        raise ConfigError("No model given (how the network is built); pass --model SPEC.")
+    module, _, dtype, preprocessing = load_model(config)
+    return Finished(module.to(dtype).to(config.device), config.model), preprocessing
 
 
 def measured(

@@ -132,7 +132,9 @@ def build(group: str, name: str) -> nn.Module:
     if group in ("segmentation", "detection"):
         return network(f"{group}.{name}")
     if group == "timm":
-        made: nn.Module = require("timm", "timm", "timm").create_model(name, pretrained=False)
+        made: nn.Module = require("timm", "timm", "Models of timm:").create_model(
+            name, pretrained=False
+        )
         return made
     torchvision, _ = load_torchvision()
     given = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -161,7 +163,7 @@ def listed(group: str, *, words: bool) -> dict[str, list[str]]:
 
 
 def _of_timm() -> Iterator[tuple[str, str]]:
-    timm = require("timm", "timm", "timm")
+    timm = require("timm", "timm", "Models of timm:")
     for family in sorted(timm.list_modules()):
         for name in timm.list_models(module=family):
             yield family, name

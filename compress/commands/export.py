@@ -1,0 +1,155 @@
+"""``compress export``: a file that a runtime loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.commands.options import FINITE, Settings, configured, example
+from compress.commands.terminal import Terminal, table
+from compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compress.pipeline.export import Exported
+
+
+@click.command(
+    epilog=example(
+        "compress export smaller --to onnx --data imagefolder:train --test imagefolder:val \\",
+        "  --output smaller.onnx",
+    )
+)
+@click.argument("checkpoint", required=False, metavar="RESULT_OR_CHECKPOINT")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["onnx", "pt2"]),
+    default="onnx",
+    show_default=True,
+    help="An ONNX file, or a program of torch.export, which runs where this package is not "
+    "installed.",
+)
+@click.option("--output", metavar="FILE", help="The file to write.")
+@click.option("--force", is_flag=True, default=None, help="Replace an existing file.")
+@click.option(
+    "--opset",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Version of ONNX's operators (default: the exporter's choice).",
+)
+@click.option(
+    "--fixed-batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Export for batches of N only; by default the batch size is open.",
+)
+@click.option(
+    "--tolerance",
+    type=FINITE,
+    metavar="X",
+    help="Fail where an output differs by more than X of its largest value (default 0.0001; for "
+    "half precision 0.01, bfloat16 0.1).",
+)
+@click.option(
+    "--original",
+    metavar="FILE",
+    default="",
+    help="The checkpoint that RESULT was made from, to be timed beside it on every runtime.",
+)
+@configured("model", "data", "test", "images", "evaluation", "compute")
+def export(settings: Settings, terminal: Terminal, **asked: Any) -> None:
+    """Export a result, or any checkpoint, for a runtime, and check the file before it is left.
+
+    The file is loaded again and its outputs are compared with torch's on up to 64 images of --data;
+    with --test the end metric is measured on both. All runtimes that are installed and take the
+    file are timed beside torch.
+    """
+    from compress.artefact.manifest import is_artefact, read_manifest, recorded_settings
+    from compress.deploy.file import Form
+    from compress.pipeline.export import Request, export_network
+
+    tolerance = asked["tolerance"]
+    if tolerance is not None and tolerance <= 0:
+        raise ConfigError(f"tolerance = {tolerance:g} tolerates nothing; give more than 0.")
+    if asked["opset"] is not None and asked["target"] != "onnx":
+        raise ConfigError("--opset is a matter of ONNX files; leave it out with --to pt2.")
+    path = settings.given("checkpoint")
+    base = recorded_settings(read_manifest(path)) if path and is_artefact(path) else {}
+    form = Form(asked["target"], asked["opset"], asked["fixed_batch"])
+    request = Request(form, tolerance, asked["original"], settings.trust_code)
+    found = export_network(settings.config(**base), request, terminal.track)
+    terminal.show(asdict(found), _lines(found))
+
+
+def _lines(found: Exported) -> Iterator[str]:
+    from compress.report import text
+
+    batch = f"batches of {found.batch}" if found.batch else "batches of any size"
+    kind = f"ONNX, opset {found.opset}" if found.opset else "torch.export"
+    yield f"{found.file}: {kind}, {text.size(found.bytes)}, {batch}"
+    yield f"inputs: {', '.join(found.inputs)}"
+    yield ""
+    rows = [
+        (
+            each.name,
+            str(list(each.shape)),
+            f"{each.largest:.1e}",
+            f"{each.mean:.1e}",
+        )
+        for each in found.outputs
+    ]
+    yield from table(("output", "shape", "largest difference", "mean difference"), rows)
+    yield (
+        f"Relative to torch, on {text.plural(found.images, 'image')}; at most "
+        f"{found.tolerance:g} is tolerated."
+    )
+    if found.agreement is not None:
+        yield f"Same predictions: {text.percent(found.agreement)}."
+    yield from _test_lines(found)
+    if found.times:
+        yield ""
+        yield from _time_lines(found)
+    yield from (f"Warning: {warning}" for warning in found.warnings)
+
+
+def _test_lines(found: Exported) -> Iterator[str]:
+    from compress.report import text
+
+    test = found.test
+    if test is None:
+        return
+    where = f"on {text.plural(test.images, 'test image')}"
+    if test.custom is not None:
+        for measure in (test.custom, *test.further):
+            before, after = (
+                text.measured(value, measure.unit) for value in (measure.before, measure.after)
+            )
+            yield f"{measure.name} {where}: {before} in torch, {after} exported."
+    elif test.top1_before is not None and test.top1_after is not None:
+        yield (
+            f"Top-1 accuracy {where}: {text.percent(test.top1_before)} in torch, "
+            f"{text.percent(test.top1_after)} exported."
+        )
+
+
+def _time_lines(found: Exported) -> Iterator[str]:
+    from compress.report import text
+
+    beside = any(each.original is not None for each in found.times)
+    rows = []
+    for each in found.times:
+        row = [each.runtime, text.whole(each.batch_size)]
+        if each.original is not None:
+            row.append(text.seconds(each.original))
+        row.append(text.seconds(each.seconds))
+        if each.original is not None:
+            row.append(text.ratio(each.seconds / each.original))
+        rows.append(row)
+    if beside:
+        yield from table(("runtime", "batch", "original", "exported", "ratio"), rows)
+    else:
+        yield from table(("runtime", "batch", "time"), rows)
+    yield f"Medians, {text.plural(found.threads, 'thread')}."

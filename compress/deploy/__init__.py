@@ -1,0 +1,1 @@
+"""From a network to what runtimes load: exported programs and ONNX files, and running them."""

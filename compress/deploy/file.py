@@ -1,0 +1,105 @@
+"""A network as a file, still in memory, and the runtimes that are at hand to load it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.deploy.onnx import OnnxModel, to_onnx
+from compress.deploy.program import Traced, trace
+from compress.deploy.runtimes import SESSIONS, OnRuntime, installed, program_session
+from compress.errors import ModelError
+
+ONNX, PROGRAM = "onnx", "pt2"
+_ONNX_DTYPES = (torch.float32, torch.float16)
+# What checks an ONNX file; a program is checked by torch.
+_CHECKING = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What kind of file a network becomes.
+
+    Attributes:
+        target: ``"onnx"`` or ``"pt2"``.
+        opset: The version of ONNX's operators; None for the exporter's own choice.
+        batch: The batch size that the file takes; None for any.
+    """
+
+    target: str
+    opset: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """An exported network.
+
+    Attributes:
+        content: The bytes of the file.
+        network: The file, loaded again by the runtime that checks it.
+        traced: What it was made from.
+        onnx: The ONNX model; None for a program.
+    """
+
+    content: bytes
+    network: nn.Module
+    traced: Traced
+    onnx: OnnxModel | None = None
+
+    def on_runtimes(self) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+        """Load the file into every runtime that is installed.
+
+        Returns:
+            The networks by the runtimes' names, and why some do not take the file.
+        """
+        if self.onnx is None:
+            return {"torch.export": self.network}, ()
+        reference = next(self.network.parameters())
+        networks, problems = {_CHECKING: self.network}, []
+        for name, load in SESSIONS.items():
+            if name in networks or not installed(name):
+                continue
+            try:
+                networks[name] = OnRuntime(load(self.content), self.traced, reference)
+            except ModelError as error:
+                problems.append(str(error))
+        return networks, tuple(problems)
+
+
+def make_file(
+    model: nn.Module, example: Any, form: Form, metadata: Mapping[str, str]
+) -> ExportedFile:
+    """Export a network and load what came out.
+
+    Args:
+        model: The network, contiguous and on the CPU, in the dtype that is to be exported.
+        example: As for `trace`.
+        form: The kind of file.
+        metadata: What the file says of itself.
+
+    Raises:
+        ModelError, ConfigError: As `trace` and `to_onnx`; or the runtime does not take the file.
+    """
+    reference = next(model.parameters())
+    if form.target == ONNX and reference.dtype not in _ONNX_DTYPES:
+        raise ModelError(
+            f"The network's weights are {str(reference.dtype).removeprefix('torch.')}, and ONNX "
+            "Runtime computes in float32 and float16 alone. Export it with --to pt2."
+        )
+    traced = trace(model, example, form.batch)
+    if form.target == PROGRAM:
+        buffer = io.BytesIO()
+        named = {f"{key}.json": value for key, value in metadata.items()}
+        torch.export.save(traced.program, buffer, extra_files=named)
+        content = buffer.getvalue()
+        return ExportedFile(content, OnRuntime(program_session(content), traced, reference), traced)
+    onnx = to_onnx(traced, metadata, form.opset)
+    content = onnx.content()
+    network = OnRuntime(SESSIONS[_CHECKING](content), traced, reference)
+    return ExportedFile(content, network, traced, onnx)

@@ -1,0 +1,225 @@
+"""``compress export``: files that other runtimes load, checked before they are left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors import safe_open
+from stopwatch import stop_the_clock
+from workbench import SPEC, Workbench, command, made_images, paragraph, trained
+
+import compress
+from compress.deploy.onnx import OnnxModel, to_onnx
+
+RANKS = ("--rank", "conv1=3", "--rank", "conv2=4")
+IMAGES = torch.tensor(made_images(24, seed=2)[0]).unsqueeze(1).float() / 255
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of the workbench's network, made once."""
+    once = Workbench.make(tmp_path_factory.mktemp("once"), trained())
+    assert once.run(*RANKS, "--no-latency").exit_code == 0
+    return once.output()
+
+
+@pytest.fixture
+def made(bench: Workbench, result: Path) -> Workbench:
+    """A workbench with a result in ``out``."""
+    shutil.copytree(result, bench.output())
+    return bench
+
+
+def exporting(bench: Workbench, *flags: str, name: str = "net.onnx") -> list[str]:
+    return [
+        "export", str(bench.output()), "--trust-code", "--data", bench.train,
+        "--output", str(bench.output(name)), *flags,
+    ]  # fmt: skip
+
+
+def test_an_onnx_file_computes_what_the_result_does(made: Workbench) -> None:
+    done = command(*exporting(made, "--test", made.test))
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == ""
+    session = onnxruntime.InferenceSession(str(made.output("net.onnx")))
+    assert [i.name for i in session.get_inputs()] == ["input"]
+    model = compress.load(made.output(), trust_code=True)
+    for count in (1, 5, 24):
+        (found,) = session.run(["output"], {"input": IMAGES[:count].numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(found), model(IMAGES[:count]))
+    for words in (
+        "ONNX, opset 20", "batches of any size", "output    [3]", "on 48 images",
+        "Same predictions: 100.00%", "onnxruntime", "Medians",
+    ):  # fmt: skip
+        assert words in done.stdout
+    after = made.report()["result"]["test"]["top1_after"]
+    assert f"on 24 test images: {after:.2%} in torch, {after:.2%} exported" in done.stdout
+    assert made.leftovers() == ["net.onnx", "out"]
+
+
+def test_the_file_carries_the_manifest(made: Workbench) -> None:
+    assert command(*exporting(made, "--no-latency")).exit_code == 0
+    with safe_open(made.output() / "model.safetensors", "pt") as file:
+        manifest = file.metadata()["compress"]
+    stored = {p.key: p.value for p in onnx.load(made.output("net.onnx")).metadata_props}
+    assert stored == {"compress": manifest}
+    assert json.loads(manifest)["source_sha256"]
+
+
+def test_a_program_runs_where_this_package_is_not_installed(made: Workbench) -> None:
+    done = command(*exporting(made, "--to", "pt2", name="net.pt2"))
+    assert done.exit_code == 0, done.stderr
+    assert "torch.export" in done.stdout
+    inputs, outputs = made.folder / "inputs.pt", made.folder / "outputs.pt"
+    torch.save(IMAGES[:7], inputs)
+    code = (
+        "import sys; sys.modules['compress'] = None\n"
+        "import torch\n"
+        "extra = {'compress.json': ''}\n"
+        f"program = torch.export.load({str(made.output('net.pt2'))!r}, extra_files=extra)\n"
+        f"found = program.module()(torch.load({str(inputs)!r}, weights_only=True))\n"
+        f"torch.save(found, {str(outputs)!r})\n"
+        "print(extra['compress.json'])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["model"] == SPEC
+    model = compress.load(made.output(), trust_code=True)
+    with torch.no_grad():
+        expected = model(IMAGES[:7])
+    torch.testing.assert_close(torch.load(outputs, weights_only=True), expected)
+
+
+def test_a_checkpoint_that_was_never_compressed_is_exported_too(bench: Workbench) -> None:
+    done = command(
+        "export", bench.checkpoint, "--model", SPEC, "--data", bench.train,
+        "--output", str(bench.output("net.onnx")), "--fixed-batch", "5", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["batch"], said["images"], said["inputs"]) == (5, 45, ["input"])
+    assert said["outputs"][0]["largest"] < 1e-5
+    assert [t["batch_size"] for t in said["times"]] == [5] * len(said["times"])
+    proto = onnx.load(bench.output("net.onnx"))
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 5
+    assert "source_sha256" in proto.metadata_props[0].value
+
+
+def test_an_existing_file_is_replaced_only_by_force(made: Workbench) -> None:
+    made.output("net.onnx").write_text("mine")
+    assert "exists; pass --force" in paragraph(command(*exporting(made)), 3)
+    assert made.output("net.onnx").read_text() == "mine"
+    assert command(*exporting(made, "--force", "--no-latency")).exit_code == 0
+    assert len(onnx.load(made.output("net.onnx")).graph.node) > 3
+
+
+def broken(*arguments: Any) -> OnnxModel:
+    """The ONNX model with one weight of the second layer changed."""
+    model = to_onnx(*arguments)
+    convolutions = [node for node in model.proto.graph.node if node.op_type == "Conv"]
+    stored = {tensor.name: tensor for tensor in model.proto.graph.initializer}
+    tensor = stored[convolutions[1].input[1]]
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[0] += 1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
+
+
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    made: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.output("net.onnx").write_text("mine")
+    monkeypatch.setattr("compress.deploy.file.to_onnx", broken)
+    said = paragraph(command(*exporting(made, "--force")), 1)
+    assert "output 'output' differs" in said
+    assert "The first value that differs by more is conv2d_1 (Conv)" in said
+    assert made.output("net.onnx").read_text() == "mine"
+    assert made.leftovers() == ["net.onnx", "out"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--opset", "7"), 2, "needs opset 18.*Pass --opset 18"),
+        (("--to", "pt2", "--opset", "18"), 2, "--opset is a matter of ONNX files"),
+        (("--tolerance", "0"), 2, "tolerance = 0 tolerates nothing"),
+        (("--fixed-batch", "49"), 2, "needs 49 images .* there are 48"),
+        (("--output", "nowhere/net.onnx"), 3, "there is no folder"),
+        (("--data", "tensors:gone.npz"), 3, "gone.npz"),
+    ],
+)
+def test_bad_requests_are_refused(
+    made: Workbench, flags: tuple[str, ...], code: int, words: str
+) -> None:
+    said = paragraph(command(*exporting(made, *flags)), code)
+    assert re.search(words, said), said
+    assert made.leftovers() == ["out"]
+
+
+def test_what_is_needed_is_asked_for(made: Workbench) -> None:
+    result, output = str(made.output()), str(made.output("net.onnx"))
+    assert "--data SPEC" in paragraph(command("export", result, "--output", output), 2)
+    assert "--output FILE" in paragraph(command("export", result, "--data", made.train), 2)
+    said = paragraph(command("export", result, "--data", made.train, "--output", output), 3)
+    assert "--trust-code" in said
+    assert "No checkpoint" in paragraph(
+        command("export", "--data", made.train, "--output", output), 2
+    )
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    made: Workbench, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = paragraph(command(*exporting(made)), 3)
+    assert f"need the package {package}" in said
+    assert "compress[onnx]" in said
+
+
+def test_the_original_is_timed_beside_it(made: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {"onnxruntime original": 4e-3, "torch original_channels_last": 5e-4}
+    stop_the_clock(monkeypatch, **slow)
+    done = command(*exporting(made, "--original", made.checkpoint, "--json"))
+    assert done.exit_code == 0, done.stderr
+    times = {(t["runtime"], t["batch_size"]): t for t in json.loads(done.stdout)["times"]}
+    for batch in (1, 8):
+        found = times["onnxruntime", batch]
+        assert (found["seconds"], found["original"]) == (1e-3, 4e-3)
+        assert times["torch", batch]["original"] == 5e-4  # in its better memory format
+    shown = command(*exporting(made, "--original", made.checkpoint, "--force")).stdout
+    assert "onnxruntime      1   4.00 ms   1.00 ms  \N{MULTIPLICATION SIGN}0.25" in shown
+
+
+def test_the_original_must_be_that_of_the_result(made: Workbench) -> None:
+    other = made.folder / "weights.pt"
+    torch.save({"head.bias": torch.zeros(3)}, other)
+    said = paragraph(command(*exporting(made, "--original", str(other))), 3)
+    assert "Pass the original that was compressed" in said
+    plain = (
+        "export", made.checkpoint, "--model", SPEC, "--data", made.train,
+        "--output", str(made.output("net.onnx")), "--original", made.checkpoint,
+    )  # fmt: skip
+    assert "leave it out" in paragraph(command(*plain), 2)
+
+
+def test_one_image_is_enough(made: Workbench) -> None:
+    images, labels = made_images(1)
+    np.savez(made.folder / "one.npz", images=images, labels=labels)
+    data = f"tensors:{made.folder / 'one.npz'}"
+    done = command(*exporting(made, "--data", data, "--no-latency"))
+    assert done.exit_code == 0, done.stderr
+    assert "on 1 image;" in done.stdout
