@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from compress.modules.hypernet import (
     Hypernet,
     encode,
 )
+from compress.modules.hypernet.initialization import fill_keeping_norm, is_odd
 
 SHAPES = {"0.weight": (40, 30), "0.bias": (40,), "1.weight": (300, 8, 3, 3)}
 
@@ -64,6 +66,49 @@ def test_activations_start_with_norm_one(
                             strict=True):  # fmt: skip
         assert mine == pytest.approx(1, abs=wide)
         assert theirs == pytest.approx(norm, rel=wide)
+
+
+@pytest.mark.parametrize("nonlinearity", ["LeakyReLU", "ReLU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_input_keeps_its_norm_in_every_layer(nonlinearity: str, dtype: torch.dtype) -> None:
+    """Exactly, not on average: of each pair of rows a rectifier lets one pass."""
+    torch.manual_seed(0)
+    net = Hypernet({"h": (3,)}, SHAPES, [16, 64, 128, 256], nonlinearity=nonlinearity, dtype=dtype)
+    x = encode(torch.rand(50, 3, dtype=dtype), "cos|sin")
+    with torch.no_grad():
+        for layer in net.hidden:
+            x = layer(x)
+            if not isinstance(layer, nn.Linear):
+                torch.testing.assert_close(x.norm(dim=1), torch.ones(50, dtype=dtype))
+
+
+def test_before_an_odd_nonlinearity_rows_are_orthogonal_and_no_pairs() -> None:
+    torch.manual_seed(0)
+    net = Hypernet({"h": (3,)}, SHAPES, [20, 20], nonlinearity="Tanh")
+    weight = net.hidden[2].weight.detach()
+    assert torch.linalg.matrix_rank(weight) == 20
+    torch.testing.assert_close(weight.T @ weight, (5 / 3) ** 2 * torch.eye(20))
+
+
+@pytest.mark.parametrize(
+    ("nonlinearity", "odd"),
+    [(nn.ReLU(), False), (nn.GELU(), False), (nn.Tanh(), True), (nn.Sigmoid(), True),
+     (nn.Identity(), True), (nn.PReLU(), False), (nn.Softsign(), True)],
+)  # fmt: skip
+def test_which_nonlinearities_are_odd(nonlinearity: nn.Module, *, odd: bool) -> None:
+    assert is_odd(nonlinearity) is odd
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 64])
+def test_narrow_layers_keep_the_mean_square(width: int) -> None:
+    torch.manual_seed(0)
+    squares = []
+    for _ in range(400):
+        weight = torch.empty(width, 6)
+        fill_keeping_norm(weight, 1.0, mirrored=True)
+        squares.append(weight.square().sum().item() / 6)
+    # The mean square of an output for inputs of norm one; odd widths leave out one of a pair.
+    assert statistics.mean(squares) == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("inputs", [1, 16])

@@ -64,8 +64,8 @@ def gain_of(nonlinearity: nn.Module | str | None) -> float:
 def fill(weight: Tensor, distribution: str | None, gain: float) -> None:
     """Draw a weight of at least two dimensions in place; None leaves it as it is.
 
-    ``"constant_norm"`` is the Kaiming normal distribution by the fan-out: a layer's output then
-    has the norm of its input, whatever their widths.
+    ``"constant_norm"`` is the Kaiming normal distribution by the fan-out, with which a layer's
+    output has the norm of its input on average; `fill_keeping_norm` draws hidden layers.
 
     Raises:
         ValueError: An unknown distribution.
@@ -92,6 +92,40 @@ def fill(weight: Tensor, distribution: str | None, gain: float) -> None:
             weight.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
         else:
             weight.normal_(0, std)
+
+
+def fill_keeping_norm(weight: Tensor, gain: float, *, mirrored: bool) -> None:
+    """Draw a hidden layer's weight ``[out, in]`` in place so that no input's norm changes.
+
+    The columns are orthogonal. Mirrored, the second half of the rows is the first with the other
+    sign. Of each pair a rectifier lets one pass, so that both together keep the norm of every
+    input and not only the mean over random weights. Where the layer has fewer different rows than
+    inputs, only the mean square is kept.
+
+    Args:
+        weight: The weight.
+        gain: Of the nonlinearity that follows, as `gain_of`.
+        mirrored: Whether rows come in pairs; see `is_odd` for where that makes sense.
+    """
+    width, inputs = weight.shape
+    rows = -(-width // 2) if mirrored else width
+    if weight.is_meta:
+        return
+    drawn = torch.empty(rows, inputs, dtype=torch.float32, device=weight.device)
+    nn.init.orthogonal_(drawn, gain * math.sqrt(max(inputs / rows, 1.0) * rows / width))
+    with torch.no_grad():
+        weight.copy_(torch.cat([drawn, -drawn])[:width])
+
+
+def is_odd(nonlinearity: nn.Module) -> bool:
+    """Whether a nonlinearity mirrors a changed sign, up to a constant.
+
+    Of a mirrored pair of rows, the second then says nothing that the first does not.
+    """
+    points = torch.linspace(0.1, 3.0, 16).unsqueeze(0)
+    with torch.no_grad():
+        both, zero = nonlinearity(points) + nonlinearity(-points), nonlinearity(0 * points)
+    return torch.allclose(both, 2 * zero, atol=1e-6)
 
 
 def independent_value(name: str, parameter: Tensor, distribution: str | None, bias: float) -> None:

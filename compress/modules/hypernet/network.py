@@ -16,8 +16,10 @@ from compress.modules.hypernet.initialization import (
     encoding_norm,
     fill,
     fill_by_output,
+    fill_keeping_norm,
     gain_of,
     independent_value,
+    is_odd,
 )
 from compress.modules.hypernet.options import (
     HypernetOptions,
@@ -54,7 +56,9 @@ class Hypernet(nn.Module):
         dropout_prob: Probability of dropout after every hidden layer.
         init_distribution: Of the weights of h. ``"constant_norm"``, the default, keeps the norm of
             the activations at one from the first hidden layer to the last, whatever the number of
-            inputs and the widths, and multiplies what h emits from them by 0.1.
+            inputs and the widths: weights are orthogonal and, before nonlinearities that are not
+            odd, their rows come in pairs of opposite sign, so that every input's norm is kept.
+            What h emits from them is multiplied by 0.1.
             ``"kaiming_normal_fanout"`` is HyperLight's, with which activations have the norm of
             the encoding, the square root of the number of inputs. Also
             ``"kaiming_normal"`` (by the fan-in), ``"kaiming_uniform"``,
@@ -101,7 +105,8 @@ class Hypernet(nn.Module):
         self.init_bias = settings.init_bias
         self.output_split_init = settings.output_split_init
         self._has_norm = settings.norm is not None
-        self._gain = gain_of(settings.activation())
+        activation = settings.activation()
+        self._gain, self._mirrored = gain_of(activation), not is_odd(activation)
         where: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
         self.independent = nn.ParameterList(
             nn.Parameter(torch.empty(shape, **where)) for shape in self.output_shapes.values()
@@ -126,9 +131,7 @@ class Hypernet(nn.Module):
             if callable(reset):
                 reset()
         for layer in linear:
-            fill(layer.weight, distribution, self._gain)
-            if self.init_bias is not None:
-                nn.init.constant_(layer.bias, self.init_bias)
+            self._draw_hidden(layer)
         if distribution is None:
             self.output.reset_parameters()
         elif self.output_split_init:
@@ -142,6 +145,14 @@ class Hypernet(nn.Module):
         else:
             for parameter in self.independent:
                 nn.init.constant_(parameter, self.init_bias or 0.0)
+
+    def _draw_hidden(self, layer: nn.Linear) -> None:
+        if self.init_distribution == "constant_norm":
+            fill_keeping_norm(layer.weight, self._gain, mirrored=self._mirrored)
+        else:
+            fill(layer.weight, self.init_distribution, self._gain)
+        if self.init_bias is not None:
+            nn.init.constant_(layer.bias, self.init_bias)
 
     def _bring_norms_to_one(self, layers: list[nn.Linear]) -> None:
         """Divide the first layer by the norm of what enters, which the others then keep.
