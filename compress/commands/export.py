@@ -14,6 +14,7 @@ from compress.errors import ConfigError
 
 if TYPE_CHECKING:
     from compress.pipeline.export import Exported
+    from compress.result import EndMetric
 
 
 @click.command(
@@ -54,10 +55,28 @@ if TYPE_CHECKING:
     "half precision 0.01, bfloat16 0.1).",
 )
 @click.option(
+    "--int8",
+    is_flag=True,
+    help="Let the ONNX file compute in eight bits, but for layers that lose too much by it.",
+)
+@click.option(
     "--original",
     metavar="FILE",
     default="",
     help="The checkpoint that RESULT was made from, to be timed beside it on every runtime.",
+)
+@click.option(
+    "--max-drop",
+    type=FINITE,
+    metavar="P",
+    help="Fail where test accuracy falls by more than P points, from the original's where "
+    "--original is given.",
+)
+@click.option(
+    "--min-agreement",
+    type=FINITE,
+    metavar="A",
+    help="Fail where fewer predictions on the test set than this share stay the same.",
 )
 @configured("model", "data", "test", "images", "evaluation", "compute")
 def export(settings: Settings, terminal: Terminal, **asked: Any) -> None:
@@ -74,13 +93,20 @@ def export(settings: Settings, terminal: Terminal, **asked: Any) -> None:
     tolerance = asked["tolerance"]
     if tolerance is not None and tolerance <= 0:
         raise ConfigError(f"tolerance = {tolerance:g} tolerates nothing; give more than 0.")
-    if asked["opset"] is not None and asked["target"] != "onnx":
-        raise ConfigError("--opset is a matter of ONNX files; leave it out with --to pt2.")
+    for flag in ("opset", "int8"):
+        if asked[flag] and asked["target"] != "onnx":
+            raise ConfigError(f"--{flag} is a matter of ONNX files; leave it out with --to pt2.")
     path = settings.given("checkpoint")
     base = recorded_settings(read_manifest(path)) if path and is_artefact(path) else {}
+    config = settings.config(**base)
+    limits = [name for name in ("max_drop", "min_agreement") if settings.given(name) is not None]
+    if limits and not config.test:
+        raise ConfigError(f"--{limits[0].replace('_', '-')} needs a test set; pass --test SPEC.")
     form = Form(asked["target"], asked["opset"], asked["fixed_batch"])
-    request = Request(form, tolerance, asked["original"], settings.trust_code)
-    found = export_network(settings.config(**base), request, terminal.track)
+    request = Request(
+        form, tolerance, asked["original"], asked["int8"], trust_code=settings.trust_code
+    )
+    found = export_network(config, request, terminal.track)
     terminal.show(asdict(found), _lines(found))
 
 
@@ -106,33 +132,55 @@ def _lines(found: Exported) -> Iterator[str]:
         f"Relative to torch, on {text.plural(found.images, 'image')}; at most "
         f"{found.tolerance:g} is tolerated."
     )
+    yield from _int8_lines(found)
     if found.agreement is not None:
         yield f"Same predictions: {text.percent(found.agreement)}."
-    yield from _test_lines(found)
+    if found.test is not None:
+        yield from _test_lines(found.test, "in torch")
+    if found.beside_original is not None:
+        yield from _test_lines(found.beside_original, "of the original")
     if found.times:
         yield ""
         yield from _time_lines(found)
     yield from (f"Warning: {warning}" for warning in found.warnings)
 
 
-def _test_lines(found: Exported) -> Iterator[str]:
+def _int8_lines(found: Exported) -> Iterator[str]:
     from compress.report import text
 
-    test = found.test
-    if test is None:
+    int8 = found.int8
+    if int8 is None:
         return
+    yield ""
+    if int8.kept:
+        yield (
+            f"{int8.layers - len(int8.kept)} of {text.plural(int8.layers, 'layer')} in eight bits; "
+            f"in float {', '.join(int8.kept)}, with {text.percent(int8.kept_macs, 1)} of the MACs."
+        )
+    else:
+        yield f"All {text.plural(int8.layers, 'layer')} in eight bits."
+    yield (
+        f"Distance of the outputs from those in float: {text.number(int8.distance)} "
+        f"({text.number(int8.distance_of_all)} with all layers in eight bits), on "
+        f"{text.plural(int8.images[1], 'image')} beside the {int8.images[0]:,} calibrated on."
+    )
+
+
+def _test_lines(test: EndMetric, of: str) -> Iterator[str]:
+    from compress.report import text
+
     where = f"on {text.plural(test.images, 'test image')}"
     if test.custom is not None:
-        for measure in (test.custom, *test.further):
-            before, after = (
-                text.measured(value, measure.unit) for value in (measure.before, measure.after)
-            )
-            yield f"{measure.name} {where}: {before} in torch, {after} exported."
+        for each in (test.custom, *test.further):
+            before, after = (text.measured(v, each.unit) for v in (each.before, each.after))
+            yield f"{each.name} {where}: {before} {of}, {after} exported."
     elif test.top1_before is not None and test.top1_after is not None:
-        yield (
-            f"Top-1 accuracy {where}: {text.percent(test.top1_before)} in torch, "
-            f"{text.percent(test.top1_after)} exported."
-        )
+        before, after = text.percent(test.top1_before), text.percent(test.top1_after)
+        change = f"{text.signed(-test.drop)} points" if test.drop is not None else ""
+        if test.drop_interval is not None:
+            low, high = test.drop_interval.low, test.drop_interval.high
+            change += f", 95% interval {text.signed(-high)} to {text.signed(-low)}"
+        yield f"Top-1 accuracy {where}: {before} {of}, {after} exported ({change})."
 
 
 def _time_lines(found: Exported) -> Iterator[str]:

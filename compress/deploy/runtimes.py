@@ -15,7 +15,7 @@ from compress.errors import ModelError, one_line
 from compress.libraries.record import quiet, require
 from compress.running.structure import rebuilt, tensors
 
-_LONGEST_REASON = 500
+_LONGEST_REASON = 200
 # A session takes the input tensors by their names, and gives the output tensors in order.
 Session = Callable[[Mapping[str, Tensor]], list[Tensor]]
 

@@ -16,9 +16,10 @@ from compress.config import RunConfig
 from compress.data import ImageSet, Loader, draw
 from compress.data.held import hold
 from compress.deploy.difference import Difference
+from compress.deploy.equalise import equalised
 from compress.deploy.file import ExportedFile, Form, make_file
 from compress.deploy.parting import first_parting
-from compress.errors import ArtefactError, ConfigError, GateError
+from compress.errors import ArtefactError, ConfigError, DataError, GateError
 from compress.files import check_apart, check_file, write_atomically
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 from compress.inputs.functions import metric_function
@@ -32,9 +33,11 @@ from compress.inputs.load import (
 )
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.by_task import require_targets
+from compress.measure.outputs import Comparison, results
 from compress.measure.speed import most_seconds
 from compress.network.baseline import prepare
 from compress.pipeline.evaluate import Finished, finished
+from compress.pipeline.int8 import Calibrated, Int8, in_eight_bits
 from compress.pipeline.verify import with_model
 from compress.progress import Track, silent
 from compress.result import EndMetric
@@ -46,6 +49,8 @@ from compress.timing.runtimes import TORCH, RuntimeSeconds, time_runtimes
 
 # Images whose outputs are compared. What a runtime computes wrong is wrong on any of them.
 CHECKED_IMAGES = 64
+# Images for eight bits, a quarter of which judges.
+INT8_IMAGES = 256
 # The largest difference of an output, relative to its largest value, by what is computed in.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
@@ -60,12 +65,14 @@ class Request:
             by the type that is computed in.
         original: The checkpoint that a result was made from, to be timed beside it; ``""`` for
             none.
+        int8: Whether the file computes in eight bits.
         trust_code: As `load_result`.
     """
 
     form: Form
     tolerance: float | None = None
     original: str = ""
+    int8: bool = False
     trust_code: bool = False
 
 
@@ -90,14 +97,17 @@ class Exported:
         opset: The version of ONNX's operators; None for a program.
         batch: The batch size that it takes; None for any.
         inputs: The names of its inputs.
-        outputs: Its outputs, compared with those in torch.
+        outputs: Its outputs in float, compared with those in torch.
         images: On how many images.
         tolerance: What `OutputCheck.largest` may be.
-        agreement: The share of the same predictions there; None without predictions.
-        test: The end metric in torch (before) and on the runtime (after); None without a test set.
+        agreement: The share of the same predictions there, by the file as it is; None without
+            predictions.
+        test: The end metric in torch (before) and of the file (after); None without a test set.
+        beside_original: The same with the original (before); None where none was given.
         times: Of torch, and of all runtimes that are installed and take the file.
         threads: That they computed with.
         warnings: What the user should know.
+        int8: What eight bits did; None in float.
     """
 
     file: str
@@ -111,9 +121,11 @@ class Exported:
     tolerance: float
     agreement: float | None
     test: EndMetric | None
+    beside_original: EndMetric | None
     times: tuple[RuntimeSeconds, ...]
     threads: int
     warnings: tuple[str, ...]
+    int8: Int8 | None = None
 
 
 def export_network(config: RunConfig, request: Request, track: Track = silent) -> Exported:
@@ -141,23 +153,46 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
     reference = next(module.parameters())
     example = like_weights(batched(images[0][0]), reference)
     loader = Loader(request.form.batch or batch_size_for(config, example), config.workers)
-    checked = hold(_whole_batches(images, config, request), loader, track)
+    checked = hold(_checked(images, config, request.form.batch), loader, track)
     traced_with = _example(checked, reference, request)
-    made = make_file(module, traced_with, request.form, _metadata(config, model))
+    for_int8 = (
+        _for_int8(images, config, request.form.batch, loader, reference) if request.int8 else None
+    )
+    shaped = module if for_int8 is None else equalised(module, _chains(config), for_int8.inputs)
+    made = make_file(shaped, traced_with, request.form, _metadata(config, model))
     tolerance = request.tolerance or TOLERANCE[reference.dtype]
     outputs = _compared(module, made, checked, loader, tolerance)
-    alike = Yardstick(loader, None, track).compare(module, made.network, checked, "check")
-    test = None
-    if config.test:
-        yardstick = Yardstick(loader, metric_function(config), track)
-        tested = open_images(config.test, config, module, preprocessing)
-        test = _tested(module, made.network, tested, yardstick)
-    times: tuple[RuntimeSeconds, ...] = ()
+    in_float, int8 = made, None
+    if for_int8 is not None:
+        made, int8 = in_eight_bits(made, for_int8, loader, track)
+    alike = Comparison(None)
+    alike.add_all(*(results(n, loader.batches(checked), "check") for n in (module, made.network)))
+    originals = _original(config, request, example) if request.original else {}
     warnings = [model.runtime.problem] if model.runtime.problem else []
+    test = beside = None
+    if config.test:
+        tested = open_images(config.test, config, module, preprocessing)
+        test_set = _in_whole_batches(tested, request.form.batch)
+        if len(test_set) < len(tested):
+            warnings.append(
+                f"{len(tested) - len(test_set)} test images fill no batch, and are left out."
+            )
+        yardstick = Yardstick(loader, metric_function(config), track)
+        test = _tested(module, made.network, test_set, yardstick)
+        if originals:
+            beside = yardstick.compare(originals[TORCH], made.network, test_set)
+        _hold_to_limits(beside or test, config)
+    times: tuple[RuntimeSeconds, ...] = ()
     if not config.no_latency:
-        networks, problems = made.on_runtimes()
+        networks, problems = in_float.on_runtimes()
         warnings += problems
-        originals = _original(config, request, example) if request.original else {}
+        if int8 is not None:
+            fewer, problems = made.on_runtimes()
+            warnings += problems
+            for name, network in fewer.items():
+                networks[f"{name}, int8"] = network
+                if name in originals:  # beside which eight bits are a saving too
+                    originals[f"{name}, int8"] = originals[name]
         times = time_runtimes(
             {TORCH: module, **networks},
             originals,
@@ -176,11 +211,13 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
         outputs=outputs,
         images=len(checked),
         tolerance=tolerance,
-        agreement=alike.agreement,
+        agreement=alike.metric().agreement,
         test=test,
+        beside_original=beside,
         times=times,
         threads=torch.get_num_threads(),
         warnings=tuple(warnings),
+        int8=int8,
     )
 
 
@@ -200,17 +237,53 @@ def _check_output(config: RunConfig) -> None:
         )
 
 
-def _whole_batches(images: ImageSet, config: RunConfig, request: Request) -> ImageSet:
-    """Images to check on, drawn by the seed; as many as fill batches, where their size is fixed."""
-    size = request.form.batch or 1
+def _checked(images: ImageSet, config: RunConfig, batch: int | None) -> ImageSet:
+    """Images to check on, drawn by the seed; as many as fill batches, where their size is fixed.
+
+    Raises:
+        ConfigError: They do not fill one batch.
+    """
+    size = batch or 1
     if len(images) < size:
         raise ConfigError(
             f"--fixed-batch {size} needs {size} images to check the exported network on, and "
             f"there are {len(images)}."
         )
-    count = min(max(CHECKED_IMAGES, size), len(images)) // size * size
+    fit, validation, _ = draw(len(images), max(CHECKED_IMAGES, size), config.seed)
+    return _in_whole_batches(images.subset([*fit, *validation]), batch)
+
+
+def _in_whole_batches(images: ImageSet, batch: int | None) -> ImageSet:
+    """All images, or those that fill batches of a fixed size."""
+    return images if batch is None else images.subset(range(len(images) // batch * batch))
+
+
+def _for_int8(
+    images: ImageSet, config: RunConfig, batch: int | None, loader: Loader, reference: Tensor
+) -> Calibrated:
+    """Inputs to calibrate on and other images to judge by, drawn as a run draws them.
+
+    Raises:
+        DataError: There are too few.
+    """
+    count = min(config.calibration_images, INT8_IMAGES)
     fit, validation, _ = draw(len(images), count, config.seed)
-    return images.subset([*fit, *validation])
+    first, second = (_in_whole_batches(images.subset(part), batch) for part in (fit, validation))
+    if not len(first) or not len(second):
+        raise DataError(
+            "Eight bits need a batch of images to calibrate on and another to judge by, and "
+            f"{images.source.described} has {len(images)} in all."
+        )
+    inputs = tuple(like_weights(given, reference) for given, _ in loader.batches(first))
+    return Calibrated(inputs, len(first), hold(second, loader))
+
+
+def _chains(config: RunConfig) -> list[str]:
+    """The chains of layers in a result; a plain checkpoint has none that are known."""
+    if not is_artefact(config.checkpoint):
+        return []
+    replacements = read_manifest(config.checkpoint).replacements
+    return [found.name for found in replacements]
 
 
 def _example(images: ImageSet, reference: Tensor, request: Request) -> Any:
@@ -286,6 +359,27 @@ def _tested(
     elif yardstick.metric is None:
         require_labels(images)
     return yardstick.compare(module, network, images)
+
+
+def _hold_to_limits(found: EndMetric, config: RunConfig) -> None:
+    """Refuse a file that loses more than the user allows.
+
+    Raises:
+        GateError: It does, or what a limit is about was not measured.
+    """
+    limits = (
+        ("--max-drop", config.max_drop, found.drop, 1),
+        ("--min-agreement", config.min_agreement, found.agreement, -1),
+    )
+    for flag, limit, value, sign in limits:
+        if limit is None:
+            continue
+        if value is None or sign * value > sign * limit:
+            measured = "was not measured" if value is None else f"is {value:.4g}"
+            what = "drop of the test set's measure" if sign > 0 else "share of equal predictions"
+            raise GateError(
+                f"The {what} {measured}, and {flag} is {limit:g}, so the file was not left behind."
+            )
 
 
 def _original(config: RunConfig, request: Request, example: Any) -> dict[str, nn.Module]:

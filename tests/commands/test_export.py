@@ -155,6 +155,9 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     [
         (("--opset", "7"), 2, "needs opset 18.*Pass --opset 18"),
         (("--to", "pt2", "--opset", "18"), 2, "--opset is a matter of ONNX files"),
+        (("--to", "pt2", "--int8"), 2, "--int8 is a matter of ONNX files"),
+        (("--max-drop", "1"), 2, "--max-drop needs a test set; pass --test"),
+        (("--min-agreement", "2", "--test", "x"), 2, "min_agreement"),
         (("--tolerance", "0"), 2, "tolerance = 0 tolerates nothing"),
         (("--fixed-batch", "49"), 2, "needs 49 images .* there are 48"),
         (("--output", "nowhere/net.onnx"), 3, "there is no folder"),
@@ -223,3 +226,79 @@ def test_one_image_is_enough(made: Workbench) -> None:
     done = command(*exporting(made, "--data", data, "--no-latency"))
     assert done.exit_code == 0, done.stderr
     assert "on 1 image;" in done.stdout
+
+
+def test_eight_bits_are_chosen_measured_and_said(made: Workbench) -> None:
+    asked = ("--int8", "--test", made.test, "--original", made.checkpoint)
+    done = command(*exporting(made, *asked, "--json"))
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    proto = onnx.load(made.output("net.onnx"))
+    stored = {entry.key: entry.value for entry in proto.metadata_props}
+    assert json.loads(stored["compress"])["model"] == SPEC
+    kept = json.loads(stored["compress.int8"])["float"]
+    assert kept == list(said["int8"]["kept"])
+    assert said["int8"]["layers"] == 5  # of the three, two are chains
+    assert said["int8"]["kept_macs"] <= 0.1
+    assert 0 < said["int8"]["distance"] <= said["int8"]["distance_of_all"]
+    assert said["int8"]["images"] == [36, 12]
+    quantised = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    assert sum(name.endswith("weight_quantized") for name in quantised) == 5 - len(kept)
+    runtimes = {each["runtime"] for each in said["times"]}
+    assert {"torch", "onnxruntime", "onnxruntime, int8"} <= runtimes
+    # Measured once more, by hand.
+    session = onnxruntime.InferenceSession(str(made.output("net.onnx")))
+    right = session.run(None, {"input": IMAGES.numpy()})[0].argmax(1) == made_images(24, seed=2)[1]
+    assert said["test"]["top1_after"] == pytest.approx(right.mean())
+    original = made.report()["result"]["test"]["top1_before"]
+    assert said["beside_original"]["top1_before"] == pytest.approx(original)
+    shown = command(*exporting(made, *asked, "--force", "--no-latency")).stdout
+    assert re.search(r"layers in eight bits[.;]", shown)
+    assert "of the original" in shown
+    assert made.leftovers() == ["net.onnx", "out"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (("--max-drop", "0.5"), "drop of the test set's measure is .*, and --max-drop is 0.5"),
+        (("--min-agreement", "0.99"), "share of equal predictions is .* --min-agreement is 0.99"),
+    ],
+)
+def test_limits_are_held_against_the_original(
+    bench: Workbench, limit: tuple[str, ...], words: str
+) -> None:
+    # A file whose numbers are right, and whose network is worse than its original.
+    assert bench.run("--rank", "conv2=1", "--rank", "conv1=1", "--no-refit").exit_code == 0
+    asked = ("--test", bench.test, "--original", bench.checkpoint, "--no-latency")
+    tested = bench.report()["result"]["test"]
+    assert tested["agreement"] < 0.99
+    assert tested["drop"] > 0.5
+    assert re.search(words, paragraph(command(*exporting(bench, *asked, *limit)), 1))
+    assert bench.leftovers() == ["out"]
+
+
+def test_eight_bits_need_two_images(made: Workbench) -> None:
+    images, labels = made_images(1)
+    np.savez(made.folder / "one.npz", images=images, labels=labels)
+    data = f"tensors:{made.folder / 'one.npz'}"
+    assert "a batch of images to calibrate on and another" in paragraph(
+        command(*exporting(made, "--data", data, "--int8")), 3
+    )
+
+
+def test_images_of_one_class_will_do(made: Workbench) -> None:
+    images, labels = made_images(30)
+    np.savez(made.folder / "same.npz", images=images, labels=0 * labels)
+    data = f"tensors:{made.folder / 'same.npz'}"
+    done = command(*exporting(made, "--data", data, "--int8", "--no-latency"))
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_fixed_batch_takes_whole_batches_of_all_sets(made: Workbench) -> None:
+    asked = ("--fixed-batch", "7", "--int8", "--test", made.test, "--no-latency", "--json")
+    done = command(*exporting(made, *asked))
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["warnings"] == ["3 test images fill no batch, and are left out."]
+    assert (said["images"], said["test"]["images"], said["int8"]["images"]) == (42, 21, [35, 7])

@@ -1,0 +1,138 @@
+"""Which layers of an exported network have eight bits, decided by what that does to its outputs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress.data import ImageSet, Loader
+from compress.deploy.file import ExportedFile
+from compress.deploy.int8 import Quantiser
+from compress.deploy.runtimes import OnRuntime, onnx_session
+from compress.measure.outputs import Comparison, results
+from compress.progress import Track
+from compress.running.structure import tensors
+
+# Layers in float may hold this share of the MACs, which is what they cost in time.
+FLOAT_SHARE = 0.1
+# More layers stay in float only where that brings the outputs nearer by so much.
+WORTH = 0.9
+METADATA_KEY = "compress.int8"
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What became of a network in eight bits.
+
+    Attributes:
+        layers: How many layers have weights.
+        kept: The names of those that stay in float.
+        kept_macs: Their share of the MACs.
+        distance: Between the outputs in float and in eight bits, on images that were not
+            calibrated on: the mean KL divergence of predictions, or the relative squared error of
+            other outputs.
+        distance_of_all: The same with all layers in eight bits.
+        images: How many images were calibrated on, and how many decided.
+    """
+
+    layers: int
+    kept: tuple[str, ...]
+    kept_macs: float
+    distance: float
+    distance_of_all: float
+    images: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What decides about eight bits.
+
+    Attributes:
+        inputs: Batches that decide the ranges of activations.
+        images: How many images these hold.
+        judge: Other images, that decide which layers stay in float.
+    """
+
+    inputs: tuple[Any, ...]
+    images: int
+    judge: ImageSet
+
+
+def in_eight_bits(
+    made: ExportedFile, given: Calibrated, loader: Loader, track: Track
+) -> tuple[ExportedFile, Int8]:
+    """Quantise an exported network and choose the layers that stay in float.
+
+    Each layer is quantised alone, and its effect on the outputs is measured. Those that lose most
+    for their MACs stay in float: as many, doubling, as make the whole network better.
+
+    Args:
+        made: An ONNX file in float.
+        given: What it is decided by.
+        loader: How images reach the network.
+        track: Progress.
+
+    Raises:
+        ModelError: There is nothing to quantise, or ONNX Runtime cannot.
+    """
+    reference = next(made.network.parameters())
+    names, judge = made.traced.inputs, given.judge
+    batches = [dict(zip(names, tensors(inputs).values(), strict=True)) for inputs in given.inputs]
+    assert made.onnx is not None
+    expected = list(results(made.network, loader.batches(judge), "int8"))
+
+    def network(content: bytes) -> nn.Module:
+        return OnRuntime(onnx_session(content), made.traced, reference)
+
+    def distance(content: bytes) -> float:
+        comparison = Comparison(None)
+        comparison.add_all(expected, results(network(content), loader.batches(judge), "int8"))
+        return _distance(comparison)
+
+    with tempfile.TemporaryDirectory() as folder:
+        quantiser = Quantiser(made.onnx, batches, Path(folder))
+        nodes = list(quantiser.layers)
+        content = quantiser.without(())
+        of_all = best = distance(content)
+        lost = {n: distance(quantiser.only(n)) for n in track(nodes, "int8 layers", len(nodes))}
+        kept: tuple[str, ...] = ()
+        for candidate in _candidates(lost, quantiser.macs):
+            tried = quantiser.without(candidate)
+            found = distance(tried)
+            if found < WORTH * best:
+                kept, content, best = candidate, tried, found
+        layers = tuple(quantiser.layers[node] for node in kept)
+        model = quantiser.finished(content, {METADATA_KEY: json.dumps({"float": layers})})
+    total = sum(quantiser.macs.values())
+    share = sum(quantiser.macs[node] for node in kept) / max(total, 1)
+    images = (given.images, len(judge))
+    said = Int8(len(nodes), layers, share, best, of_all, images)
+    content = model.content()
+    return ExportedFile(content, network(content), made.traced, model), said
+
+
+def _distance(comparison: Comparison) -> float:
+    """The mean divergence of predictions, or how far other outputs are apart."""
+    if comparison.ranked and comparison.reading is not None:
+        return float(comparison.reading.parts[0].divergence(*comparison.logits()).mean())
+    found = comparison.metric()
+    if found.mean_kl is not None:
+        return found.mean_kl
+    return sum(output.relative_mse or 0.0 for output in found.outputs)
+
+
+def _candidates(lost: dict[str, float], macs: dict[str, int]) -> list[tuple[str, ...]]:
+    """Layers that could stay in float: the first one, two, four … by loss for their MACs."""
+    order = sorted(lost, key=lambda node: lost[node] / max(macs[node], 1), reverse=True)
+    most = FLOAT_SHARE * sum(macs.values())
+    chosen: list[str] = []
+    for node in order:
+        if sum(macs[n] for n in (*chosen, node)) <= most:
+            chosen.append(node)
+    counts = [2**power for power in range(len(chosen).bit_length())]
+    return [tuple(chosen[:count]) for count in (*counts, len(chosen)) if chosen]
