@@ -63,6 +63,11 @@ def draw(
     return order[: total - validating], order[total - validating : total], order[total:]
 
 
+def in_whole_batches(images: ImageSet, batch: int | None) -> ImageSet:
+    """Return all images, or the first that fill batches of a fixed size."""
+    return images if batch is None else images.subset(range(len(images) // batch * batch))
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batches of a set, in order, always the same; iterate as often as needed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from torch import Tensor, nn
 
 from compress.artefact.manifest import is_artefact, read_manifest, versions
 from compress.config import RunConfig
-from compress.data import ImageSet, Loader, draw
+from compress.data import ImageSet, Loader, Preprocessing, draw, in_whole_batches
 from compress.data.held import hold
-from compress.deploy.difference import Difference
 from compress.deploy.equalise import equalised
 from compress.deploy.file import ExportedFile, Form, make_file
-from compress.deploy.parting import first_parting
-from compress.errors import ArtefactError, ConfigError, DataError, GateError
+from compress.errors import ArtefactError, ConfigError
 from compress.files import check_apart, check_file, write_atomically
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 from compress.inputs.functions import metric_function
@@ -38,12 +37,12 @@ from compress.measure.speed import most_seconds
 from compress.network.baseline import prepare
 from compress.pipeline.evaluate import Finished, finished
 from compress.pipeline.int8 import Calibrated, Int8, in_eight_bits
+from compress.pipeline.parity import OutputCheck, compare_outputs, hold_to_limits
 from compress.pipeline.verify import with_model
 from compress.progress import Track, silent
 from compress.result import EndMetric
-from compress.running.forward import evaluation_mode, run_model
 from compress.running.memory_format import put_in_format
-from compress.running.structure import batched, concatenated, expanded, like_weights, tensors
+from compress.running.structure import batched, concatenated, like_weights
 from compress.tasks import TaskMeasure
 from compress.timing.runtimes import TORCH, RuntimeSeconds, time_runtimes
 
@@ -74,16 +73,6 @@ class Request:
     original: str = ""
     int8: bool = False
     trust_code: bool = False
-
-
-@dataclass(frozen=True)
-class OutputCheck:
-    """How far one output is from the original's; see `Difference`."""
-
-    name: str
-    shape: tuple[int, ...]
-    largest: float
-    mean: float
 
 
 @dataclass(frozen=True)
@@ -144,62 +133,26 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
         CompressError: Something is missing or cannot be used.
     """
     begun = time.perf_counter()
-    _check_output(config)
-    config = config.replace(device="cpu")
-    model, preprocessing = finished(config, trust_code=request.trust_code)
-    module = model.module
-    put_in_format(module, "contiguous")
-    images = open_images(config.data or config.test, config, module, preprocessing)
-    reference = next(module.parameters())
-    example = like_weights(batched(images[0][0]), reference)
-    loader = Loader(request.form.batch or batch_size_for(config, example), config.workers)
-    checked = hold(_checked(images, config, request.form.batch), loader, track)
-    traced_with = _example(checked, reference, request)
-    for_int8 = (
-        _for_int8(images, config, request.form.batch, loader, reference) if request.int8 else None
-    )
-    shaped = module if for_int8 is None else equalised(module, _chains(config), for_int8.inputs)
-    made = make_file(shaped, traced_with, request.form, _metadata(config, model))
-    tolerance = request.tolerance or TOLERANCE[reference.dtype]
-    outputs = _compared(module, made, checked, loader, tolerance)
-    in_float, int8 = made, None
-    if for_int8 is not None:
-        made, int8 = in_eight_bits(made, for_int8, loader, track)
+    _check_output(config, request)
+    given = _opened(config.replace(device="cpu"), request)
+    originals = _original(given) if request.original else {}
+    calibrated = None
+    module = given.model.module
+    if request.int8:
+        calibrated = _calibrated(given)
+        module = equalised(module, _chains(config), calibrated.inputs)
+    in_float = make_file(module, given.batch, request.form, _metadata(given))
+    tolerance = request.tolerance or TOLERANCE[given.reference.dtype]
+    checked = hold(_checked(given), given.loader, track)
+    outputs = compare_outputs(given.model.module, in_float, checked, given.loader, tolerance)
+    made, int8 = in_float, None
+    if calibrated is not None:
+        made, int8 = in_eight_bits(in_float, calibrated, given.loader, track)
     alike = Comparison(None)
-    alike.add_all(*(results(n, loader.batches(checked), "check") for n in (module, made.network)))
-    originals = _original(config, request, example) if request.original else {}
-    warnings = [model.runtime.problem] if model.runtime.problem else []
-    test = beside = None
-    if config.test:
-        tested = open_images(config.test, config, module, preprocessing)
-        test_set = _in_whole_batches(tested, request.form.batch)
-        if len(test_set) < len(tested):
-            warnings.append(
-                f"{len(tested) - len(test_set)} test images fill no batch, and are left out."
-            )
-        yardstick = Yardstick(loader, metric_function(config), track)
-        test = _tested(module, made.network, test_set, yardstick)
-        if originals:
-            beside = yardstick.compare(originals[TORCH], made.network, test_set)
-        _hold_to_limits(beside or test, config)
-    times: tuple[RuntimeSeconds, ...] = ()
-    if not config.no_latency:
-        networks, problems = in_float.on_runtimes()
-        warnings += problems
-        if int8 is not None:
-            fewer, problems = made.on_runtimes()
-            warnings += problems
-            for name, network in fewer.items():
-                networks[f"{name}, int8"] = network
-                if name in originals:  # beside which eight bits are a saving too
-                    originals[f"{name}, int8"] = originals[name]
-        times = time_runtimes(
-            {TORCH: module, **networks},
-            originals,
-            example,
-            [made.traced.batch] if made.traced.batch else sorted({1, config.latency_batch}),
-            most_seconds(time.perf_counter() - begun),
-        )
+    pair = (given.model.module, made.network)
+    alike.add_all(*(results(network, given.loader.batches(checked), "check") for network in pair))
+    tested = _tested(given, made, originals, track) if config.test else Tested()
+    times, problems = _timed(given, (in_float, made), originals, time.perf_counter() - begun)
     write_atomically(config.output, made.content)
     return Exported(
         file=config.output,
@@ -212,16 +165,77 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
         images=len(checked),
         tolerance=tolerance,
         agreement=alike.metric().agreement,
-        test=test,
-        beside_original=beside,
+        test=tested.test,
+        beside_original=tested.beside_original,
         times=times,
         threads=torch.get_num_threads(),
-        warnings=tuple(warnings),
+        warnings=(*given.warnings, *tested.warnings, *problems),
         int8=int8,
     )
 
 
-def _check_output(config: RunConfig) -> None:
+@dataclass(frozen=True)
+class _Given:
+    """What an export begins with.
+
+    Attributes:
+        config: The configuration, on the CPU.
+        request: What is asked.
+        model: The finished network, contiguous.
+        preprocessing: How its pictures are prepared.
+        images: Those of ``--data``, else of ``--test``.
+        loader: How they reach networks.
+    """
+
+    config: RunConfig
+    request: Request
+    model: Finished
+    preprocessing: Preprocessing
+    images: ImageSet
+    loader: Loader
+
+    @property
+    def reference(self) -> Tensor:
+        """A weight, for the type that is computed in."""
+        return next(self.model.module.parameters())
+
+    @property
+    def example(self) -> Any:
+        """The inputs of one image ``[1, ...]``."""
+        return like_weights(batched(self.images[0][0]), self.reference)
+
+    @property
+    def batch(self) -> Any:
+        """The inputs of a batch to trace with: of two images, as torch takes one for a constant."""
+        size = self.request.form.batch or 2
+        parts = [batched(self.images[index % len(self.images)][0]) for index in range(size)]
+        return like_weights(concatenated(parts), self.reference)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the network's files."""
+        return (self.model.runtime.problem,) if self.model.runtime.problem else ()
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a test set says: of torch and the file, of the original and the file."""
+
+    test: EndMetric | None = None
+    beside_original: EndMetric | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _opened(config: RunConfig, request: Request) -> _Given:
+    model, preprocessing = finished(config, trust_code=request.trust_code)
+    put_in_format(model.module, "contiguous")
+    images = open_images(config.data or config.test, config, model.module, preprocessing)
+    example = batched(images[0][0])
+    loader = Loader(request.form.batch or batch_size_for(config, example), config.workers)
+    return _Given(config, request, model, preprocessing, images, loader)
+
+
+def _check_output(config: RunConfig, request: Request) -> None:
     """Refuse what is known to fail before any work."""
     if not config.output:
         raise ConfigError("No output given; pass --output FILE for the exported network.")
@@ -229,7 +243,13 @@ def _check_output(config: RunConfig) -> None:
         raise ConfigError(
             "No images given to check the exported network on; pass --data SPEC (or --test SPEC)."
         )
-    check_apart(config.output, input_paths(config), image_folders(config))
+    if request.int8 and not config.data:
+        raise ConfigError(
+            "Eight bits are decided by images, which those of the test set must not be; pass "
+            "--data SPEC."
+        )
+    inputs = [*input_paths(config), *([request.original] if request.original else [])]
+    check_apart(config.output, inputs, image_folders(config))
     check_file(config.output, "exported network")
     if Path(config.output).exists() and not config.force:
         raise ArtefactError(
@@ -237,45 +257,30 @@ def _check_output(config: RunConfig) -> None:
         )
 
 
-def _checked(images: ImageSet, config: RunConfig, batch: int | None) -> ImageSet:
+def _checked(given: _Given) -> ImageSet:
     """Images to check on, drawn by the seed; as many as fill batches, where their size is fixed.
 
     Raises:
         ConfigError: They do not fill one batch.
     """
-    size = batch or 1
+    images, size = given.images, given.request.form.batch or 1
     if len(images) < size:
         raise ConfigError(
             f"--fixed-batch {size} needs {size} images to check the exported network on, and "
             f"there are {len(images)}."
         )
-    fit, validation, _ = draw(len(images), max(CHECKED_IMAGES, size), config.seed)
-    return _in_whole_batches(images.subset([*fit, *validation]), batch)
+    fit, validation, _ = draw(len(images), max(CHECKED_IMAGES, size), given.config.seed)
+    return in_whole_batches(images.subset([*fit, *validation]), given.request.form.batch)
 
 
-def _in_whole_batches(images: ImageSet, batch: int | None) -> ImageSet:
-    """All images, or those that fill batches of a fixed size."""
-    return images if batch is None else images.subset(range(len(images) // batch * batch))
-
-
-def _for_int8(
-    images: ImageSet, config: RunConfig, batch: int | None, loader: Loader, reference: Tensor
-) -> Calibrated:
-    """Inputs to calibrate on and other images to judge by, drawn as a run draws them.
-
-    Raises:
-        DataError: There are too few.
-    """
+def _calibrated(given: _Given) -> Calibrated:
+    """Images for eight bits, drawn as a run draws them."""
+    images, config = given.images, given.config
     count = min(config.calibration_images, INT8_IMAGES)
     fit, validation, _ = draw(len(images), count, config.seed)
-    first, second = (_in_whole_batches(images.subset(part), batch) for part in (fit, validation))
-    if not len(first) or not len(second):
-        raise DataError(
-            "Eight bits need a batch of images to calibrate on and another to judge by, and "
-            f"{images.source.described} has {len(images)} in all."
-        )
-    inputs = tuple(like_weights(given, reference) for given, _ in loader.batches(first))
-    return Calibrated(inputs, len(first), hold(second, loader))
+    batch = given.request.form.batch
+    calibrate, judge = (in_whole_batches(images.subset(part), batch) for part in (fit, validation))
+    return Calibrated.of(calibrate, judge, given.loader, given.model.module)
 
 
 def _chains(config: RunConfig) -> list[str]:
@@ -286,110 +291,56 @@ def _chains(config: RunConfig) -> list[str]:
     return [found.name for found in replacements]
 
 
-def _example(images: ImageSet, reference: Tensor, request: Request) -> Any:
-    """The inputs of a batch to trace with: of two images, since torch takes one for a constant."""
-    size = request.form.batch or 2
-    parts = [batched(images[index % len(images)][0]) for index in range(size)]
-    return like_weights(concatenated(parts), reference)
-
-
-def _metadata(config: RunConfig, model: Finished) -> dict[str, str]:
-    """What the file says of itself: the manifest, and its main points by themselves."""
-    if not model.compressed:
+def _metadata(given: _Given) -> dict[str, str]:
+    """What the file says of itself: the manifest; of a plain checkpoint, where it came from."""
+    config = given.config
+    if not given.model.compressed:
         source = {"source_sha256": source_sha256(config)}
         return {ARTEFACT_KEY: json.dumps({**source, "versions": versions()}, sort_keys=True)}
     return {ARTEFACT_KEY: read_manifest(config.checkpoint).to_json()}
 
 
-def _compared(
-    module: nn.Module, made: ExportedFile, images: ImageSet, loader: Loader, most: float
-) -> tuple[OutputCheck, ...]:
-    """Compare the outputs of the network and of its file.
-
-    Raises:
-        GateError: They differ by more than ``most``.
-    """
-    reference = next(module.parameters())
-    differences = {name: Difference() for name in made.traced.outputs}
-    sizes: dict[str, tuple[int, ...]] = {}
-    for given, _ in loader.batches(images):
-        inputs = like_weights(given, reference)
-        before, after = (_outputs(network, inputs) for network in (module, made.network))
-        for name, expected, found in zip(made.traced.outputs, before, after, strict=True):
-            if expected.shape != found.shape:
-                raise GateError(
-                    f"The exported network's output {name!r} has shape {tuple(found.shape)} where "
-                    f"the network's has {tuple(expected.shape)}, so it was not left behind."
-                )
-            sizes[name] = tuple(expected.shape[1:])
-            differences[name].add(expected, found)
-        worst = max(differences, key=lambda name: differences[name].largest)
-        if differences[worst].largest > most:
-            raise GateError(_parted(worst, differences[worst].largest, made, inputs, most))
-    return tuple(
-        OutputCheck(name, sizes[name], each.largest, each.mean)
-        for name, each in differences.items()
-    )
-
-
-def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.inference_mode(), evaluation_mode(network):
-        return list(tensors(run_model(network, inputs)).values())
-
-
-def _parted(output: str, largest: float, made: ExportedFile, inputs: Any, most: float) -> str:
-    """What differs too much, where that begins, and what to do."""
-    where = ""
-    if made.onnx is not None:
-        first = first_parting(made.onnx, inputs, made.traced.inputs, most)
-        where = f" The first value that differs by more is {first}." if first else ""
-    return (
-        f"The exported network's output {output!r} differs from the network's by {largest:.2g} of "
-        f"its largest value, and at most {most:g} is tolerated, so the file was not left behind."
-        f"{where} Pass --tolerance X where that is good enough for you."
-    )
-
-
 def _tested(
-    module: nn.Module, network: nn.Module, images: ImageSet, yardstick: Yardstick
-) -> EndMetric:
-    """The end metric in torch and on the runtime."""
-    if isinstance(yardstick.metric, TaskMeasure):
-        require_targets(yardstick.metric.task, images)
-    elif yardstick.metric is None:
-        require_labels(images)
-    return yardstick.compare(module, network, images)
-
-
-def _hold_to_limits(found: EndMetric, config: RunConfig) -> None:
-    """Refuse a file that loses more than the user allows.
+    given: _Given, made: ExportedFile, originals: Mapping[str, nn.Module], track: Track
+) -> Tested:
+    """Measure the file on the test set, and hold it to the limits.
 
     Raises:
-        GateError: It does, or what a limit is about was not measured.
+        GateError: A limit is broken.
     """
-    limits = (
-        ("--max-drop", config.max_drop, found.drop, 1),
-        ("--min-agreement", config.min_agreement, found.agreement, -1),
-    )
-    for flag, limit, value, sign in limits:
-        if limit is None:
-            continue
-        if value is None or sign * value > sign * limit:
-            measured = "was not measured" if value is None else f"is {value:.4g}"
-            what = "drop of the test set's measure" if sign > 0 else "share of equal predictions"
-            raise GateError(
-                f"The {what} {measured}, and {flag} is {limit:g}, so the file was not left behind."
-            )
+    config, module = given.config, given.model.module
+    images = open_images(config.test, config, module, given.preprocessing)
+    metric = metric_function(config)
+    if isinstance(metric, TaskMeasure):
+        require_targets(metric.task, images)
+    elif metric is None:
+        require_labels(images)
+    warnings = []
+    if given.request.int8 and images.fingerprint == given.images.fingerprint:
+        warnings.append(
+            "The test images are those that decided about eight bits, so that they say nothing "
+            "about unseen ones."
+        )
+    whole = in_whole_batches(images, given.request.form.batch)
+    if len(whole) < len(images):
+        left = len(images) - len(whole)
+        warnings.append(f"{left} test images fill no batch, and are left out.")
+    yardstick = Yardstick(given.loader, metric, track)
+    test = yardstick.compare(module, made.network, whole)
+    beside = yardstick.compare(originals[TORCH], made.network, whole) if originals else None
+    hold_to_limits(beside or test, config)
+    return Tested(test, beside, tuple(warnings))
 
 
-def _original(config: RunConfig, request: Request, example: Any) -> dict[str, nn.Module]:
+def _original(given: _Given) -> dict[str, nn.Module]:
     """The original on all runtimes; in torch with its norms folded, which is no compression.
 
     Raises:
         ArtefactError: It is not the one that the result was made from.
         ConfigError: What is exported is no result.
     """
-    if not is_artefact(config.checkpoint):
+    config, request = given.config, given.request
+    if not given.model.compressed:
         raise ConfigError(
             "--original is what a result was made from, and a plain checkpoint is exported here; "
             "leave it out."
@@ -398,7 +349,36 @@ def _original(config: RunConfig, request: Request, example: Any) -> dict[str, nn
     asked = config.replace(checkpoint=request.original)
     found = with_model(asked, manifest, ("model",), trust_code=request.trust_code)
     model, _, dtype, _ = load_model(found)
-    model = prepare(model, example).model.to(dtype)
-    inputs = expanded(like_weights(example, next(model.parameters())), request.form.batch or 2)
-    networks, _ = make_file(model, inputs, request.form, {}).on_runtimes()
+    model = prepare(model, given.example).model.to(dtype)
+    networks, _ = make_file(model, given.batch, request.form, {}).on_runtimes()
     return {TORCH: model, **networks}
+
+
+def _timed(
+    given: _Given,
+    files: tuple[ExportedFile, ExportedFile],
+    originals: Mapping[str, nn.Module],
+    so_far: float,
+) -> tuple[tuple[RuntimeSeconds, ...], tuple[str, ...]]:
+    """Time torch, the file in float and the file as it is; also say what cannot be timed."""
+    if given.config.no_latency:
+        return (), ()
+    in_float, made = files
+    networks, problems = in_float.on_runtimes()
+    beside = dict(originals)
+    if made is not in_float:
+        fewer, more = made.on_runtimes()
+        problems += more
+        for name, network in fewer.items():
+            networks[f"{name}, int8"] = network
+            if name in originals:  # beside which eight bits are a saving too
+                beside[f"{name}, int8"] = originals[name]
+    batch = given.request.form.batch
+    times = time_runtimes(
+        {TORCH: given.model.module, **networks},
+        beside,
+        given.example,
+        [batch] if batch else sorted({1, given.config.latency_batch}),
+        most_seconds(so_far),
+    )
+    return times, problems

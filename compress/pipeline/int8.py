@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from compress.data import ImageSet, Loader
+from compress.data.held import hold
 from compress.deploy.file import ExportedFile
 from compress.deploy.int8 import Quantiser
 from compress.deploy.runtimes import OnRuntime, onnx_session
+from compress.errors import DataError
 from compress.measure.outputs import Comparison, results
 from compress.progress import Track
-from compress.running.structure import tensors
+from compress.running.structure import like_weights, tensors
 
 # Layers in float may hold this share of the MACs, which is what they cost in time.
 FLOAT_SHARE = 0.1
@@ -61,6 +63,24 @@ class Calibrated:
     inputs: tuple[Any, ...]
     images: int
     judge: ImageSet
+
+    @classmethod
+    def of(
+        cls, calibrate: ImageSet, judge: ImageSet, loader: Loader, model: nn.Module
+    ) -> Calibrated:
+        """Read some images to calibrate on, and others to judge by.
+
+        Raises:
+            DataError: There are none of one of them.
+        """
+        if not len(calibrate) or not len(judge):
+            raise DataError(
+                "Eight bits need a batch of images to calibrate on and another to judge by, which "
+                f"{calibrate.source.described} does not hold."
+            )
+        reference = next(model.parameters())
+        inputs = tuple(like_weights(given, reference) for given, _ in loader.batches(calibrate))
+        return cls(inputs, len(calibrate), hold(judge, loader))
 
 
 def in_eight_bits(

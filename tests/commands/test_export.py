@@ -287,6 +287,17 @@ def test_eight_bits_need_two_images(made: Workbench) -> None:
     )
 
 
+def test_the_test_set_does_not_decide_about_eight_bits(made: Workbench) -> None:
+    asked = [
+        "export", str(made.output()), "--trust-code", "--test", made.test, "--int8",
+        "--output", str(made.output("net.onnx")), "--no-latency",
+    ]  # fmt: skip
+    assert "pass --data SPEC" in paragraph(command(*asked), 2)
+    same = command(*asked, "--data", made.test)
+    assert same.exit_code == 0, same.stderr
+    assert "say nothing about unseen ones" in " ".join(same.stdout.split())
+
+
 def test_images_of_one_class_will_do(made: Workbench) -> None:
     images, labels = made_images(30)
     np.savez(made.folder / "same.npz", images=images, labels=0 * labels)
