@@ -9,6 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from compress.layers import kind_of
+from compress.linalg.schemes import SCHEMES
+from compress.network.chains import random_chain
+
 
 @dataclass(frozen=True)
 class Case:
@@ -126,3 +130,15 @@ KEPT: tuple[tuple[Case, str], ...] = (
     (_case("one-output", _conv(3, 1, 3), 2, 3, 6, 6), "rank 1"),
     (_case("linear-one-input", _linear(1, 4), 8, 1), "rank 1"),
 )
+
+
+def random_chains(layer: nn.Module, most: int) -> dict[str, nn.Module]:
+    """What each scheme makes of a layer's shape at low ranks, with random weights."""
+    kind = kind_of(layer)
+    assert kind is not None
+    geometry, chains = kind.geometry(layer), {}
+    for scheme in SCHEMES:
+        if scheme.unavailable(geometry) is None:
+            ranks = tuple(min(most, rank) for rank in scheme.full_ranks(geometry))
+            chains[scheme.name] = random_chain(geometry, scheme.name, ranks, layer)
+    return chains

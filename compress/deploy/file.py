@@ -94,6 +94,8 @@ def make_file(
         )
     traced = trace(model, example, form.batch)
     if form.target == PROGRAM:
+        # torch would save the example with the program, and with it somebody's images.
+        traced.program.example_inputs = None
         buffer = io.BytesIO()
         named = {f"{key}.json": value for key, value in metadata.items()}
         torch.export.save(traced.program, buffer, extra_files=named)

@@ -103,7 +103,7 @@ class Quantiser:
 def _reader(quantisation: Any, inputs: Sequence[Mapping[str, Tensor]]) -> Any:
     """The calibration inputs as the quantiser wants to read them."""
 
-    class Reader(quantisation.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantisation.CalibrationDataReader):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
             self.left = iter(inputs)
 

@@ -90,6 +90,7 @@ def test_a_program_runs_where_this_package_is_not_installed(made: Workbench) -> 
         "import torch\n"
         "extra = {'compress.json': ''}\n"
         f"program = torch.export.load({str(made.output('net.pt2'))!r}, extra_files=extra)\n"
+        "assert program.example_inputs is None\n"  # nobody's images are in the file
         f"found = program.module()(torch.load({str(inputs)!r}, weights_only=True))\n"
         f"torch.save(found, {str(outputs)!r})\n"
         "print(extra['compress.json'])\n"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, random_chains
 from torch import Tensor, nn
 
 from compress.deploy.equalise import equalised
-from compress.layers import kind_of
 from compress.layers.registry import registered_kind
-from compress.linalg.schemes import SCHEMES
-from compress.network.chains import random_chain
 
 
 class Chains(nn.Module):
@@ -19,20 +16,13 @@ class Chains(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        kind = kind_of(layer)
-        assert kind is not None
-        geometry = kind.geometry(layer)
-        self.chains = nn.ModuleDict()
-        for scheme in SCHEMES:
-            if scheme.unavailable(geometry) is None:
-                ranks = tuple(min(3, rank) for rank in scheme.full_ranks(geometry))
-                chain = random_chain(geometry, scheme.name, ranks, layer)
-                first = chain[0]
-                with torch.no_grad():
-                    weight = registered_kind(first).weight(first)
-                    sizes = 10.0 ** -torch.arange(weight.shape[1], dtype=weight.dtype)
-                    weight.mul_(sizes.view(1, -1, *[1] * (weight.dim() - 2)))
-                self.chains[scheme.name] = chain
+        self.chains = nn.ModuleDict(random_chains(layer, 3))
+        for chain in self.chains.values():
+            first = chain[0]
+            weight = registered_kind(first).weight(first)
+            sizes = 10.0 ** -torch.arange(weight.shape[1], dtype=weight.dtype)
+            with torch.no_grad():
+                weight.mul_(sizes.view(1, -1, *[1] * (weight.dim() - 2)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [chain(x) for chain in self.chains.values()]

@@ -9,7 +9,7 @@ from functools import cache
 import onnx
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, random_chains
 from networks.awkward import Plain
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from compress.deploy.parting import first_parting
 from compress.deploy.program import Traced, trace
 from compress.deploy.runtimes import OnRuntime, onnx_session
 from compress.errors import ConfigError, ModelError
-from compress.layers import kind_of
-from compress.linalg.schemes import SCHEMES
-from compress.network.chains import random_chain
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
@@ -40,14 +37,7 @@ class Chains(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        kind = kind_of(layer)
-        assert kind is not None
-        geometry = kind.geometry(layer)
-        self.parts = nn.ModuleList([layer])
-        for scheme in SCHEMES:
-            if scheme.unavailable(geometry) is None:
-                ranks = tuple(min(2, rank) for rank in scheme.full_ranks(geometry))
-                self.parts.append(random_chain(geometry, scheme.name, ranks, layer))
+        self.parts = nn.ModuleList([layer, *random_chains(layer, 2).values()])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [part(x) for part in self.parts]
