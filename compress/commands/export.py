@@ -13,7 +13,7 @@ from compress.commands.terminal import Terminal, table
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
-    from compress.pipeline.export import Exported
+    from compress.pipeline.exported import Exported
     from compress.result import EndMetric
 
 
@@ -88,7 +88,8 @@ def export(settings: Settings, terminal: Terminal, **asked: Any) -> None:
     """
     from compress.artefact.manifest import is_artefact, read_manifest, recorded_settings
     from compress.deploy.file import Form
-    from compress.pipeline.export import Request, export_network
+    from compress.pipeline.export import export_network
+    from compress.pipeline.exported import Request
 
     tolerance = asked["tolerance"]
     if tolerance is not None and tolerance <= 0:

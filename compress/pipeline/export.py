@@ -17,7 +17,7 @@ from compress.config import RunConfig
 from compress.data import ImageSet, Loader, Preprocessing, draw, in_whole_batches
 from compress.data.held import hold
 from compress.deploy.equalise import equalised
-from compress.deploy.file import ExportedFile, Form, make_file
+from compress.deploy.file import ExportedFile, make_file
 from compress.errors import ArtefactError, ConfigError
 from compress.files import check_apart, check_file, write_atomically
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
@@ -36,8 +36,9 @@ from compress.measure.outputs import Comparison, results
 from compress.measure.speed import most_seconds
 from compress.network.baseline import prepare
 from compress.pipeline.evaluate import Finished, finished
-from compress.pipeline.int8 import Calibrated, Int8, in_eight_bits
-from compress.pipeline.parity import OutputCheck, compare_outputs, hold_to_limits
+from compress.pipeline.exported import Exported, Request
+from compress.pipeline.int8 import Calibrated, in_eight_bits
+from compress.pipeline.parity import compare_outputs, hold_to_limits
 from compress.pipeline.verify import with_model
 from compress.progress import Track, silent
 from compress.result import EndMetric
@@ -52,69 +53,6 @@ CHECKED_IMAGES = 64
 INT8_IMAGES = 256
 # The largest difference of an output, relative to its largest value, by what is computed in.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of an export beside the configuration.
-
-    Attributes:
-        form: The kind of file.
-        tolerance: The largest difference of an output, relative to its largest value; None for one
-            by the type that is computed in.
-        original: The checkpoint that a result was made from, to be timed beside it; ``""`` for
-            none.
-        int8: Whether the file computes in eight bits.
-        trust_code: As `load_result`.
-    """
-
-    form: Form
-    tolerance: float | None = None
-    original: str = ""
-    int8: bool = False
-    trust_code: bool = False
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A file that was written, and what it was checked by.
-
-    Attributes:
-        file: Where it is.
-        target: ``"onnx"`` or ``"pt2"``.
-        bytes: Its size.
-        opset: The version of ONNX's operators; None for a program.
-        batch: The batch size that it takes; None for any.
-        inputs: The names of its inputs.
-        outputs: Its outputs in float, compared with those in torch.
-        images: On how many images.
-        tolerance: What `OutputCheck.largest` may be.
-        agreement: The share of the same predictions there, by the file as it is; None without
-            predictions.
-        test: The end metric in torch (before) and of the file (after); None without a test set.
-        beside_original: The same with the original (before); None where none was given.
-        times: Of torch, and of all runtimes that are installed and take the file.
-        threads: That they computed with.
-        warnings: What the user should know.
-        int8: What eight bits did; None in float.
-    """
-
-    file: str
-    target: str
-    bytes: int
-    opset: int | None
-    batch: int | None
-    inputs: tuple[str, ...]
-    outputs: tuple[OutputCheck, ...]
-    images: int
-    tolerance: float
-    agreement: float | None
-    test: EndMetric | None
-    beside_original: EndMetric | None
-    times: tuple[RuntimeSeconds, ...]
-    threads: int
-    warnings: tuple[str, ...]
-    int8: Int8 | None = None
 
 
 def export_network(config: RunConfig, request: Request, track: Track = silent) -> Exported:
