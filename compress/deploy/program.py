@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,19 +134,28 @@ def _inputs_by_name(model: nn.Module, example: Any) -> Iterable[str]:
 def _why_not(error: Exception, *, fixed: bool) -> str:
     """What keeps a network from being traced, and what to do about it."""
     kind, said = type(error).__name__, one_line(error)[:_LONGEST_REASON]
-    if "DataDependent" in kind or "data-dependent" in said or "GuardOnDataDependent" in said:
+    if "DataDependent" in kind or "data-dependent" in said:
         return (
-            "The network cannot be exported: its forward decides by the values of its data "
-            f"({said}), which no exported graph can hold. Rewrite that decision with torch.where, "
-            "or export the part of the network that has none."
+            "The network cannot be exported: its forward decides by the values of its data"
+            f"{_where(error)}, which no exported graph can hold. Rewrite that decision with "
+            "torch.where, or export the part of the network that has none."
         )
-    if not fixed and ("batch" in said and ("Constraint" in said or "specialized" in said)):
+    if not fixed and "batch" in said and ("Constraint" in said or "specialized" in said):
         return (
             "The network cannot be exported for batches of any size: its forward computes with the "
-            f"batch size of the example ({said}). Pass --fixed-batch N to export it for batches of "
-            "N."
+            "batch size of the example. Pass --fixed-batch N to export it for batches of N."
         )
     return (
         f"The network cannot be exported: torch.export raised {kind}: {said}. Where that is about "
         "the size of the batch, --fixed-batch N exports it for batches of N."
     )
+
+
+def _where(error: Exception) -> str:
+    """The line of the network's code that an error came out of, to be read behind a phrase."""
+    known = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (torch.__file__, __file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(("<", *known))]
+    if not theirs:
+        return ""
+    return f" ({os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno})"
