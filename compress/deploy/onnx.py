@@ -1,4 +1,4 @@
-"""ONNX files: made by torch's exporter, checked, described, and put on disk in one step."""
+"""ONNX models: made by torch's exporter, checked, and with nothing of the machine in them."""
 
 from __future__ import annotations
 
@@ -97,9 +97,12 @@ def to_onnx(traced: Traced, metadata: Mapping[str, str], opset: int | None = Non
 
 def _prepare(model: Any) -> None:
     """Give weights the network's own names, and drop what tells of the code and the machine."""
+    taken = {value.name for value in model.graph.inputs}
+    taken |= {value.name for node in model.graph.all_nodes() for value in node.outputs}
     for value in list(model.graph.initializers.values()):
-        if value.name.startswith(_WRAPPED):
-            value.name = value.name.removeprefix(_WRAPPED)
+        own = value.name.removeprefix(_WRAPPED)
+        if own not in taken:  # by what an operator computes, such as "add"
+            value.name = own
     for node in model.graph.all_nodes():
         for holder in (node, *node.outputs):
             holder.metadata_props.clear()

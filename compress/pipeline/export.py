@@ -89,7 +89,7 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
     alike = Comparison(None)
     pair = (given.model.module, made.network)
     alike.add_all(*(results(network, given.loader.batches(checked), "check") for network in pair))
-    tested = _tested(given, made, originals, track) if config.test else Tested()
+    tested = _tested(given, made, originals, track) if config.test else _Tested()
     times, problems = _timed(given, (in_float, made), originals, time.perf_counter() - begun)
     write_atomically(config.output, made.content)
     return Exported(
@@ -156,7 +156,7 @@ class _Given:
 
 
 @dataclass(frozen=True)
-class Tested:
+class _Tested:
     """What a test set says: of torch and the file, of the original and the file."""
 
     test: EndMetric | None = None
@@ -240,7 +240,7 @@ def _metadata(given: _Given) -> dict[str, str]:
 
 def _tested(
     given: _Given, made: ExportedFile, originals: Mapping[str, nn.Module], track: Track
-) -> Tested:
+) -> _Tested:
     """Measure the file on the test set, and hold it to the limits.
 
     Raises:
@@ -267,7 +267,7 @@ def _tested(
     test = yardstick.compare(module, made.network, whole)
     beside = yardstick.compare(originals[TORCH], made.network, whole) if originals else None
     hold_to_limits(beside or test, config)
-    return Tested(test, beside, tuple(warnings))
+    return _Tested(test, beside, tuple(warnings))
 
 
 def _original(given: _Given) -> dict[str, nn.Module]:

@@ -99,6 +99,23 @@ def test_norms_are_folded_and_weights_keep_their_names() -> None:
     assert torch.equal(torch.tensor(weights["head.weight"]), network.head.weight)
 
 
+def test_a_weight_may_be_called_what_an_operator_is() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mul, self.input = nn.Parameter(torch.rand(3)), nn.Parameter(torch.rand(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.mul + self.input).relu()
+
+    network = Scaled().eval()
+    traced = trace(network, torch.randn(2, 3))
+    exported = _loaded(to_onnx(traced, {}), traced, network)
+    inputs = torch.randn(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), network(inputs))
+
+
 def test_the_file_says_what_it_is_and_nothing_of_the_machine() -> None:
     model = onnx.load_from_string(_plain()[2].content())
     assert [(p.key, p.value) for p in model.metadata_props] == [("compress", '{"rule": "macs"}')]
