@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,12 +24,13 @@ def stop_the_clock(patch: pytest.MonkeyPatch, **seconds: float) -> None:
         return {name: taken(name, "contiguous") for name in models}
 
     def by_format(
-        models: Mapping[str, Any], images: Any, formats: Sequence[str] = (), **_: Any
+        models: Mapping[str, Any], images: Any, formats: Any = (), *_: Any, **__: Any
     ) -> dict[tuple[str, str], Timing]:
         return {
             (name, form): Timing(taken(name, form), 1, len(images), form, 1)
             for name in models
-            for form in formats or MEMORY_FORMATS
+            for form in (formats[name] if isinstance(formats, Mapping) else formats)
+            or MEMORY_FORMATS
         }
 
     patch.setattr("compress.measure.speed.time_network_formats", by_format)

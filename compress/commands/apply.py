@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", metavar="FILE", help="The checkpoint that the plan was made for.")
 @configured(
     "model", "data", "test", "output", "schemes", "gates", "images", "calibration", "fit",
-    "evaluation", "curve", "compute",
+    "evaluation", "curve", "export", "compute",
 )  # fmt: skip
 def apply(settings: Settings, terminal: Terminal, plan_file: str) -> None:
     """Carry out PLAN: fit, rewrite, verify, save, report. Model and metric are the plan's."""

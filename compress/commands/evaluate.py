@@ -59,7 +59,10 @@ def _lines(found: Evaluation) -> list[str]:
         ("parameters", text.whole(found.cost.params)),
         ("bytes", text.size(found.cost.bytes)),
     ]
-    rows += [(f"time, batch {x.batch_size}", text.seconds(x.seconds)) for x in found.latency]
+    several = len({x.runtime for x in found.latency}) > 1
+    for x in found.latency:
+        where = f", {text.runtime(x.runtime)}" if several else ""
+        rows.append((f"time, batch {x.batch_size}{where}", text.seconds(x.seconds)))
     kind = "compressed" if found.compressed else "original"
     head = (f"{found.model or 'model'} ({kind}, {found.dtype})", f"{found.device}")
     return [*table(head, rows), *(f"Warning: {w}" for w in found.warnings)]

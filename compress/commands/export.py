@@ -10,6 +10,7 @@ import click
 
 from compress.commands.options import FINITE, Settings, configured, example
 from compress.commands.terminal import Terminal, table
+from compress.config import EXPORTS
 from compress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     "target",
-    type=click.Choice(["onnx", "pt2"]),
+    type=click.Choice(EXPORTS),
     default="onnx",
     show_default=True,
     help="An ONNX file, or a program of torch.export, which runs where this package is not "
@@ -108,10 +109,11 @@ def export(settings: Settings, terminal: Terminal, **asked: Any) -> None:
         form, tolerance, asked["original"], asked["int8"], trust_code=settings.trust_code
     )
     found = export_network(config, request, terminal.track)
-    terminal.show(asdict(found), _lines(found))
+    terminal.show(asdict(found), export_lines(found))
 
 
-def _lines(found: Exported) -> Iterator[str]:
+def export_lines(found: Exported) -> Iterator[str]:
+    """What an export came to, line by line."""
     from compress.report import text
 
     batch = f"batches of {found.batch}" if found.batch else "batches of any size"

@@ -14,7 +14,9 @@ import click
 
 from compress.commands.terminal import Terminal
 from compress.config import (
+    EXPORTS,
     METRICS,
+    RUNTIMES,
     TASK_NAMES,
     Role,
     RunConfig,
@@ -177,6 +179,9 @@ _EVALUATION = (
        "for networks that are not classifiers."),
     _o("--latency-batch", type=int, metavar="N", text="Time batches of N, besides batches of one "
        "(default 8)."),
+    _o("--runtime", type=click.Choice(RUNTIMES), text="What the networks are timed on, and what a "
+       "budget of --latency is a share of (default torch): torch.compile, ONNX Runtime "
+       "(compress[onnx]) or OpenVINO (compress[openvino]); others than torch are shown beside it."),
     _o("--no-latency", is_flag=True, text="Time nothing. By default timing takes at most a tenth "
        "of the time spent before, or 5 seconds where that is more, with fewer rounds where the "
        "network is slow."),
@@ -197,6 +202,10 @@ _OUTPUT = (
     _o("--output", metavar="DIR", text="The result folder."),
     _o("--force", is_flag=True, text="Replace an existing result."),
 )  # fmt: skip
+_EXPORT = (
+    _o("--export", type=click.Choice(EXPORTS), text="Also export the result, as compress export "
+       "does, to model.onnx or model.pt2 in the result folder."),
+)  # fmt: skip
 
 GROUPS: dict[str, tuple[Decorator, ...]] = {
     "model": _MODEL,
@@ -212,6 +221,7 @@ GROUPS: dict[str, tuple[Decorator, ...]] = {
     "curve": _CURVE,
     "gates": _GATES,
     "output": _OUTPUT,
+    "export": _EXPORT,
 }
 _COMMON = (
     click.option("--config", "config_file", metavar="FILE", help="Settings as TOML; flags win."),

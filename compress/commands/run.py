@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from compress.commands.options import Settings, configured, example
 from compress.commands.terminal import Terminal
-from compress.errors import GateError
+from compress.errors import CompressError, GateError
 
 if TYPE_CHECKING:
     from compress.config import RunConfig
+    from compress.pipeline.exported import Exported
     from compress.plan import Plan
 
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False)
 @configured(
     "model", "data", "test", "output", "rules", "schemes", "gates", "images", "calibration", "fit",
-    "evaluation", "curve", "compute",
+    "evaluation", "curve", "export", "compute",
 )  # fmt: skip
 def run(settings: Settings, terminal: Terminal) -> None:
     """Compress CHECKPOINT: calibrate, choose ranks, rewrite, verify, save, report."""
@@ -37,17 +39,33 @@ def run_and_show(config: RunConfig, terminal: Terminal, plan: Plan | None = None
     Raises:
         CompressError: As `compress.pipeline.run.run`.
     """
+    from compress.commands.export import export_lines
     from compress.commands.summary import run_summary
     from compress.pipeline import run as pipeline
+    from compress.pipeline.export import export_result
     from compress.report import read_report
 
-    def show() -> None:
+    def show(exported: Exported | None = None) -> None:
         report = read_report(config.output)
-        terminal.show(report, run_summary(report, config.output))
+        lines = run_summary(report, config.output)
+        if exported is None:
+            terminal.show(report, lines)
+        else:
+            terminal.show(
+                {**report, "exported": asdict(exported)}, [*lines, "", *export_lines(exported)]
+            )
 
     try:
         pipeline.run(config, plan=plan, track=terminal.track)
     except GateError:
         show()
         raise
-    show()
+    if not config.export:
+        show()
+        return
+    try:
+        exported = export_result(config, terminal.track)
+    except CompressError:
+        show()
+        raise
+    show(exported)

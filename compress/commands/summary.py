@@ -95,6 +95,11 @@ def _layer(layer: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _on_runtime(cost: dict[str, Any], latency: dict[str, Any]) -> str:
+    """The runtime of a time, where it needs to be said."""
+    return f", {text.runtime(latency['runtime'])}" if cost["beside"] else ""
+
+
 def _totals(report: Report) -> list[str]:
     cost, head = report["result"]["cost"], report["headline"]
     folded, small = cost["folded"], cost["compressed"]
@@ -107,9 +112,9 @@ def _totals(report: Report) -> list[str]:
         ("bytes", text.size(folded["bytes"]), text.size(small["bytes"]), head["bytes_ratio"]),
     ]  # fmt: skip
     rows += [
-        (f"time, batch {x['batch_size']}", text.seconds(x["dense_seconds"]),
+        (f"time, batch {x['batch_size']}{_on_runtime(cost, x)}", text.seconds(x["dense_seconds"]),
          text.seconds(x["seconds"]), x["ratio"])
-        for x in cost["latency"]
+        for x in (*cost["latency"], *cost["beside"])
     ]  # fmt: skip
     shown = [(name, before, after, text.ratio(ratio)) for name, before, after, ratio in rows]
     return [*table(("", "before", "after", "ratio"), shown), ""]

@@ -5,12 +5,25 @@ Precedence is default < config file < flag. An unknown key is an error that list
 
 from compress.config.reading import check_keys, make_config, read_toml
 from compress.config.record import Role, RunConfig, settings_of
-from compress.config.values import LARGEST_SEED, METRICS, TASK_NAMES, WAYS
+from compress.config.values import (
+    COMPILE,
+    EXPORTS,
+    LARGEST_SEED,
+    METRICS,
+    RUNTIMES,
+    TASK_NAMES,
+    TORCH,
+    WAYS,
+)
 
 __all__ = [
+    "COMPILE",
+    "EXPORTS",
     "LARGEST_SEED",
     "METRICS",
+    "RUNTIMES",
     "TASK_NAMES",
+    "TORCH",
     "WAYS",
     "Role",
     "RunConfig",

@@ -106,9 +106,12 @@ class RunConfig:
     recover: float | None = _setting(Role.OUTCOME, None, values.minutes)
     latency_batch: int = _setting(Role.TIMING, 8, values.positive)
     no_latency: bool = _setting(Role.TIMING, False)
+    runtime: str = _setting(Role.TIMING, values.TORCH, values.runtime)
     latency_table: str = _setting(Role.PLACE, "")
     # A measurement more, which changes nothing about the model.
     progressive: bool = _setting(Role.SPEED, False)
+    # A file more, for another runtime.
+    export: str = _setting(Role.SPEED, "", values.export)
 
     # What the result must satisfy on the test set before it is saved.
     max_drop: float | None = _setting(Role.GATE, None, values.points)

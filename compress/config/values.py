@@ -8,6 +8,9 @@ from compress.linalg.schemes import SCHEME_NAMES
 from compress.plan import NARROWER
 
 METRICS = ("loss", "mse")
+TORCH, COMPILE = "torch", "compile"
+EXPORTS = ("onnx", "pt2")
+RUNTIMES = (TORCH, COMPILE, "onnxruntime", "openvino")
 TASK_NAMES = (
     "classification", "multilabel", "regression", "segmentation", "detection", "restoration",
 )  # fmt: skip
@@ -21,6 +24,17 @@ MOST_WORKERS = 1024
 def positive(value: int | None) -> str | None:
     """Say that a number is below one, or None where it is not."""
     return None if value is None or value >= 1 else "is not a positive number"
+
+
+def runtime(value: str) -> str | None:
+    """Say that there is no such runtime."""
+    return None if value in RUNTIMES else f"is not one of {', '.join(RUNTIMES)}"
+
+
+def export(value: str) -> str | None:
+    """Say that there is no such kind of file."""
+    inside = value in ("", *EXPORTS)
+    return None if inside else f"is not one of {', '.join(EXPORTS)}"
 
 
 def size(value: int | tuple[int, ...] | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from compress.deploy.onnx import OnnxModel, to_onnx
 from compress.deploy.program import Traced, trace
-from compress.deploy.runtimes import SESSIONS, OnRuntime, installed, program_session
+from compress.deploy.runtimes import SESSIONS, installed, program_session
 from compress.errors import ModelError
 
 ONNX, PROGRAM = "onnx", "pt2"
@@ -52,8 +52,13 @@ class ExportedFile:
     traced: Traced
     onnx: OnnxModel | None = None
 
-    def on_runtimes(self) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
-        """Load the file into every runtime that is installed.
+    def on_runtimes(
+        self, only: Sequence[str] | None = None
+    ) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+        """Load the file into runtimes.
+
+        Args:
+            only: Which ones; None for all that are installed.
 
         Returns:
             The networks by the runtimes' names, and why some do not take the file.
@@ -62,14 +67,15 @@ class ExportedFile:
             return {"torch.export": self.network}, ()
         reference = next(self.network.parameters())
         networks, problems = {_CHECKING: self.network}, []
-        for name, load in SESSIONS.items():
-            if name in networks or not installed(name):
+        wanted = [name for name in SESSIONS if installed(name)] if only is None else only
+        for name in wanted:
+            if name in networks:
                 continue
             try:
-                networks[name] = OnRuntime(load(self.content), self.traced, reference)
+                networks[name] = self.traced.on(SESSIONS[name](self.content), reference)
             except ModelError as error:
                 problems.append(str(error))
-        return networks, tuple(problems)
+        return {name: networks[name] for name in networks if name in wanted}, tuple(problems)
 
 
 def make_file(
@@ -100,8 +106,8 @@ def make_file(
         named = {f"{key}.json": value for key, value in metadata.items()}
         torch.export.save(traced.program, buffer, extra_files=named)
         content = buffer.getvalue()
-        return ExportedFile(content, OnRuntime(program_session(content), traced, reference), traced)
+        return ExportedFile(content, traced.on(program_session(content), reference), traced)
     onnx = to_onnx(traced, metadata, form.opset)
     content = onnx.content()
-    network = OnRuntime(SESSIONS[_CHECKING](content), traced, reference)
+    network = traced.on(SESSIONS[_CHECKING](content), reference)
     return ExportedFile(content, network, traced, onnx)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from compress.deploy.runtimes import OnRuntime, Session
 from compress.errors import ModelError, one_line
 from compress.libraries.record import quiet
 from compress.running.forward import evaluation_mode, run_model
@@ -64,6 +65,10 @@ class Traced:
     outputs: tuple[str, ...]
     like: Any
     batch: int | None
+
+    def on(self, session: Session, reference: Tensor) -> OnRuntime:
+        """Return the network as a runtime's session computes it; see `OnRuntime`."""
+        return OnRuntime(session, self.inputs, self.like, reference)
 
 
 def trace(model: nn.Module, example: Any, batch: int | None = None) -> Traced:

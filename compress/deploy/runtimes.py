@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.deploy.program import Traced
 from compress.errors import ModelError, one_line
 from compress.libraries.record import quiet, require
 from compress.running.structure import rebuilt, tensors
@@ -25,14 +24,16 @@ class OnRuntime(nn.Module):
 
     Args:
         session: The runtime's.
-        traced: What the network takes and returns.
+        inputs: The names of the input tensors, in the order of `tensors`.
+        like: What the original returns, for its structure.
         reference: A weight, by which inputs are put into the right type.
     """
 
-    def __init__(self, session: Session, traced: Traced, reference: Tensor) -> None:
+    def __init__(
+        self, session: Session, inputs: Sequence[str], like: Any, reference: Tensor
+    ) -> None:
         super().__init__()
-        self.session = session
-        self.inputs, self.like = traced.inputs, traced.like
+        self.session, self.inputs, self.like = session, tuple(inputs), like
         # What measures a network asks its first parameter for device and type.
         self.reference = nn.Parameter(reference.detach().cpu().flatten()[:1].clone())
 
@@ -57,6 +58,8 @@ def onnx_session(content: bytes) -> Session:
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what it cannot do, it raises
+    # Else its threads go on waiting busily after a batch, and delay whatever takes the next turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its own types, of no common base

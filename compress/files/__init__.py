@@ -3,6 +3,7 @@
 from compress.files.atomic import atomic_folder, atomic_update, sha256_file, write_atomically
 from compress.files.outputs import (
     CALIBRATION_FILE,
+    EXPORT_FILES,
     MODEL_FILE,
     RECOVERY_FILE,
     REPORT,
@@ -27,6 +28,7 @@ from compress.files.sealed import (
 
 __all__ = [
     "CALIBRATION_FILE",
+    "EXPORT_FILES",
     "MODEL_FILE",
     "RECOVERY_FILE",
     "REPORT",

@@ -17,6 +17,7 @@ MODEL_FILE = "model.safetensors"
 RUNTIME_FILE = "runtime.json"
 CALIBRATION_FILE = "calibration.safetensors"
 RECOVERY_FILE = "recovery.safetensors"
+EXPORT_FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
 
@@ -54,9 +55,11 @@ class OutputKind:
         return found
 
 
-_RESULT_FILES = frozenset((MODEL_FILE, RUNTIME_FILE, *REPORT_FILES, "plan.json", "config.toml"))
+_RESULT_FILES = frozenset(
+    (MODEL_FILE, RUNTIME_FILE, *EXPORT_FILES.values(), *REPORT_FILES, "plan.json", "config.toml")
+)
 # A run whose gates failed leaves its report and no model, and may be repeated without asking.
-_FAILED_RUN = _RESULT_FILES - {MODEL_FILE, RUNTIME_FILE}
+_FAILED_RUN = frozenset((*REPORT_FILES, "plan.json", "config.toml"))
 
 _POINT = re.compile(r"[a-z_]+-[0-9.e+-]+-[0-9a-f]{16}\.json")
 _SWEEP_CALIBRATION = re.compile(r"sweep\.calibration-[0-9a-f]{16}\.safetensors")

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.config import RunConfig
+from compress.config import TORCH, RunConfig
+from compress.deploy.engines import Engine, engine_named
 from compress.measure.cost import model_cost
+from compress.measure.runtimes import on_runtimes
 from compress.network.baseline import Network
 from compress.result import CostSummary, Latency
 from compress.running.structure import expanded, like_weights
@@ -40,17 +42,20 @@ class Stopwatch:
         batch: What to time beside batches of one.
         memory_formats: What the result may be saved in; by default what its forward takes.
         most_seconds: How long all of it together may take; None where nothing is to be timed.
+        engine: The runtime.
     """
 
     batch: int
     memory_formats: Sequence[str] = ()
     most_seconds: float | None = math.inf
+    engine: Engine = Engine()
 
     @classmethod
     def of(cls, config: RunConfig, seconds: float, memory_formats: Sequence[str] = ()) -> Stopwatch:
         """What a configuration asks for, after so many seconds of other work."""
         most = None if config.no_latency else most_seconds(seconds)
-        return cls(config.latency_batch, memory_formats, most)
+        engine = Engine() if most is None else engine_named(config.runtime, config.device)
+        return cls(config.latency_batch, memory_formats, most, engine)
 
 
 def most_seconds(seconds: float) -> float:
@@ -82,15 +87,23 @@ def costs(
     if timings:
         chosen = best_format(timings[max(timings)], "compressed", formats)
     left_out = {stopwatch.batch} - timings.keys() if timings else set()
+    rows: tuple[Latency, ...] = tuple(_latency(n, t, chosen) for n, t in timings.items())
+    refused: tuple[str, ...] = ()
+    engine, most = stopwatch.engine, stopwatch.most_seconds
+    if engine.name != TORCH and most is not None:
+        # Torch's times are taken anew, in turns with the others.
+        rows, refused = on_runtimes(models, images, engine, sorted(timings), most)
     return CostSummary(
         original=model_cost(network.original, example, size),
         folded=model_cost(network.model, example, size),
         compressed=model_cost(final, images, size),
-        latency=tuple(_latency(n, found, chosen) for n, found in timings.items()),
+        latency=tuple(row for row in rows if row.runtime == engine.name),
         memory_format=chosen,
         device=str(network.device),
         threads=torch.get_num_threads(),
         too_slow=tuple(left_out),
+        beside=tuple(row for row in rows if row.runtime != engine.name),
+        refused=refused,
     )
 
 

@@ -22,10 +22,10 @@ from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
 from compress.network.tracing import ends_in_sigmoid, trace
 from compress.running.finite import check_finite
-from compress.running.forward import evaluation_mode, require_parameters, run_model, same_outputs
-from compress.running.memory_format import MEMORY_FORMATS, in_memory_format
+from compress.running.formats import formats_of
+from compress.running.forward import evaluation_mode, require_parameters, run_model
 from compress.running.outputs import Reading, read_outputs
-from compress.running.structure import floating, like_weights, main_tensor, placed, tensors
+from compress.running.structure import floating, like_weights, main_tensor
 from compress.tasks import TASKS, read_for
 
 
@@ -167,7 +167,7 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
             f"Patches of more than {LONGEST_PATCH:,} numbers take only the output scheme "
             f"({', '.join(long[:5])}{', ...' if len(long) > 5 else ''})."
         )
-    formats = tuple(f for f in MEMORY_FORMATS if _runs_in(baseline, example, f))
+    formats = formats_of(baseline, example)
     sigmoid = graph is not None and ends_in_sigmoid(baseline, graph)
     reading = _read(original, before, evidence, sigmoid=sigmoid)
     if reading.kind == "answers" and reading.ranked:
@@ -209,22 +209,6 @@ def _fixed_padding(names: tuple[str, ...], example: Any) -> str:
         f"The padding of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} depends on the "
         f"size of the images and was fixed for {size}: give the result images of that size."
     )
-
-
-def _runs_in(model: nn.Module, example: Any, memory_format: str) -> bool:
-    """Whether a model computes the same in a memory format."""
-    if memory_format == "contiguous":
-        return True
-    if all(tensor.dim() != 4 for tensor in tensors(example).values()):
-        return False
-    with torch.no_grad(), evaluation_mode(model):
-        expected, device = run_model(model, example), main_tensor(example).device
-        with in_memory_format(model, memory_format):
-            try:
-                found = run_model(model, placed(example, device, memory_format))
-            except ModelError:
-                return False
-    return same_outputs(expected, found)
 
 
 def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:

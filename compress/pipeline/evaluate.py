@@ -13,8 +13,9 @@ from torch import nn
 from compress.artefact.manifest import is_artefact
 from compress.artefact.model import load_result
 from compress.artefact.runtime import Runtime, read_runtime
-from compress.config import RunConfig
+from compress.config import TORCH, RunConfig
 from compress.data import ImageSet, Loader, Preprocessing, check_labels
+from compress.deploy.engines import engine_named
 from compress.errors import ConfigError
 from compress.inputs.functions import metric_function
 from compress.inputs.load import batch_size_for, load_model, open_images, preprocessing_of
@@ -23,7 +24,9 @@ from compress.measure.accuracy import Yardstick, custom_value, require_labels, r
 from compress.measure.by_task import ByTask, records
 from compress.measure.cost import model_cost
 from compress.measure.paired import compare_logits
+from compress.measure.runtimes import on_runtimes
 from compress.measure.speed import most_seconds
+from compress.pipeline.places import check_runtime
 from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
 from compress.running.outputs import read_outputs
@@ -35,10 +38,11 @@ from compress.timing.turns import Pace
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of a batch."""
+    """Median seconds of a batch on a runtime."""
 
     batch_size: int
     seconds: float
+    runtime: str = TORCH
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Evaluation:
         custom: What the task's measure or the user's own gave (``before`` and ``after`` are equal).
         further: Other measures of the task.
         cost: MACs, parameters, bytes.
-        latency: Measured times; empty with ``no_latency``.
+        latency: Measured times, first those on the runtime asked for; empty with ``no_latency``.
         device: Where it was measured, with ``threads`` CPU threads.
         warnings: What the user should know.
     """
@@ -112,6 +116,7 @@ def evaluate_model(
     spec = config.test or config.data
     if not spec:
         raise ConfigError("No images given; pass --test SPEC (or --data SPEC).")
+    check_runtime(config)
     model, preprocessing = finished(config, trust_code=trust_code)
     images = open_images(spec, config, model.module, preprocessing)
     return measured(model, images, config, track)
@@ -159,7 +164,7 @@ def measured(
         Loader(batch_size_for(config, example), config.workers), metric_function(config), track
     )
     found = _end_metric(module, images, yardstick)
-    timed = _timed(model, example, config, time.perf_counter() - begun)
+    timed, refused = _timed(model, example, config, time.perf_counter() - begun)
     return Evaluation(
         model=model.spec,
         file=config.checkpoint,
@@ -175,7 +180,7 @@ def measured(
         latency=timed,
         device=str(reference.device),
         threads=torch.get_num_threads(),
-        warnings=(*found.warnings, *_timing_warnings(model.runtime, config, timed)),
+        warnings=(*found.warnings, *refused, *_timing_warnings(model.runtime, config, timed)),
     )
 
 
@@ -222,10 +227,24 @@ def _end_metric(module: nn.Module, images: ImageSet, yardstick: Yardstick) -> _E
     )
 
 
-def _timed(model: Finished, example: Any, config: RunConfig, so_far: float) -> tuple[Timed, ...]:
-    """Times by batch, within a share of the seconds so far; what is too slow is left out."""
+def _timed(
+    model: Finished, example: Any, config: RunConfig, so_far: float
+) -> tuple[tuple[Timed, ...], tuple[str, ...]]:
+    """Times on runtimes, and which of them do not take the model."""
     if config.no_latency:
-        return ()
+        return (), ()
+    if config.runtime == TORCH:
+        return _timed_in_torch(model, example, config, so_far), ()
+    engine, networks = engine_named(config.runtime, config.device), {"compressed": model.module}
+    batches, most = sorted({1, config.latency_batch}), most_seconds(so_far)
+    rows, refused = on_runtimes(networks, example, engine, batches, most)
+    return tuple(Timed(row.batch_size, row.seconds, row.runtime) for row in rows), refused
+
+
+def _timed_in_torch(
+    model: Finished, example: Any, config: RunConfig, so_far: float
+) -> tuple[Timed, ...]:
+    """Times by batch, within a share of the seconds so far; what is too slow is left out."""
     timed: list[Timed] = []
     batches, left = sorted({1, config.latency_batch}), most_seconds(so_far)
     for index, batch in enumerate(batches):
@@ -247,7 +266,7 @@ def _timing_warnings(
 ) -> Iterator[str]:
     if runtime.problem:
         yield runtime.problem
-    if timed and timed[-1].batch_size < config.latency_batch:
+    if timed and max(each.batch_size for each in timed) < config.latency_batch:
         yield (
             f"Batches of {config.latency_batch} were not timed: one of them would have taken "
             "longer than timing may take. Pass a smaller --latency-batch."

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.artefact.manifest import is_artefact, read_manifest, versions
-from compress.config import RunConfig
+from compress.config import TORCH, RunConfig
 from compress.data import ImageSet, Loader, Preprocessing, draw, in_whole_batches
 from compress.data.held import hold
 from compress.deploy.equalise import equalised
-from compress.deploy.file import ExportedFile, make_file
+from compress.deploy.file import ExportedFile, Form, make_file
 from compress.errors import ArtefactError, ConfigError
-from compress.files import check_apart, check_file, write_atomically
+from compress.files import EXPORT_FILES, check_apart, check_file, write_atomically
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
 from compress.inputs.functions import metric_function
 from compress.inputs.load import (
@@ -45,7 +45,7 @@ from compress.result import EndMetric
 from compress.running.memory_format import put_in_format
 from compress.running.structure import batched, concatenated, like_weights
 from compress.tasks import TaskMeasure
-from compress.timing.runtimes import TORCH, RuntimeSeconds, time_runtimes
+from compress.timing.runtimes import RuntimeSeconds, time_runtimes
 
 # Images whose outputs are compared. What a runtime computes wrong is wrong on any of them.
 CHECKED_IMAGES = 64
@@ -82,13 +82,13 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
     in_float = make_file(module, given.batch, request.form, _metadata(given))
     tolerance = request.tolerance or TOLERANCE[given.reference.dtype]
     checked = hold(_checked(given), given.loader, track)
-    outputs = compare_outputs(given.model.module, in_float, checked, given.loader, tolerance)
+    outputs, alike = compare_outputs(given.model.module, in_float, checked, given.loader, tolerance)
     made, int8 = in_float, None
     if calibrated is not None:
         made, int8 = in_eight_bits(in_float, calibrated, given.loader, track)
-    alike = Comparison(None)
-    pair = (given.model.module, made.network)
-    alike.add_all(*(results(network, given.loader.batches(checked), "check") for network in pair))
+        alike, pair = Comparison(None), (given.model.module, made.network)
+        batches = (given.loader.batches(checked) for _ in pair)
+        alike.add_all(*(results(*each, "check") for each in zip(pair, batches, strict=True)))
     tested = _tested(given, made, originals, track) if config.test else _Tested()
     times, problems = _timed(given, (in_float, made), originals, time.perf_counter() - begun)
     write_atomically(config.output, made.content)
@@ -110,6 +110,22 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
         warnings=(*given.warnings, *tested.warnings, *problems),
         int8=int8,
     )
+
+
+def export_result(config: RunConfig, track: Track = silent) -> Exported:
+    """Export the result of a run into its own folder; see `export_network`.
+
+    Args:
+        config: That the run was made with; ``export`` names the kind of file.
+        track: Progress.
+    """
+    folder = Path(config.output)
+    request = Request(Form(config.export), original=config.checkpoint)
+    made = config.replace(
+        checkpoint=config.output,
+        output=str(folder / EXPORT_FILES[config.export]),
+    )
+    return export_network(made, request, track)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from compress.data import ImageSet, Loader
 from compress.data.held import hold
 from compress.deploy.file import ExportedFile
 from compress.deploy.int8 import Quantiser
-from compress.deploy.runtimes import OnRuntime, onnx_session
+from compress.deploy.runtimes import onnx_session
 from compress.errors import DataError
 from compress.measure.outputs import Comparison, results
 from compress.progress import Track
@@ -107,7 +107,7 @@ def in_eight_bits(
     expected = list(results(made.network, loader.batches(judge), "int8"))
 
     def network(content: bytes) -> nn.Module:
-        return OnRuntime(onnx_session(content), made.traced, reference)
+        return made.traced.on(onnx_session(content), reference)
 
     def distance(content: bytes) -> float:
         comparison = Comparison(None)

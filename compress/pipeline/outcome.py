@@ -155,7 +155,12 @@ class Record:
             validation=assessed.validation,
             test=assessed.test,
             cost=self.rewritten.cost,
-            warnings=(*inputs.warnings, *network.warnings, *assessed.warnings),
+            warnings=(
+                *inputs.warnings,
+                *network.warnings,
+                *self.rewritten.cost.refused,
+                *assessed.warnings,
+            ),
             folded=tuple(pair.norm for pair in network.folded),
             outputs=network.reading.why,
             rank_correlation=assessed.rank_correlation,

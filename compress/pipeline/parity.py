@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
@@ -14,8 +13,8 @@ from compress.deploy.difference import Difference
 from compress.deploy.file import ExportedFile
 from compress.deploy.parting import first_parting
 from compress.errors import GateError
+from compress.measure.outputs import Comparison, result_of
 from compress.result import EndMetric
-from compress.running.forward import evaluation_mode, run_model
 from compress.running.structure import like_weights, tensors
 
 
@@ -31,19 +30,20 @@ class OutputCheck:
 
 def compare_outputs(
     module: nn.Module, made: ExportedFile, images: ImageSet, loader: Loader, most: float
-) -> tuple[OutputCheck, ...]:
-    """Compare the outputs of a network and of its file.
+) -> tuple[tuple[OutputCheck, ...], Comparison]:
+    """Compare the outputs of a network and of its file, as numbers and as predictions.
 
     Raises:
         GateError: They differ by more than ``most``.
     """
-    reference = next(module.parameters())
+    reference, alike = next(module.parameters()), Comparison(None)
     differences = {name: Difference() for name in made.traced.outputs}
     sizes: dict[str, tuple[int, ...]] = {}
     for given, _ in loader.batches(images):
         inputs = like_weights(given, reference)
-        before, after = (_outputs(network, inputs) for network in (module, made.network))
-        for name, expected, found in zip(made.traced.outputs, before, after, strict=True):
+        before, after = (result_of(each, inputs, "to check") for each in (module, made.network))
+        pairs = zip(tensors(before).values(), tensors(after).values(), strict=True)
+        for name, (expected, found) in zip(made.traced.outputs, pairs, strict=True):
             if expected.shape != found.shape:
                 raise GateError(
                     f"The exported network's output {name!r} has shape {tuple(found.shape)} where "
@@ -54,15 +54,9 @@ def compare_outputs(
         worst = max(differences, key=lambda name: differences[name].largest)
         if differences[worst].largest > most:
             raise GateError(_parted(worst, differences[worst].largest, made, inputs, most))
-    return tuple(
-        OutputCheck(name, sizes[name], each.largest, each.mean)
-        for name, each in differences.items()
-    )
-
-
-def _outputs(network: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.inference_mode(), evaluation_mode(network):
-        return list(tensors(run_model(network, inputs)).values())
+        alike.add(before, after)
+    checks = (OutputCheck(n, sizes[n], each.largest, each.mean) for n, each in differences.items())
+    return tuple(checks), alike
 
 
 def _parted(output: str, largest: float, made: ExportedFile, inputs: Any, most: float) -> str:

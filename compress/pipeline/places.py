@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from compress.config import RunConfig
+from compress.deploy.engines import engine_named, require_exporter
+from compress.deploy.file import ONNX
 from compress.files import check_file, check_room, check_writable
 from compress.inputs.load import weight_files
 
@@ -19,12 +21,26 @@ def check_places(config: RunConfig) -> None:
     Raises:
         ArtefactError: One cannot, or the disk is certainly too full.
         CheckpointError, ModelError: The checkpoint's files cannot be found.
+        ConfigError, ModelError: As `check_runtime`.
     """
+    check_runtime(config)
     check_files(config)
     if config.output:
         check_writable(config.output)
         weights = sum(file.stat().st_size for file in weight_files(config) if file.is_file())
         check_room(config.output, int(weights * _SMALLEST_PART) + _REPORT_BYTES)
+
+
+def check_runtime(config: RunConfig) -> None:
+    """Find out whether what networks are to be timed on and exported with is here.
+
+    Raises:
+        ConfigError, ModelError: As `compress.deploy.engines.engine_named`.
+    """
+    if not config.no_latency:
+        engine_named(config.runtime, config.device)
+    if config.export == ONNX:
+        require_exporter()
 
 
 def check_files(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compress.calibrate.statistics import Calibration
 from compress.choose import Chooser
 from compress.choose.by_time.plan import ByTime, choose_by_time
+from compress.deploy.engines import engine_named
 from compress.pipeline.job import Job
 from compress.pipeline.promised import PromisedBudgets, check_of
 from compress.pipeline.target_drop import choose_within_drop
@@ -39,7 +40,9 @@ class Planner:
     def within_time(self, fraction: float) -> list[Choice]:
         """Spend a fraction of the dense network's measured time."""
         job = self.job
-        asked = ByTime(fraction, job.inputs.dtype, check_of(job, self.chooser.calibration))
+        check = check_of(job, self.chooser.calibration)
+        engine = engine_named(job.config.runtime, job.config.device)
+        asked = ByTime(fraction, job.inputs.dtype, check, engine)
         return choose_by_time(job.network, self.chooser, asked)
 
     def within_drop(self, points: float) -> list[Choice]:

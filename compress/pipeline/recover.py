@@ -244,7 +244,7 @@ def _measured(opened: _Opened, final: nn.Module, recovery: Recovery, clock: Cloc
         on_held_out = None
         if comparable(network, held_out, own=yardstick.metric is not None):
             on_held_out = yardstick.compare(network.original, final, held_out, "validation")
-    warnings = [*inputs.warnings, *network.warnings]
+    warnings = [*inputs.warnings, *network.warnings, *cost.refused]
     if runtime.problem:
         warnings.append(runtime.problem)
     if test is None:

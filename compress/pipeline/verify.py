@@ -31,6 +31,7 @@ from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
 from compress.pipeline.pictures import Pair
+from compress.pipeline.places import check_runtime
 from compress.plan import DENSE, NARROW
 from compress.progress import Track, silent
 from compress.report import judged
@@ -75,6 +76,7 @@ def verify_result(
         CompressError: Something is missing or cannot be used.
     """
     begun = time.perf_counter()
+    check_runtime(config)
     manifest = read_manifest(artefact)
     config = with_model(config, manifest, ("checkpoint", "test", "model"), trust_code=trust_code)
     original, sha256, dtype, preprocessing = load_model(config)
@@ -96,6 +98,8 @@ def verify_result(
     layers = verified_layers(network, manifest, compressed, tracked(yardstick, test))
     so_far = time.perf_counter() - begun
     stopwatch = Stopwatch.of(config, so_far, (runtime.memory_format,))
+    cost = costs(network, compressed, dtype, stopwatch)
+    warnings = (*_runtime_warnings(runtime), *cost.refused, *_test_warnings(manifest, test, found))
     result = Result(
         versions=current_versions(),
         model=config.model,
@@ -107,8 +111,8 @@ def verify_result(
         dtype=manifest.dtype,
         layers=layers,
         test=found,
-        cost=costs(network, compressed, dtype, stopwatch),
-        warnings=(*_runtime_warnings(runtime), *_test_warnings(manifest, test, found)),
+        cost=cost,
+        warnings=warnings,
         folded=tuple(pair.norm for pair in network.folded),
         outputs=network.reading.why,
     )

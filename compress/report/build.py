@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.config import TORCH
 from compress.plan import DENSE
 from compress.report import text
 from compress.result import GateResult, Result, to_dict
@@ -174,11 +175,28 @@ def cost_sentence(report: Report) -> str:
     ]
     for latency in cost["latency"][:1]:
         parts.append(
-            f"latency at batch {latency['batch_size']} {text.seconds(latency['dense_seconds'])} → "
+            f"latency at batch {latency['batch_size']}{_on_runtime(latency)} "
+            f"{text.seconds(latency['dense_seconds'])} → "
             f"{text.seconds(latency['seconds'])} ({text.ratio(latency['ratio'])}, "
             f"{faster(latency['ratio'])})"
         )
     return "; ".join(parts) + "."
+
+
+def _on_runtime(latency: dict[str, Any]) -> str:
+    runtime = latency["runtime"]
+    return "" if runtime == TORCH else f" on {text.runtime(runtime)}"
+
+
+def beside_sentence(report: Report) -> str:
+    """Say what the networks take on other runtimes; empty where that is not known."""
+    parts = [
+        f"{text.runtime(x['runtime'])} at batch {x['batch_size']} "
+        f"{text.seconds(x['dense_seconds'])} → {text.seconds(x['seconds'])} "
+        f"({text.ratio(x['ratio'])})"
+        for x in report["result"]["cost"]["beside"]
+    ]
+    return f"Beside it: {'; '.join(parts)}." if parts else ""
 
 
 def timing_sentence(report: Report) -> str:

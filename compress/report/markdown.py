@@ -12,6 +12,7 @@ from compress.report import points, progressive, text
 from compress.report.build import (
     Report,
     accuracy_sentence,
+    beside_sentence,
     cost_sentence,
     end_metric,
     layers_sentence,
@@ -52,7 +53,7 @@ def _run(report: Report) -> list[str]:
     lines = [f"## {mark} {verdict_text(report)}: {escape(result['model'])}", ""]
     lines += _banners([*report["notes"], *result["warnings"]])
     lines += [f"**{escape(accuracy_sentence(report))}**", ""]
-    costs = (cost_sentence(report), timing_sentence(report))
+    costs = (cost_sentence(report), beside_sentence(report), timing_sentence(report))
     lines += [escape(" ".join(sentence for sentence in costs if sentence)), ""]
     said = (layers_sentence(report), refit_sentence(report), recovery_sentence(report))
     lines += [escape(" ".join(sentence for sentence in said if sentence)), ""]

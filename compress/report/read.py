@@ -181,8 +181,9 @@ def _check_numbers(result: dict[str, Any], where: str) -> None:
     """Check what the types of a result do not say, and whoever shows it relies on."""
     for name in ("validation", "test"):
         _check_metric(result[name], f"{where}.{name}")
-    latency = result["cost"]["latency"]
-    _check_given(latency, ("dense_seconds", "seconds", "ratio"), f"{where}.cost.latency")
+    for name in ("latency", "beside"):
+        times = result["cost"][name]
+        _check_given(times, ("dense_seconds", "seconds", "ratio"), f"{where}.cost.{name}")
 
 
 def _check_metric(metric: dict[str, Any] | None, where: str) -> None:

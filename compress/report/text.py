@@ -12,6 +12,11 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 UNKNOWN = "\N{EN DASH}"
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_RUNTIMES = {
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 
 
 def percent(fraction: float | None, places: int = 2) -> str:
@@ -67,6 +72,11 @@ def seconds(value: float | None) -> str:
     if value >= 1:
         return f"{value:.2f} s"
     return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} µs"
+
+
+def runtime(name: str) -> str:
+    """A runtime as its makers write it."""
+    return _RUNTIMES.get(name, name)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -27,7 +27,8 @@ class Latency:
     """Median seconds per batch, folded dense original against compressed, runs alternating.
 
     The dense network runs in whichever memory format suits it at this batch, the result in the one
-    that it is saved with. ``runs`` are the rounds that the medians are over.
+    that it is saved with. ``runs`` are the rounds that the medians are over. Other runtimes than
+    torch choose the layout themselves.
     """
 
     batch_size: int
@@ -36,6 +37,7 @@ class Latency:
     ratio: float
     runs: int | None = None
     dense_memory_format: str = "contiguous"
+    runtime: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class CostSummary:
     """The original as it came, with its norms folded (the baseline), and compressed.
 
     ``memory_format`` is the result's, ``"contiguous"`` or ``"channels_last"``. ``too_slow`` are
-    batch sizes that were not timed since one round of them would have taken too long.
+    batch sizes that were not timed since one round of them would have taken too long. ``latency``
+    is measured on the runtime asked for; ``beside`` holds the times on others, where that is not
+    torch, and ``refused`` says which ones do not take the networks.
     """
 
     original: Cost | None = None
@@ -54,6 +58,8 @@ class CostSummary:
     device: str = "cpu"
     threads: int | None = None
     too_slow: tuple[int, ...] = ()
+    beside: tuple[Latency, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,17 @@ from compress.timing.networks import synchroniser
 from compress.timing.turns import Case, Pace, Run, sample
 from compress.untrusted import Unreadable, read_json, read_record
 
-# From 2 on, the file carries a digest of its content.
-TABLE_FORMAT = 2
+# From 2 on, the file carries a digest of its content; from 3 on, times are of a runtime.
+TABLE_FORMAT = 3
+
+
+# What puts a layer on a runtime, for inputs such as the one given.
+Build = Callable[[nn.Module, Tensor], nn.Module]
+
+
+def as_it_is(layer: nn.Module, _: Tensor) -> nn.Module:
+    """Return the layer: torch runs it."""
+    return layer
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Setting:
     threads: int
     dtype: str
     memory_format: str
-    torch_version: str
+    runtime: str
 
     @classmethod
     def here(
@@ -41,15 +50,16 @@ class Setting:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_format: str = "contiguous",
+        runtime: str = f"torch {torch.__version__}",
     ) -> Setting:
-        """Return the setting of this process as it is now."""
+        """Return the setting of this process as it is now; the runtime with its version."""
         return cls(
             device=str(device),
             device_name=_device_name(torch.device(device)),
             threads=torch.get_num_threads(),
             dtype=str(dtype).removeprefix("torch."),
             memory_format=memory_format,
-            torch_version=torch.__version__,
+            runtime=runtime,
         )
 
 
@@ -61,7 +71,7 @@ class LatencyKey:
     threads: int
     dtype: str
     memory_format: str
-    torch_version: str
+    runtime: str
     input_shape: tuple[int, ...]
     layer: str
 
@@ -94,7 +104,7 @@ class LatencyTable:
             threads=setting.threads,
             dtype=setting.dtype,
             memory_format=setting.memory_format,
-            torch_version=setting.torch_version,
+            runtime=setting.runtime,
             input_shape=tuple(input_shape),
             layer=describe_layer(module),
         )
@@ -104,6 +114,7 @@ class LatencyTable:
         layers: Sequence[tuple[nn.Module, Sequence[int]]],
         setting: Setting,
         pace: Pace = Pace(min_seconds=0.05),
+        build: Build = as_it_is,
     ) -> list[float]:
         """Return the seconds of each layer at its input shape, measuring what is not known yet.
 
@@ -115,6 +126,7 @@ class LatencyTable:
                 ``[N, …]``; left as they were.
             setting: Where and how they run.
             pace: How thoroughly.
+            build: Puts a layer on the setting's runtime.
 
         Raises:
             ValueError: The setting's threads are not those that torch has now, or its memory
@@ -132,19 +144,20 @@ class LatencyTable:
             if key not in self._seconds
         }
         inputs = {key.input_shape: _random_input(key.input_shape, setting) for key in unknown}
+        built = {key: build(module, inputs[key.input_shape]) for key, module in unknown.items()}
 
         def run(key: LatencyKey, module: nn.Module) -> Run:
             return lambda: module(inputs[key.input_shape])
 
-        layout = Layout(unknown.values(), [setting.memory_format])
+        layout = Layout(built.values(), [setting.memory_format])
         layout.use(setting.memory_format)
         try:
-            with evaluating(unknown.values()):
-                cases = [Case(run(key, module)) for key, module in unknown.items()]
+            with evaluating(built.values()):
+                cases = [Case(run(key, module)) for key, module in built.items()]
                 turns = sample(cases, pace, synchroniser(torch.device(setting.device)))
         finally:
             layout.restore()
-        self._seconds.update(zip(unknown, map(min, turns), strict=True))
+        self._seconds.update(zip(built, map(min, turns), strict=True))
         return [self._seconds[key] for key in keys]
 
     def to_json(self) -> str:
@@ -189,11 +202,17 @@ class LayerTimer:
         table: What is known already; filled.
         setting: Where and how layers run.
         batch: Images a batch.
+        build: Puts a layer, for inputs such as given, on the setting's runtime.
     """
 
     table: LatencyTable
     setting: Setting
     batch: int
+    build: Build = as_it_is
+
+    def time(self, layers: Sequence[tuple[nn.Module, Sequence[int]]], pace: Pace) -> list[float]:
+        """Return the seconds of each layer at its input shape; see `LatencyTable.time`."""
+        return self.table.time(layers, self.setting, pace, self.build)
 
 
 def _entry(raw: dict[str, Any]) -> tuple[LatencyKey, float]:

@@ -60,7 +60,7 @@ def time_network(
 def time_network_formats(
     models: Mapping[str, nn.Module],
     example: Any,
-    memory_formats: Sequence[str] = tuple(MEMORY_FORMATS),
+    memory_formats: Sequence[str] | Mapping[str, Sequence[str]] = tuple(MEMORY_FORMATS),
     pace: Pace = Pace(),
 ) -> dict[tuple[str, str], Timing]:
     """Time whole networks, each in every memory format, all in turns on one batch.
@@ -71,7 +71,8 @@ def time_network_formats(
     Args:
         models: Networks by name, on the device of ``example`` and in its dtype.
         example: A batch ``[N, …]``: a tensor, or a structure of several.
-        memory_formats: Of weights and, where it has four dimensions, of the batch.
+        memory_formats: Of weights and, where it has four dimensions, of the batch; the same for
+            all, or by the name of the model.
         pace: How thoroughly.
 
     Returns:
@@ -80,10 +81,13 @@ def time_network_formats(
     Raises:
         ValueError: An unknown memory format, or ``pace.rounds`` is not positive.
     """
-    pairs = [(name, form) for form in memory_formats for name in models]
-    layout = Layout(models.values(), memory_formats)
+    of = memory_formats
+    taken = of if isinstance(of, Mapping) else dict.fromkeys(models, tuple(of))
+    forms = list(dict.fromkeys(form for forms in taken.values() for form in forms))
+    pairs = [(name, form) for form in forms for name in models if form in taken[name]]
+    layout = Layout(models.values(), forms)
     device = main_tensor(example).device
-    calls = {form: arguments(placed(example, device, form)) for form in memory_formats}
+    calls = {form: arguments(placed(example, device, form)) for form in forms}
 
     def case(name: str, form: str) -> Case:
         by_position, by_name = calls[form]

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from compress.running.memory_format import MEMORY_FORMATS
+from compress.config import TORCH
+from compress.running.formats import formats_of
 from compress.running.structure import expanded
 from compress.timing.networks import time_network_formats
 from compress.timing.turns import Pace
 
-TORCH = "torch"
 _NETWORK, _ORIGINAL = "network", "original"
 
 
@@ -46,14 +46,19 @@ def time_runtimes(
     models = {(name, _NETWORK): model for name, model in networks.items()}
     models |= {(name, _ORIGINAL): model for name, model in originals.items()}
     plain = {" ".join(key): model for key, model in models.items()}
+    # Other runtimes choose the layout by themselves.
+    formats = {
+        " ".join(key): formats_of(model, example) if key[0] == TORCH else ("contiguous",)
+        for key, model in models.items()
+    }
     found = []
     for batch in batches:
         pace = Pace(most_seconds=most_seconds / len(batches))
-        timings = time_network_formats(plain, expanded(example, batch), pace=pace)
+        timings = time_network_formats(plain, expanded(example, batch), formats, pace)
 
         def seconds(runtime: str, which: str, timings: Any = timings) -> float:
-            forms = MEMORY_FORMATS if runtime == TORCH else ("contiguous",)
-            return min(float(timings[f"{runtime} {which}", form].seconds) for form in forms)
+            name = f"{runtime} {which}"
+            return min(float(timings[name, form].seconds) for form in formats[name])
 
         for name in networks:
             original = seconds(name, _ORIGINAL) if name in originals else None

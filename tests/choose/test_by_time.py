@@ -21,6 +21,7 @@ from compress.choose.by_time.rounding import fastest_multiple
 from compress.choose.by_time.search import slowest_within
 from compress.choose.overrides import Overrides
 from compress.config import RunConfig
+from compress.deploy.engines import Engine
 from compress.errors import BudgetError
 from compress.network.chains import random_chain
 from compress.network.sites import find_sites
@@ -308,6 +309,34 @@ def test_a_run_keeps_its_time(bench: Workbench) -> None:
         "--latency", "0.6", "--latency-table", str(table), output=str(bench.output("b"))
     )
     assert again.exit_code == 0
+
+
+@pytest.mark.usefixtures("parameters_cost_time")
+def test_a_budget_is_spent_on_the_runtime_asked_for(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Noting(Engine):
+        """A runtime that runs networks as torch does, and notes which."""
+
+        def network(self, model: nn.Module, batches: Sequence[Any]) -> nn.Module:
+            noted.append((len(batches[0]), sum(p.numel() for p in model.parameters())))
+            return model
+
+    noted: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "compress.pipeline.planning.engine_named", lambda *_: Noting("onnxruntime", "1.2")
+    )
+    table = bench.folder / "times.json"
+    flags = ("--runtime", "onnxruntime", "--latency-batch", "3", "--latency-table", str(table))
+    assert bench.run("--latency", "0.6", *flags).exit_code == 0
+    (dense_batch, dense), *smaller = noted
+    assert dense_batch == 3
+    assert smaller
+    assert all(batch == 3 and size < dense for batch, size in smaller)
+    cost = bench.report()["result"]["cost"]
+    assert {row["runtime"] for row in cost["latency"]} == {"onnxruntime"}
+    assert "torch" in {row["runtime"] for row in cost["beside"]}
 
 
 @pytest.mark.usefixtures("parameters_cost_time")

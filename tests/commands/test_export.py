@@ -22,6 +22,7 @@ from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
 import compress
 from compress.deploy.onnx import OnnxModel, to_onnx
+from compress.errors import ModelError
 
 RANKS = ("--rank", "conv1=3", "--rank", "conv2=4")
 IMAGES = torch.tensor(made_images(24, seed=2)[0]).unsqueeze(1).float() / 255
@@ -314,3 +315,51 @@ def test_a_fixed_batch_takes_whole_batches_of_all_sets(made: Workbench) -> None:
     said = json.loads(done.stdout)
     assert said["warnings"] == ["3 test images fill no batch, and are left out."]
     assert (said["images"], said["test"]["images"], said["int8"]["images"]) == (42, 21, [35, 7])
+
+
+def test_a_run_exports_its_result(bench: Workbench) -> None:
+    done = bench.run(*RANKS, "--no-latency", "--export", "onnx")
+    assert done.exit_code == 0, done.stderr
+    assert "ONNX, opset 20" in done.stdout
+    assert "in torch" in done.stdout
+    assert "of the original" in done.stdout
+    file = bench.output() / "model.onnx"
+    session = onnxruntime.InferenceSession(str(file))
+    model = compress.load(bench.output(), trust_code=True)
+    (found,) = session.run(["output"], {"input": IMAGES.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found), model(IMAGES))
+    again = bench.run(*RANKS, "--no-latency", "--export", "pt2", "--force", "--json")
+    assert again.exit_code == 0, again.stderr
+    said = json.loads(again.stdout)
+    assert said["kind"] == "run"
+    assert said["exported"]["target"] == "pt2"
+    assert (bench.output() / "model.pt2").exists()
+    assert not file.exists()  # the folder is replaced as a whole
+
+
+def test_a_result_stays_where_its_export_fails(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> OnnxModel:
+        raise ModelError("torch's exporter cannot write the network as ONNX: it is Friday.")
+
+    monkeypatch.setattr("compress.deploy.file.to_onnx", fail)
+    done = bench.run(*RANKS, "--no-latency", "--export", "onnx")
+    assert done.exit_code == 3
+    assert "it is Friday" in done.stderr
+    assert "layers rewritten" in done.stdout
+    assert compress.load(bench.output(), trust_code=True)
+    assert bench.leftovers() == ["out"]
+
+
+def test_a_run_that_cannot_export_does_not_begin(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> None:
+        raise ModelError("ONNX files need the package onnxscript, which is not installed.")
+
+    monkeypatch.setattr("compress.deploy.engines.require", missing)
+    done = bench.run(*RANKS, "--export", "onnx")
+    assert "need the package onnxscript" in paragraph(done, 3)
+    assert not bench.output().exists()

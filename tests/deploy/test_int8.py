@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.deploy.file import ONNX, ExportedFile, Form, make_file
 from compress.deploy.int8 import Quantiser
-from compress.deploy.runtimes import OnRuntime, onnx_session
+from compress.deploy.runtimes import onnx_session
 from compress.errors import ModelError
 
 
@@ -73,7 +73,7 @@ def test_eight_bits_are_near_and_layers_can_be_left_out(
         expected = model(inputs)
 
     def apart(content: bytes) -> float:
-        found = OnRuntime(onnx_session(content), file.traced, next(model.parameters()))(inputs)
+        found = file.traced.on(onnx_session(content), next(model.parameters()))(inputs)
         return float((found - expected).norm() / expected.norm())
 
     everything, nothing = quantiser.without(()), quantiser.without(tuple(quantiser.layers))

@@ -29,7 +29,7 @@ def _difference(expected: Tensor, found: Tensor) -> float:
 
 
 def _loaded(model: OnnxModel, traced: Traced, network: nn.Module) -> OnRuntime:
-    return OnRuntime(onnx_session(model.content()), traced, next(network.parameters()))
+    return traced.on(onnx_session(model.content()), next(network.parameters()))
 
 
 class Chains(nn.Module):

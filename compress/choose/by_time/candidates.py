@@ -183,11 +183,7 @@ def timed_candidates(
         rewrites = [c for c in found[site.name] if c.scheme != DENSE]
         chains = [random_chain(site.geometry, c.scheme, c.ranks, module) for c in rewrites]
         shapes = [site.input_shape(call, timer.batch) for call in site.calls]
-        flat = timer.table.time(
-            [(layer, shape) for layer in (module, *chains) for shape in shapes],
-            timer.setting,
-            pace,
-        )
+        flat = timer.time([(layer, s) for layer in (module, *chains) for s in shapes], pace)
         of_layers = (flat[i : i + len(shapes)] for i in range(0, len(flat), len(shapes)))
         dense[site.name], *seconds = map(sum, of_layers)
         spent = dict(zip(rewrites, seconds, strict=True))

@@ -26,6 +26,7 @@ from compress.choose.choices import problems
 from compress.choose.chooser import Chooser
 from compress.choose.overrides import Overrides
 from compress.choose.widths import Widths
+from compress.deploy.engines import Engine
 from compress.errors import BudgetError
 from compress.files import write_atomically
 from compress.network.baseline import Network
@@ -61,11 +62,13 @@ class ByTime:
         fraction: Of the dense network's time.
         dtype: What the result will compute in.
         check: What compares predicted losses with measured ones; by default nothing does.
+        engine: The runtime that everything is timed on.
     """
 
     fraction: float
     dtype: torch.dtype
     check: Check = lambda _: {}
+    engine: Engine = Engine()
 
 
 def choose_by_time(network: Network, chooser: Chooser, asked: ByTime) -> list[Choice]:
@@ -79,11 +82,12 @@ def choose_by_time(network: Network, chooser: Chooser, asked: ByTime) -> list[Ch
     Raises:
         BudgetError: No choice is so fast; the message names what can be reached.
         InputError: The latency table cannot be read.
+        ModelError: The runtime does not take the network.
     """
     config, fraction = chooser.config, asked.fraction
     path = Path(config.latency_table) if config.latency_table else None
     table = LatencyTable.read(path) if path is not None and path.exists() else LatencyTable()
-    timer = _Timer(network, asked.dtype, config.latency_batch)
+    timer = _Timer(network, asked, config.latency_batch)
     budgets = _Candidates(chooser, timer, table).budgets(f"best within latency {fraction:g}")
     if path is not None:
         write_atomically(path, table.to_json())
@@ -227,28 +231,34 @@ class _Timer:
 
     Attributes:
         dense: The dense baseline in the dtype that it will run in.
+        engine: The runtime.
         batch: Images a batch.
         totals: Its seconds a batch by memory format.
         dense_format: The one that it is fastest in.
     """
 
-    def __init__(self, network: Network, dtype: torch.dtype, batch: int) -> None:
-        self.network = network
-        self.dense, self.dtype, self.batch = copy.deepcopy(network.model).to(dtype), dtype, batch
-        self.images = expanded(placed(network.example, network.device, dtype=dtype), batch)
-        timings = self._time({"dense": self.dense}, network.memory_formats)
-        self.totals = {form: timings["dense", form].undisturbed for form in network.memory_formats}
+    def __init__(self, network: Network, asked: ByTime, batch: int) -> None:
+        self.network, self.engine, self.batch = network, asked.engine, batch
+        self.dtype = asked.dtype
+        self.dense = copy.deepcopy(network.model).to(asked.dtype)
+        self.images = expanded(placed(network.example, network.device, dtype=asked.dtype), batch)
+        self._dense_running = self.engine.network(self.dense, [self.images])
+        formats = self.engine.formats(network.memory_formats)
+        timings = self._time({}, formats)
+        self.totals = {form: timings["dense", form].undisturbed for form in formats}
         self.dense_format = min(self.totals, key=lambda form: self.totals[form])
 
     def _time(
-        self, models: dict[str, torch.nn.Module], formats: tuple[str, ...]
+        self, beside: dict[str, torch.nn.Module], formats: tuple[str, ...]
     ) -> dict[tuple[str, str], Timing]:
+        models = {"dense": self._dense_running, **beside}
         return time_network_formats(models, self.images, formats, TRIAL)
 
     def of_layers(self, table: LatencyTable, memory_format: str) -> LayerTimer:
         """How single layers are timed in a memory format, to be compared with these times."""
-        setting = Setting.here(self.images.device, self.dtype, memory_format)
-        return LayerTimer(table, setting, self.batch)
+        device = next(self.dense.parameters()).device
+        setting = Setting.here(device, self.dtype, memory_format, self.engine.described)
+        return LayerTimer(table, setting, self.batch, self.engine.layer)
 
     def ratio(self, choices: list[Choice], memory_format: str) -> float:
         """Time of a plan's network in a memory format, over the dense one's at its best."""
@@ -262,6 +272,6 @@ class _Timer:
 
     def _ratio(self, small: torch.nn.Module, memory_format: str, dense_format: str) -> float:
         formats = tuple(dict.fromkeys((memory_format, dense_format)))
-        timings = self._time({"dense": self.dense, "compressed": small}, formats)
+        timings = self._time({"compressed": self.engine.network(small, [self.images])}, formats)
         dense = timings["dense", dense_format].undisturbed
         return timings["compressed", memory_format].undisturbed / dense

@@ -51,9 +51,8 @@ def fastest_multiple(
         ranks = [top, *(top - m + 1 for m in MULTIPLES)]
         layers = [random_chain(site.geometry, OUTPUT.name, (r,), modules[site.name]) for r in ranks]
         shape = site.input_shape(site.calls[0], timer.batch)
-        rounded, *short = timer.table.time(
-            [(layer, shape) for layer in layers], timer.setting, Pace(min_seconds=MIN_SECONDS)
-        )
+        pace = Pace(min_seconds=MIN_SECONDS)
+        rounded, *short = timer.time([(layer, shape) for layer in layers], pace)
         for multiple, seconds in zip(MULTIPLES, short, strict=True):
             slower[multiple].append(rounded / seconds)
     free = [m for m, found in slower.items() if found and statistics.median(found) <= FREE]

@@ -219,7 +219,7 @@ def _seconds(
         layer = module if whole else resized(module, inputs, outputs, biased=biased)
         narrow = narrowed_site(site, (inputs, outputs))
         cases += [(layer, narrow.input_shape(call, timer.batch)) for call in site.calls]
-    flat = timer.table.time(cases, timer.setting, pace)
+    flat = timer.time(cases, pace)
     calls = len(site.calls)
     return [sum(flat[i : i + calls]) for i in range(0, len(flat), calls)]
 
