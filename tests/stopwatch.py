@@ -36,3 +36,4 @@ def stop_the_clock(patch: pytest.MonkeyPatch, **seconds: float) -> None:
     patch.setattr("compress.measure.speed.time_network_formats", by_format)
     patch.setattr("compress.timing.runtimes.time_network_formats", by_format)
     patch.setattr("compress.pipeline.evaluate.time_network", plain)
+    patch.setattr("compress.sweep.deployed.time_network", plain)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     type=click.Choice(EXPORTS),
     default="onnx",
     show_default=True,
-    help="An ONNX file, or a program of torch.export, which runs where this package is not "
-    "installed.",
+    help="An ONNX file; a program of torch.export, which runs where this package is not installed; "
+    "or one that AOTInductor has compiled for machines such as this one.",
 )
 @click.option("--output", metavar="FILE", help="The file to write.")
 @click.option("--force", is_flag=True, default=None, help="Replace an existing file.")
@@ -117,7 +117,8 @@ def export_lines(found: Exported) -> Iterator[str]:
     from compress.report import text
 
     batch = f"batches of {found.batch}" if found.batch else "batches of any size"
-    kind = f"ONNX, opset {found.opset}" if found.opset else "torch.export"
+    kind = {"pt2": "torch.export", "aoti": "AOTInductor"}.get(found.target, "")
+    kind = kind or f"ONNX, opset {found.opset}"
     yield f"{found.file}: {kind}, {text.size(found.bytes)}, {batch}"
     yield f"inputs: {', '.join(found.inputs)}"
     yield ""

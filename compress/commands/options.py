@@ -204,7 +204,7 @@ _OUTPUT = (
 )  # fmt: skip
 _EXPORT = (
     _o("--export", type=click.Choice(EXPORTS), text="Also export the result, as compress export "
-       "does, to model.onnx or model.pt2 in the result folder."),
+       "does, to model.onnx, model.pt2 or model.aoti.pt2 in the result folder."),
 )  # fmt: skip
 
 GROUPS: dict[str, tuple[Decorator, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,19 +56,17 @@ def grid_flags(command: Callable[..., None]) -> Callable[..., None]:
     default=True,
     help="Measure every point on the test set, or the picked one alone (default: every point).",
 )
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Also export every point and the dense network, in float and in eight bits, and compare "
+    "all of them by time and size (on --runtime onnxruntime or openvino).",
+)
 @configured(
     "model", "data", "test", "output", "rules", "schemes", "gates", "images", "calibration", "fit",
     "evaluation", "compute",
 )  # fmt: skip
-def sweep(
-    settings: Settings,
-    terminal: Terminal,
-    *,
-    pick: str | None,
-    resume: bool,
-    test_points: bool,
-    **grids: str | None,
-) -> None:
+def sweep(settings: Settings, terminal: Terminal, *, pick: str | None, **others: Any) -> None:
     """Measure CHECKPOINT at many thresholds, energies or budgets, and calibrate once.
 
     Writes a table (sweep.csv), the curve with its Pareto front (report.html) and, with --pick, the
@@ -78,7 +76,8 @@ def sweep(
     from compress.sweep import parse_pick
 
     chosen = parse_pick(pick) if pick is not None else None
-    asked = Asked(_grid(grids), chosen, resume, test_points)
+    flags = {name: others.pop(name) for name in ("resume", "test_points", "int8")}
+    asked = Asked(_grid(others), chosen, **flags)
     sweep_and_show(settings.config(), terminal, asked)
 
 
@@ -94,6 +93,7 @@ class Asked:
     pick: Pick | None = None
     resume: bool = False
     test_points: bool = True
+    int8: bool = False
 
 
 def sweep_and_show(config: RunConfig, terminal: Terminal, asked: Asked) -> None:
@@ -114,7 +114,7 @@ def sweep_and_show(config: RunConfig, terminal: Terminal, asked: Asked) -> None:
             say(_point(point, took))
 
     options = sweeping.Options(
-        asked.test_points, terminal.track, show, lambda point: show(point, "kept")
+        asked.test_points, terminal.track, show, lambda point: show(point, "kept"), asked.int8
     )
     try:
         sweeping.sweep(config, asked.grid, pick=asked.pick, resume=asked.resume, options=options)
@@ -183,7 +183,7 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def _summary(report: dict[str, object], where: str) -> list[str]:
-    from compress.report import points, text
+    from compress.report import deployed, points, text
 
     rows = points.points(report)
     front = sorted((r for r in rows if r["pareto"]), key=lambda r: float(r["macs_ratio"]))
@@ -200,6 +200,9 @@ def _summary(report: dict[str, object], where: str) -> list[str]:
     sweep = report["sweep"]
     assert isinstance(sweep, dict)
     lines = ["", *table(head, shown), ""]
+    files = deployed.shown_rows(report)
+    if files:
+        lines += [*table(deployed.HEAD, files), *deployed.sentences(report), ""]
     lines += [f"Warning: {warning}" for warning in sweep["warnings"]]
     chosen = next((r for r in rows if r["chosen"]), None)
     if chosen is not None:

@@ -9,7 +9,7 @@ from compress.plan import NARROWER
 
 METRICS = ("loss", "mse")
 TORCH, COMPILE = "torch", "compile"
-EXPORTS = ("onnx", "pt2")
+EXPORTS = ("onnx", "pt2", "aoti")
 RUNTIMES = (TORCH, COMPILE, "onnxruntime", "openvino")
 TASK_NAMES = (
     "classification", "multilabel", "regression", "segmentation", "detection", "restoration",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.config import COMPILE, TORCH
+from compress.deploy.compiled import require_compiler
 from compress.deploy.file import ONNX, ExportedFile, Form, make_file
 from compress.deploy.layers import INPUT, layer_file
 from compress.deploy.runtimes import SESSIONS, OnRuntime, installed
@@ -21,7 +21,6 @@ from compress.libraries.record import quiet, require
 from compress.running.memory_format import evaluating, in_memory_format
 from compress.running.structure import arguments, cloned, count
 
-_COMPILERS = ("g++", "c++", "clang++")
 _EXTRAS = {"onnxruntime": ONNX, "openvino": "openvino"}
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _counter = itertools.count()
@@ -211,11 +210,8 @@ def engine_named(name: str, device: str = "cpu") -> Engine:
     if name == TORCH:
         return Engine()
     if name == COMPILE:
-        if device == "cpu" and not any(map(shutil.which, _COMPILERS)):
-            raise ConfigError(
-                "--runtime compile needs a C++ compiler, and none is found "
-                f"({', '.join(_COMPILERS)}); install one, or choose another --runtime."
-            )
+        if device == "cpu":
+            require_compiler("--runtime compile")
         return _Compiling(COMPILE, torch.__version__)
     if device != "cpu":
         raise ConfigError(

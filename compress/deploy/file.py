@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.deploy.compiled import compiled_package, package_session
 from compress.deploy.onnx import OnnxModel, to_onnx
 from compress.deploy.program import Traced, trace
 from compress.deploy.runtimes import SESSIONS, installed, program_session
 from compress.errors import ModelError
 
-ONNX, PROGRAM = "onnx", "pt2"
+ONNX, PROGRAM, COMPILED = "onnx", "pt2", "aoti"
+_TORCH_S = {PROGRAM: "torch.export", COMPILED: "AOTInductor"}
 _ONNX_DTYPES = (torch.float32, torch.float16)
 # What checks an ONNX file; a program is checked by torch.
 _CHECKING = "onnxruntime"
@@ -26,7 +28,7 @@ class Form:
     """What kind of file a network becomes.
 
     Attributes:
-        target: ``"onnx"`` or ``"pt2"``.
+        target: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
         opset: The version of ONNX's operators; None for the exporter's own choice.
         batch: The batch size that the file takes; None for any.
     """
@@ -45,12 +47,14 @@ class ExportedFile:
         network: The file, loaded again by the runtime that checks it.
         traced: What it was made from.
         onnx: The ONNX model; None for a program.
+        target: The kind of file.
     """
 
     content: bytes
     network: nn.Module
     traced: Traced
     onnx: OnnxModel | None = None
+    target: str = ONNX
 
     def on_runtimes(
         self, only: Sequence[str] | None = None
@@ -64,7 +68,7 @@ class ExportedFile:
             The networks by the runtimes' names, and why some do not take the file.
         """
         if self.onnx is None:
-            return {"torch.export": self.network}, ()
+            return {_TORCH_S[self.target]: self.network}, ()
         reference = next(self.network.parameters())
         networks, problems = {_CHECKING: self.network}, []
         wanted = [name for name in SESSIONS if installed(name)] if only is None else only
@@ -106,7 +110,12 @@ def make_file(
         named = {f"{key}.json": value for key, value in metadata.items()}
         torch.export.save(traced.program, buffer, extra_files=named)
         content = buffer.getvalue()
-        return ExportedFile(content, traced.on(program_session(content), reference), traced)
+        network = traced.on(program_session(content), reference)
+        return ExportedFile(content, network, traced, target=PROGRAM)
+    if form.target == COMPILED:
+        content = compiled_package(traced.program, metadata)
+        network = traced.on(package_session(content), reference)
+        return ExportedFile(content, network, traced, target=COMPILED)
     onnx = to_onnx(traced, metadata, form.opset)
     content = onnx.content()
     network = traced.on(SESSIONS[_CHECKING](content), reference)

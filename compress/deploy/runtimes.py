@@ -67,7 +67,7 @@ def onnx_session(content: bytes) -> Session:
 
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         try:
-            found = session.run(None, {name: t.detach().numpy() for name, t in inputs.items()})
+            found = session.run(None, _arrays(inputs))
         except Exception as error:
             raise ModelError(f"ONNX Runtime fails at the network: {_reason(error)}.") from error
         return [torch.from_numpy(array) for array in found]
@@ -93,7 +93,7 @@ def openvino_session(content: bytes) -> Session:
 
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         try:
-            found = request.infer({name: t.detach().numpy() for name, t in inputs.items()})
+            found = request.infer(_arrays(inputs))
         except Exception as error:
             raise ModelError(f"OpenVINO fails at the network: {_reason(error)}.") from error
         return [torch.tensor(found[port]) for port in model.outputs]
@@ -109,6 +109,11 @@ def program_session(content: bytes) -> Session:
         return list(tensors(module(*inputs.values())).values())
 
     return run
+
+
+def _arrays(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Inputs as runtimes read them: row by row."""
+    return {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ MODEL_FILE = "model.safetensors"
 RUNTIME_FILE = "runtime.json"
 CALIBRATION_FILE = "calibration.safetensors"
 RECOVERY_FILE = "recovery.safetensors"
-EXPORT_FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}
+EXPORT_FILES = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}
 REPORT_FILES = ("report.json", "report.md", "report.html")
 
 

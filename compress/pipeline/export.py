@@ -16,8 +16,9 @@ from compress.artefact.manifest import is_artefact, read_manifest, versions
 from compress.config import TORCH, RunConfig
 from compress.data import ImageSet, Loader, Preprocessing, draw, in_whole_batches
 from compress.data.held import hold
+from compress.deploy.compiled import require_compiler
 from compress.deploy.equalise import equalised
-from compress.deploy.file import ExportedFile, Form, make_file
+from compress.deploy.file import COMPILED, ExportedFile, Form, make_file
 from compress.errors import ArtefactError, ConfigError
 from compress.files import EXPORT_FILES, check_apart, check_file, write_atomically
 from compress.inputs.checkpoint.reading import ARTEFACT_KEY
@@ -197,6 +198,8 @@ def _check_output(config: RunConfig, request: Request) -> None:
         raise ConfigError(
             "No images given to check the exported network on; pass --data SPEC (or --test SPEC)."
         )
+    if request.form.target == COMPILED:
+        require_compiler("--to aoti")
     if request.int8 and not config.data:
         raise ConfigError(
             "Eight bits are decided by images, which those of the test set must not be; pass "

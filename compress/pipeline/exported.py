@@ -38,7 +38,7 @@ class Exported:
 
     Attributes:
         file: Where it is.
-        target: ``"onnx"`` or ``"pt2"``.
+        target: ``"onnx"``, ``"pt2"`` or ``"aoti"``.
         bytes: Its size.
         opset: The version of ONNX's operators; None for a program.
         batch: The batch size that it takes; None for any.

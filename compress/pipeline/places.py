@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from compress.config import RunConfig
+from compress.deploy.compiled import require_compiler
 from compress.deploy.engines import engine_named, require_exporter
-from compress.deploy.file import ONNX
+from compress.deploy.file import COMPILED, ONNX
 from compress.files import check_file, check_room, check_writable
 from compress.inputs.load import weight_files
 
@@ -41,6 +42,8 @@ def check_runtime(config: RunConfig) -> None:
         engine_named(config.runtime, config.device)
     if config.export == ONNX:
         require_exporter()
+    if config.export == COMPILED:
+        require_compiler("--export aoti")
 
 
 def check_files(config: RunConfig) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from compress.plan import DENSE
-from compress.report import points, progressive, text
+from compress.report import deployed, points, progressive, text
 from compress.report.build import (
     Report,
     accuracy_sentence,
@@ -214,6 +214,10 @@ def _points(report: Report) -> list[str]:
         for row in rows
     ]
     lines += _table(head, shown)
+    if sweep and report["sweep"]["deployed"]:
+        lines += ["### As files, in float and in eight bits", ""]
+        lines += [escape(" ".join(deployed.sentences(report))), ""]
+        lines += _table(deployed.HEAD, deployed.shown_rows(report))
     names = points.layer_names(rows)
     ranks = [(name, *(points.treatment(row, name) for row in rows)) for name in names]
     if ranks:

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from compress.report import build, gates, points, progressive, rows, text
+from compress.report import build, deployed, gates, points, progressive, rows, text
 from compress.report.build import Report
 from compress.report.plots import CLASSES_DRAWN, plot_data
 from compress.result import GateResult, plain_data
@@ -62,6 +62,7 @@ def render_html(report: Report, pictures: Pictures | None = None) -> str:
         rows=rows,
         points=points,
         progressive=progressive,
+        deployed=deployed,
         text=text,
         build=build,
         gate_sentence=lambda gate: gates.gate_sentence(GateResult(**gate)),

@@ -9,6 +9,7 @@ from compress.linalg.schemes import SCHEMES
 from compress.plan import DENSE
 from compress.report import points, text
 from compress.report.build import Report, end_metric
+from compress.report.deployed import plot_rows
 from compress.report.progressive import curve_rows
 from compress.report.rows import worst_first
 from compress.rules import rule_named
@@ -25,7 +26,9 @@ def plot_data(report: Report) -> Data:
     if report["kind"] == "run":
         return _run(report)
     rows = points.points(report)
-    return {"kind": "points", "points": [_point(i, row) for i, row in enumerate(rows)]}
+    drawn = [_point(i, row) for i, row in enumerate(rows)]
+    files = plot_rows(report) if report["kind"] == "sweep" else []
+    return {"kind": "points", "points": drawn, "files": files}
 
 
 def _run(report: Report) -> Data:

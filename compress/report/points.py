@@ -19,13 +19,20 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _MEASURED = (
     "metric", "unit", "images", "before", "after", "change", "change_low", "change_high",
-    "mcnemar_p", "agreement", "mean_kl",
+    "mcnemar_p", "agreement", "mean_kl", "lower_is_better",
 )  # fmt: skip
 
 COLUMNS = (
     "label", "rule", "value", "macs", "params", "bytes", "macs_ratio", "metric", "images", "before",
     "after", "change", "change_low", "change_high", "mcnemar_p", "agreement", "mean_kl",
     "test_before", "test_after", "test_change", "pareto", "chosen", "seconds",
+)  # fmt: skip
+
+_OF_INT8 = ("after", "change")
+# Of points that have files in float and in eight bits; times are over the dense network's in float.
+FILE_COLUMNS = (
+    "float time", "float bytes", "int8 time", "int8 bytes",
+    *(f"int8 {key}" for key in _OF_INT8), "int8 test_after",
 )  # fmt: skip
 
 
@@ -103,7 +110,8 @@ def rule_label(rule: str, value: float | None) -> str:
 def render_csv(report: Report) -> str:
     """Return the points as CSV: one row a point, then one column of ranks for each layer.
 
-    Layers that any point makes narrower have a column of widths as well, such as ``24x48``.
+    Between them stand `FILE_COLUMNS`, where points have files in float and in eight bits. Layers
+    that any point makes narrower have a column of widths as well, such as ``24x48``.
     """
     rows = points(report)
     layers = layer_names(rows)
@@ -111,12 +119,28 @@ def render_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     columns = [*(f"rank {name}" for name in layers), *(f"width {name}" for name in narrow)]
-    writer.writerow([*COLUMNS, *map(_harmless, columns)])
-    for row in rows:
+    files = [_files(row) for row in rows]
+    file_columns = FILE_COLUMNS if any(files) else ()
+    writer.writerow([*COLUMNS, *file_columns, *map(_harmless, columns)])
+    for row, of_files in zip(rows, files, strict=True):
         ranks = [_times(row["ranks"].get(name)) or _whole(row, name) for name in layers]
         widths = [_times(row["widths"].get(name)) for name in narrow]
-        writer.writerow([_cell(row[c]) for c in COLUMNS] + ranks + widths)
+        own = [_cell(row[c]) for c in COLUMNS] + [_cell(of_files.get(c)) for c in file_columns]
+        writer.writerow(own + ranks + widths)
     return out.getvalue()
+
+
+def _files(row: Point) -> dict[str, Any]:
+    """What a point's files in float and in eight bits cost, and how good the second is."""
+    found: dict[str, Any] = {}
+    for file in row["files"]:
+        name = "int8" if file["int8"] else "float"
+        found |= {f"{name} time": file["ratio"], f"{name} bytes": file["bytes"]}
+        if file["int8"]:
+            on_test = measures(file["test"])
+            found |= {f"int8 {key}": measures(file["validation"])[key] for key in _OF_INT8}
+            found["int8 test_after"] = on_test["after"]
+    return found
 
 
 def _times(numbers: Any) -> str:
@@ -148,12 +172,12 @@ def _harmless(text: str) -> str:
 
 
 def _of_sweep(point: dict[str, Any]) -> Point:
-    test, on_test = point["test"], _metric(point["test"])
+    test, on_test = point["test"], measures(point["test"])
     return {
         "label": rule_label(point["rule"], point["value"]),
         **{k: point[k] for k in ("rule", "value", "macs", "params", "bytes", "pareto", "chosen")},
         "macs_ratio": point["ratio"],
-        **_metric(point["validation"]),
+        **measures(point["validation"]),
         "test_before": on_test["before"],
         "test_after": on_test["after"],
         "test_change": on_test["change"],
@@ -166,20 +190,21 @@ def _of_sweep(point: dict[str, Any]) -> Point:
         | {name: "rank" for name in point["ranks"] if name not in point["schemes"]},
         "verdict": None,
         "latency_ratio": None,
+        "files": point["deployed"],
     }
 
 
 def _of_run(run: dict[str, Any]) -> Point:
     result, head = run["result"], run["headline"]
     cost = result["cost"]["compressed"] or {"macs": None, "params": None, "bytes": None}
-    on_test = _metric(result["test"])
+    on_test = measures(result["test"])
     return {
         "label": run["name"],
         "rule": result["rule"],
         "value": result["value"],
         **cost,
         "macs_ratio": head["macs_ratio"],
-        **_metric(end_metric(run)[0]),
+        **measures(end_metric(run)[0]),
         "test_before": on_test["before"],
         "test_after": on_test["after"],
         "test_change": on_test["change"],
@@ -192,6 +217,7 @@ def _of_run(run: dict[str, Any]) -> Point:
         "schemes": {layer["name"]: layer["scheme"] for layer in result["layers"]},
         "verdict": run["verdict"],
         "latency_ratio": head["latency_ratio"],
+        "files": (),
     }
 
 
@@ -202,7 +228,8 @@ def _ends(metric: dict[str, Any]) -> tuple[float | None, float | None]:
     return metric["top1_before"], metric["top1_after"]
 
 
-def _metric(metric: dict[str, Any] | None) -> Point:
+def measures(metric: dict[str, Any] | None) -> Point:
+    """Return what an end metric says, under names of its own; None for what it does not."""
     empty: Point = dict.fromkeys(_MEASURED)
     if metric is None:
         return empty
@@ -219,6 +246,7 @@ def _metric(metric: dict[str, Any] | None) -> Point:
         "mcnemar_p": metric["mcnemar_p"],
         "agreement": metric["agreement"],
         "mean_kl": metric["mean_kl"],
+        "lower_is_better": bool(custom and custom["lower_is_better"]),
     }
     interval = metric["drop_interval"]
     if interval:

@@ -139,6 +139,27 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """A network of a sweep as an ONNX file, and what a runtime makes of it.
+
+    ``bytes`` are the file's. ``seconds`` are those of a batch, and ``ratio`` is that over the time
+    of the dense network in float, taken in turns; None where nothing was timed. ``kept`` names
+    the layers that stay in float though others have eight bits. ``by_time`` and ``by_bytes`` say
+    that no other file of the sweep costs as little and is better on validation images.
+    """
+
+    int8: bool
+    bytes: int
+    seconds: float | None = None
+    ratio: float | None = None
+    kept: tuple[str, ...] = ()
+    validation: EndMetric | None = None
+    test: EndMetric | None = None
+    by_time: bool = False
+    by_bytes: bool = False
+
+
+@dataclass(frozen=True)
 class SweepPoint:
     """One point of a sweep; ``ratio`` is its MACs over those of the folded original.
 
@@ -160,11 +181,16 @@ class SweepPoint:
     chosen: bool = False
     seconds: float | None = None
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    deployed: tuple[Deployed, ...] = ()
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A grid of settings on one calibration, in the order given."""
+    """A grid of settings on one calibration, in the order given.
+
+    ``deployed`` are the dense network's files, where the points have some too: for the runtime
+    ``deployed_on``, timed at ``deployed_batch``.
+    """
 
     versions: Versions
     model: str
@@ -181,4 +207,7 @@ class SweepResult:
     calibration_images: int = 0
     calibration_seconds: float | None = None
     warnings: tuple[str, ...] = ()
+    deployed: tuple[Deployed, ...] = ()
+    deployed_on: str = ""
+    deployed_batch: int | None = None
     format: int = RESULT_FORMAT

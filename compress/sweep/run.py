@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.config import RunConfig
+from compress.deploy.engines import engine_named
 from compress.errors import ConfigError, DataError, GateError
 from compress.files import SWEEP, atomic_update, check_apart, check_output, write_atomically
 from compress.files.leftovers import remove
@@ -20,6 +21,7 @@ from compress.pipeline.places import check_places
 from compress.pipeline.run import compress_network
 from compress.report import build_sweep_report, write_report
 from compress.result import SweepPoint, SweepResult
+from compress.sweep.deployed import runtime_of
 from compress.sweep.evaluate import brief
 from compress.sweep.grid import Grid
 from compress.sweep.pick import NEEDS_LABELS, Pick
@@ -72,8 +74,11 @@ def sweep(
     check_output(config.output, force=resume or config.force, kind=SWEEP)
     check_apart(config.output, input_paths(config), image_folders(config))
     check_places(config)
+    if options.int8:
+        engine_named(runtime_of(config), config.device)
     inputs = load_network(config)
-    key = content_key(inputs, config, test_points=options.test_points)
+    deployed_on = runtime_of(config) if options.int8 else ""
+    key = content_key(inputs, config, test_points=options.test_points, deployed_on=deployed_on)
     store = PointStore(Path(config.output), key, resume)
     work = SweepWork(inputs, config, grid, options, store)
     if pick is not None:

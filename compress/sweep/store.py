@@ -28,7 +28,7 @@ from compress.report.read import check_point
 from compress.result import SweepPoint, from_dict, to_dict
 from compress.untrusted import read_json
 
-STORE_FORMAT = 3
+STORE_FORMAT = 4
 POINTS = "sweep.points"
 CHOSEN = "chosen"
 _CALIBRATION = "sweep.calibration-"
@@ -39,13 +39,16 @@ _REMEDY = "delete it, and it is measured again"
 _NO_PART = settings_of(Role.PLACE, Role.SPEED, Role.PERMISSION, Role.TIMING, Role.GATE, Role.RULE)
 
 
-def content_key(inputs: Inputs, config: RunConfig, *, test_points: bool) -> dict[str, Any]:
+def content_key(
+    inputs: Inputs, config: RunConfig, *, test_points: bool, deployed_on: str = ""
+) -> dict[str, Any]:
     """Return what decides every number of a sweep's points, as plain data.
 
     Args:
         inputs: The network and its images.
         config: Settings; of paths only the content counts.
         test_points: Whether points are measured on the test set as well.
+        deployed_on: The runtime that files of points are made for; "" for none.
     """
     settings = {k: v for k, v in config.settings().items() if k not in _NO_PART}
     test = inputs.test if test_points else None
@@ -60,6 +63,7 @@ def content_key(inputs: Inputs, config: RunConfig, *, test_points: bool) -> dict
         "validation": inputs.split.validation.fingerprint,
         "test": None if test is None else test.fingerprint,
         "settings": settings,
+        "deployed_on": deployed_on,
     }
 
 

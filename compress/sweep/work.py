@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +17,16 @@ from compress.config import RunConfig
 from compress.errors import DataError
 from compress.inputs.load import Inputs
 from compress.measure.cost import model_cost
+from compress.measure.quality import quality
 from compress.network.baseline import Network
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import current_versions
 from compress.pipeline.promised import PromisedBudgets
 from compress.plan import Plan
 from compress.progress import Track, silent
-from compress.result import Cost, EndMetric, SweepPoint, SweepResult
+from compress.result import Cost, Deployed, SweepPoint, SweepResult
 from compress.running.structure import like_weights
+from compress.sweep.deployed import Deployer, runtime_of, with_fronts
 from compress.sweep.evaluate import Judge
 from compress.sweep.grid import Grid
 from compress.sweep.pick import Pick
@@ -48,12 +49,14 @@ class Options:
         track: Progress.
         on_point: Called with each point as it is measured.
         on_known: Called with each point that was finished before.
+        int8: Also compare files in float and in eight bits; see `compress.sweep.deployed`.
     """
 
     test_points: bool = True
     track: Track = silent
     on_point: OnPoint = ignore
     on_known: OnPoint = ignore
+    int8: bool = False
 
 
 class SweepWork:
@@ -78,6 +81,7 @@ class SweepWork:
         self.inputs, self.config, self.grid = inputs, config, grid
         self.options, self.store = options, store
         self.calibration_seconds: float | None = None
+        self.deployed: tuple[Deployed, ...] = ()
         if not len(inputs.split.validation):
             raise DataError(
                 "There are no validation images to measure points on: give at least two images "
@@ -153,6 +157,9 @@ class SweepWork:
         All plans are made before the first point is measured, so that a budget that cannot be
         reached stops the sweep while nothing is lost.
         """
+        deployer = self.deployer  # which finds out first whether the dense network has files
+        if deployer is not None:
+            self.deployed = deployer.of_dense()
         done = self._known()
         plans = {v: self.planner(v) for v in self.grid.values if v not in done}
         for value in self.grid.values:
@@ -163,7 +170,9 @@ class SweepWork:
             if self.store is not None:
                 self.store.write(done[value])
             self.options.on_point(done[value])
-        return pareto([done[v] for v in self.grid.values])
+        points = pareto([done[v] for v in self.grid.values])
+        self.deployed, points = with_fronts(self.deployed, points)
+        return points
 
     def _known(self) -> dict[float, SweepPoint]:
         if self.store is None:
@@ -190,6 +199,9 @@ class SweepWork:
         model = replaced.model.to(self.inputs.dtype)
         cost = model_cost(model, like_weights(self.network.example, next(model.parameters())))
         measured = {name: judge(model) for name, judge in self.judges.items()}
+        chains = [choice.name for choice in plan.choices if choice.factored]
+        deployer = self.deployer
+        files = () if deployer is None else deployer.of_point(model, chains, measured)
         return SweepPoint(
             rule=self.grid.rule,
             value=value,
@@ -203,7 +215,15 @@ class SweepWork:
             validation=measured["validation"],
             test=measured.get("test"),
             seconds=time.perf_counter() - start,
+            deployed=files,
         )
+
+    @cached_property
+    def deployer(self) -> Deployer | None:
+        """What makes files of networks; None where they are not asked for."""
+        if not self.options.int8:
+            return None
+        return Deployer(self.job, self.judges, runtime_of(self.config))
 
     @cached_property
     def folded(self) -> Cost:
@@ -230,6 +250,9 @@ class SweepWork:
             calibration_images=len(inputs.split.fit),
             calibration_seconds=self.calibration_seconds,
             warnings=(*inputs.warnings, *self.network.warnings, *warnings_of(points, inputs)),
+            deployed=self.deployed,
+            deployed_on=runtime_of(config) if self.options.int8 else "",
+            deployed_batch=config.latency_batch if self.options.int8 else None,
         )
 
 
@@ -239,28 +262,17 @@ def pareto(points: list[SweepPoint]) -> list[SweepPoint]:
     The metric is that of the validation images; where it is unknown (no labels) the agreement
     with the original stands in for it.
     """
-    quality = [_quality(p.validation) for p in points]
+    rated = [quality(p.validation) for p in points]
 
     def beaten(i: int) -> bool:
         return any(
             points[j].macs <= points[i].macs
-            and quality[j] >= quality[i]
-            and (points[j].macs, quality[j]) != (points[i].macs, quality[i])
+            and rated[j] >= rated[i]
+            and (points[j].macs, rated[j]) != (points[i].macs, rated[i])
             for j in range(len(points))
         )
 
     return [dataclasses.replace(p, pareto=not beaten(i)) for i, p in enumerate(points)]
-
-
-def _quality(metric: EndMetric | None) -> float:
-    if metric is None:
-        return -math.inf
-    if metric.custom is not None:
-        return -metric.custom.after if metric.custom.lower_is_better else metric.custom.after
-    found = metric.agreement if metric.top1_after is None else metric.top1_after
-    if found is not None:
-        return found
-    return -max((output.relative_mse or 0.0 for output in metric.outputs), default=math.inf)
 
 
 def warnings_of(points: list[SweepPoint], inputs: Inputs) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -81,7 +80,7 @@ def test_only_torch_runs_elsewhere_than_on_the_cpu() -> None:
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr("compress.deploy.compiled.shutil.which", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and none is found"):
         engine_named("compile")
 

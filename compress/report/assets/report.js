@@ -393,6 +393,32 @@
     if (chosen) show(chosen);
   }
 
+  // Files in float and in eight bits, dense and of low rank, by what one of their costs is.
+  function files(id, cost, front, label) {
+    const looks = new Map([["dense, float", ["before", "square"]], ["dense, eight bits", ["loss", "square"]],
+      ["low rank, float", ["accent", "circle"]], ["low rank, eight bits", ["loss", "circle"]]]);
+    const items = data.files.filter((d) => d[cost] !== null);
+    draw(id, items, (width) => ({
+      at: { x: cost, y: "change" },
+      title: (d) => `${d.label}, ${d.kind.split(", ")[1]}\n${label} \u00d7${d[cost].toFixed(3)}\n${d.shown}, ${points(d.change, d.unit)}`,
+      legend: [...looks].map(([kind, [colour, shape]]) => [kind, css(colour), shape === "square" ? "bar" : ""]),
+      plot: {
+        height: 360, marginLeft: 52, marginRight: 24, marginTop: 26,
+        x: { label: `${label} over the dense network's in float`, grid: true, nice: true, ticks: width / 90, tickFormat: (v) => v.toFixed(2) },
+        y: { label: `change, ${items[0].unit}`, grid: true, nice: true },
+        marks: [
+          Plot.ruleY([0], { stroke: css("soft") }),
+          ...["low rank, float", "low rank, eight bits"].map((kind) => Plot.line(
+            items.filter((d) => d.kind === kind).sort((a, b) => a[cost] - b[cost]),
+            { x: cost, y: "change", stroke: css(looks.get(kind)[0]), strokeWidth: 1.5 })),
+          Plot.dot(items, { x: cost, y: "change", r: (d) => (d[front] ? 7 : 4), fill: (d) => css(looks.get(d.kind)[0]),
+            symbol: (d) => looks.get(d.kind)[1] }),
+        ],
+        r: { type: "identity" }, symbol: { type: "identity" },
+      },
+    }));
+  }
+
   if (data.kind === "run") {
     if (data.drop) drop();
     classes();
@@ -410,5 +436,9 @@
       "dense_seconds", "seconds", 1e-3, "milliseconds", (v) => `${number(v * 1e3)} ms`);
   } else if (data.points.length) {
     curve();
+    if (data.files.length) {
+      files("plot-files-time", "time", "by_time", "time");
+      files("plot-files-size", "size", "by_bytes", "size");
+    }
   }
 })();
