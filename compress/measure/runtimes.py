@@ -11,7 +11,7 @@ from compress.config import COMPILE, TORCH
 from compress.deploy.engines import Engine, can_export, exported
 from compress.errors import ModelError
 from compress.result import Latency
-from compress.running.structure import expanded
+from compress.running.structure import expanded, main_tensor
 from compress.timing.runtimes import time_runtimes
 
 Networks = dict[str, nn.Module]
@@ -76,7 +76,7 @@ def _everywhere(
     networks: Networks = {TORCH: model}
     if engine.name == COMPILE:
         networks[COMPILE] = engine.network(model, inputs)
-    if not can_export():
+    if not can_export() or main_tensor(inputs[0]).device.type != "cpu":
         return networks, ()
     try:
         found, problems = exported(model, inputs)

@@ -21,6 +21,7 @@ from compress.report import (
 )
 from compress.report.page import Pictures
 from compress.report.points import points
+from compress.result import Deployed
 
 RUN_PLOTS = (
     "plot-drop", "plot-classes", "plot-calibration", "plot-macs", "plot-ranks", "plot-errors",
@@ -275,3 +276,34 @@ def test_thin_reports_open_cleanly_too(browser: Any, tmp_path: Path, kind: Any) 
     assert browser.evaluate(
         "[...document.querySelectorAll('.plot')].every(f => f.querySelector('svg'))"
     )
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_files_in_float_and_in_eight_bits_are_drawn(
+    browser: Any, tmp_path: Path, timed: bool
+) -> None:
+    def files(size: int, ratio: float, seed: int) -> tuple[Deployed, Deployed]:
+        found = [examples.metric(300, noise=0.1 + 0.2 * int8, seed=seed) for int8 in (0, 1)]
+        time = ratio if timed else None
+        return (
+            Deployed(False, size, time, time, validation=found[0], by_time=timed),
+            Deployed(True, size // 4, time, time, validation=found[1], by_bytes=True),
+        )
+
+    made = examples.sweep()
+    dense = files(1000, 1.0, 7)
+    with_files = [
+        dataclasses.replace(p, deployed=files(900 - 50 * i, 0.9 - 0.05 * i, 8 + i))
+        for i, p in enumerate(made.points)
+    ]
+    result = dataclasses.replace(
+        made, points=tuple(with_files), deployed=dense, deployed_on="onnxruntime", deployed_batch=8
+    )
+    page = tmp_path / "report.html"
+    page.write_text(render_html(build_sweep_report(result)), encoding="utf-8")
+    browser.open(page, width=390)
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390
+    for plot, drawn in (("plot-files-time", timed), ("plot-files-size", True)):
+        marks = f"document.querySelectorAll('#{plot} g[aria-label=dot] path').length"
+        assert browser.evaluate(marks) == (2 * (1 + len(made.points)) if drawn else 0)

@@ -411,10 +411,9 @@
           ...["low rank, float", "low rank, eight bits"].map((kind) => Plot.line(
             items.filter((d) => d.kind === kind).sort((a, b) => a[cost] - b[cost]),
             { x: cost, y: "change", stroke: css(looks.get(kind)[0]), strokeWidth: 1.5 })),
-          Plot.dot(items, { x: cost, y: "change", r: (d) => (d[front] ? 7 : 4), fill: (d) => css(looks.get(d.kind)[0]),
-            symbol: (d) => looks.get(d.kind)[1] }),
+          ...[[true, 7], [false, 4]].map(([best, r]) => Plot.dot(items.filter((d) => d[front] === best),
+            { x: cost, y: "change", r, fill: (d) => css(looks.get(d.kind)[0]), symbol: (d) => looks.get(d.kind)[1] })),
         ],
-        r: { type: "identity" }, symbol: { type: "identity" },
       },
     }));
   }
