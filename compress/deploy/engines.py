@@ -44,8 +44,8 @@ class Engine:
         return f"{self.name} {self.version}"
 
     def formats(self, of_network: Sequence[str]) -> tuple[str, ...]:
-        """The memory formats that it makes sense to time a network in, of those that it takes."""
-        return tuple(of_network)
+        """The memory formats to time a network in; other runtimes choose layouts by themselves."""
+        return tuple(of_network) if self.name == TORCH else ("contiguous",)
 
     def network(self, model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         """Return a network as the runtime runs it.
@@ -69,11 +69,6 @@ class Engine:
 class _Compiling(Engine):
     """``torch.compile``. Layers are timed as they are: compiled, they call the same kernels."""
 
-    def formats(self, of_network: Sequence[str]) -> tuple[str, ...]:
-        """Only one: the compiler chooses layouts by itself."""
-        del of_network
-        return ("contiguous",)
-
     def network(self, model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         """Compile a network for batches of these sizes."""
         return _Compiled(model, batches)
@@ -87,11 +82,6 @@ class _Compiling(Engine):
 @dataclass(frozen=True)
 class _Exporting(Engine):
     """A runtime that loads ONNX files."""
-
-    def formats(self, of_network: Sequence[str]) -> tuple[str, ...]:
-        """Only one: the runtime chooses layouts by itself."""
-        del of_network
-        return ("contiguous",)
 
     def network(self, model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         """Export a network and load it."""
