@@ -101,9 +101,13 @@ class Deployer:
         in_float, int8 = loaded.networks
         seconds: dict[str, float] = {}
         if not self.job.config.no_latency:
-            networks = {"dense": self._dense.networks[0], "float": in_float, "int8": int8}
+            dense = self._dense.networks[0]
+            networks = {"dense": dense, "int8": int8}
+            if in_float is not dense:
+                networks["float"] = in_float
             inputs = self._inputs(self.job.config.latency_batch)
             seconds = time_network(networks, inputs, pace=TIMED)
+            seconds.setdefault("float", seconds["dense"])
         found = (("float", judged, ()), ("int8", self._judged(int8), loaded.kept))
         made = [
             Deployed(
