@@ -76,7 +76,7 @@ def _beyond_the_rule(scheme: str, overrides: Overrides, asked: Asked) -> str | N
     """Why a rule by spectra has no rank for a layer without one by hand; None where it has."""
     if asked.rank_of is None:
         return "no rank given"
-    if scheme != OUTPUT.name or scheme not in overrides.config.schemes:
+    if scheme != OUTPUT.name or scheme not in overrides.config.ways:
         name = asked.rule.partition(" ")[0]
         return f"the {name} rule chooses ranks only for the output scheme"
     return None

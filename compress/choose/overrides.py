@@ -101,7 +101,7 @@ class Overrides:
     def schemes(self, site: LayerSite) -> tuple[str, ...]:
         """The schemes in play for a layer."""
         asked = self.scheme(site)
-        allowed = self.config.schemes if asked is None else (asked,)
+        allowed = self.config.ways if asked is None else (asked,)
         return tuple(s for s in site.schemes if s in allowed)
 
     def latitude(self, site: LayerSite) -> Latitude:

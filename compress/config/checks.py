@@ -51,8 +51,8 @@ class Settings(Protocol):
         ...
 
     @property
-    def schemes(self) -> tuple[str, ...]:
-        """What a budget may choose from."""
+    def schemes(self) -> tuple[str, ...] | None:
+        """What a budget may choose from; None for all."""
         ...
 
     @property
@@ -138,7 +138,7 @@ def _wrong_choices(config: Settings) -> Iterable[str]:
 
 
 def _wrong_names(config: Settings) -> Iterable[str]:
-    for scheme in config.schemes:
+    for scheme in config.schemes or ():
         if scheme not in (*WAYS, DENSE):
             yield (
                 f"scheme {scheme!r} is unknown; the schemes are {', '.join(WAYS)} and {DENSE}."
@@ -156,7 +156,7 @@ def _wrong_names(config: Settings) -> Iterable[str]:
                 f"scheme {scheme!r} is unknown; those of one layer are {', '.join(SCHEME_NAMES)} "
                 f"and {DENSE}.{near_matches(scheme, SCHEME_NAMES)}"
             )
-    if not config.schemes:
+    if config.schemes == ():
         yield "schemes is empty; name at least one of " + ", ".join(WAYS)
     counts = {scheme.rank_count for scheme in SCHEMES}
     for pattern, ranks in config.rank.items():

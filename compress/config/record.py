@@ -94,8 +94,9 @@ class RunConfig:
     # Which rule chooses the ranks; at most one, the threshold when none is given.
     rules: Mapping[str, float] = _setting(Role.RULE, {})
 
-    # What the rule may choose from: ranks are "R" or "R1,R2" and schemes are names, both by glob.
-    schemes: tuple[str, ...] = _setting(Role.OUTCOME, values.WAYS)
+    # What the rule may choose from, by default all that suits it; ranks are "R" or "R1,R2" and
+    # schemes are names, both by glob.
+    schemes: tuple[str, ...] | None = _setting(Role.OUTCOME, None)
     rank: dict[str, str] = _setting(Role.OUTCOME, {})
     scheme: dict[str, str] = _setting(Role.OUTCOME, {})
     keep: tuple[str, ...] = _setting(Role.OUTCOME, ())
@@ -149,22 +150,31 @@ class RunConfig:
         asked = {s for s in self.scheme.values() if s != DENSE}
         counts = {len(ranks.split(",")) for ranks in self.rank.values()}
         asked |= {s.name for s in SCHEMES if s.rank_count > 1 and s.rank_count in counts}
-        free = set(self.schemes) if self.chosen_rule.weighs_layers else {OUTPUT.name}
+        free = set(self.ways) if self.chosen_rule.weighs_layers else {OUTPUT.name}
         found = tuple(s for s in SCHEME_NAMES if s in asked | free)
         return (*found, *self.narrower)
 
     @property
+    def ways(self) -> tuple[str, ...]:
+        """What may be done to layers: what the user names, or all."""
+        return values.WAYS if self.schemes is None else self.schemes
+
+    @property
     def narrower(self) -> tuple[str, ...]:
         """How channels may be taken out: ``"narrow"``, ``"slice"``, both or not at all."""
-        rule, unasked = self.chosen_rule, self.schemes == values.WAYS
-        if not rule.narrows or (unasked and not rule.narrows_unasked):
+        if not self.chosen_rule.narrows:
             return ()
-        return tuple(way for way in NARROWER if way in self.schemes)
+        return tuple(way for way in NARROWER if way in self.ways)
+
+    @property
+    def narrows_last(self) -> bool:
+        """Whether channels are only taken out where ranks alone do not reach the budget."""
+        return self.schemes is None and self.chosen_rule.narrows_last
 
     @property
     def slices(self) -> bool:
         """Whether channels are cut in directions where that can be."""
-        return SLICE in self.schemes
+        return SLICE in self.ways
 
     @property
     def pools(self) -> bool:

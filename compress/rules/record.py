@@ -119,7 +119,8 @@ class Rule:
         weighs_layers: Whether it weighs layers against each other, which takes statistics of whole
             weight gradients; a rule that looks at one spectrum at a time needs none.
         narrows: Whether it may take channels out of layers.
-        narrows_unasked: Whether it does so where nobody says which schemes it may choose from.
+        narrows_last: Whether, where nobody says which schemes it may choose from, it does so only
+            where ranks alone do not reach the budget.
         default: The value that holds where no rule is given; only one rule has it.
         grid: How a sweep walks along it; None where it holds a search or a clock.
         cuts_spectra_at_value: Whether the value is a height in the plots of spectra.
@@ -133,7 +134,7 @@ class Rule:
     choose: Callable[[Planning, float], list[Choice]]
     weighs_layers: bool = True
     narrows: bool = True
-    narrows_unasked: bool = True
+    narrows_last: bool = False
     default: float | None = None
     grid: GridFlag | None = None
     cuts_spectra_at_value: bool = False

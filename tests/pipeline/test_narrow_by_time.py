@@ -17,12 +17,12 @@ from workbench import made_images
 import compress
 from compress.choose.by_time import plan as by_time
 from compress.choose.by_time.candidates import TimedBudgets
-from compress.config import make_config
 from compress.errors import BudgetError
+from compress.linalg.schemes import SCHEME_NAMES
 from compress.pipeline.outcome import Compressed
 from compress.plan import NARROWER, Choice, read_plan
 
-# By default a budget of time takes no channels out.
+# By default a budget of time takes channels out only where ranks alone do not reach it.
 ALL = ("narrow", "slice", "output", "input", "two_sided", "spatial")
 
 
@@ -60,12 +60,17 @@ def test_a_run_narrows_and_keeps_its_time(build: Any) -> None:
 
 
 @pytest.mark.usefixtures("on_that_device")
-def test_without_being_asked_it_takes_no_channels_out() -> None:
+def test_without_being_asked_it_takes_channels_out_only_where_it_must() -> None:
     both = run(latency=0.7)
-    alone = run(latency=0.7, schemes=make_config({}).schemes)
+    alone = run(latency=0.7, schemes=None)
     assert all(c.width is None for c in alone.plan.choices)
     assert any(c.rewritten for c in alone.plan.choices)
     assert both.plan != alone.plan
+    with pytest.raises(BudgetError, match="cannot be reached"):
+        run(latency=0.15, schemes=SCHEME_NAMES)
+    must = run(latency=0.15, schemes=None)
+    assert any(c.width is not None for c in must.plan.choices)
+    assert must.result.cost.latency[-1].ratio <= 0.15
 
 
 @pytest.mark.usefixtures("on_that_device")

@@ -88,9 +88,31 @@ def choose_by_time(network: Network, chooser: Chooser, asked: ByTime) -> list[Ch
     path = Path(config.latency_table) if config.latency_table else None
     table = LatencyTable.read(path) if path is not None and path.exists() else LatencyTable()
     timer = _Timer(network, asked, config.latency_batch)
-    budgets = _Candidates(chooser, timer, table).budgets(f"best within latency {fraction:g}")
-    if path is not None:
-        write_atomically(path, table.to_json())
+    candidates = _Candidates(chooser, timer, table)
+
+    def within(*, narrow: bool) -> list[Choice]:
+        budgets = candidates.budgets(f"best within latency {fraction:g}", narrow=narrow)
+        if path is not None:
+            write_atomically(path, table.to_json())
+        return _within(budgets, timer, asked)
+
+    if not config.narrows_last:
+        return within(narrow=True)
+    try:
+        return within(narrow=False)
+    except BudgetError:
+        if chooser.narrower() is None:
+            raise
+        return within(narrow=True)
+
+
+def _within(budgets: Sequence[TimedBudgets], timer: _Timer, asked: ByTime) -> list[Choice]:
+    """Search the budgets of all memory formats, with widths alone where that fails.
+
+    Raises:
+        BudgetError: No choice is so fast.
+    """
+    fraction = asked.fraction
     budgets = promised(budgets, fraction, asked.check)
     try:
         return slowest_within(budgets, timer.ratio, fraction).choices
@@ -134,8 +156,13 @@ class _Candidates:
     timer: _Timer
     table: LatencyTable
 
-    def budgets(self, why: str) -> list[TimedBudgets]:
-        """Timed candidates in every memory format that the network takes."""
+    def budgets(self, why: str, *, narrow: bool) -> list[TimedBudgets]:
+        """Timed candidates in every memory format that the network takes.
+
+        Args:
+            why: What is said of layers that stay as they are.
+            narrow: Whether channels may be taken out.
+        """
         chooser, timer = self.chooser, self.timer
         config, sites = chooser.config, chooser.sites
         timers = {form: timer.of_layers(self.table, form) for form in timer.totals}
@@ -150,7 +177,9 @@ class _Candidates:
         multiple = overrides.config.round_to or 1
         why += f" in ranks of {multiple}" if multiple > 1 else ""
         # Widths keep to what the user asks for alone: what steps they have is measured.
-        widths = chooser.widths(asked, found, TimedCosts({}, {}), coarse_grid)
+        widths = None
+        if narrow:
+            widths = chooser.widths(asked, found, TimedCosts({}, {}), coarse_grid)
         made = []
         for form, of_layers in timers.items():
             timed = self._timed(found, widths, of_layers)
