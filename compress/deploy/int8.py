@@ -77,11 +77,15 @@ class Quantiser:
             which["calibration_cache_path"] = str(self._folder / "ranges.json")
         try:
             with quiet():
+                # Processors without instructions for eight bits (VNNI and the like) add products of
+                # weights and activations in 16 bits. With weights of full range these overflow
+                # there, silently; of half the range they do not. Unsigned activations are what
+                # such instructions take.
                 quantisation.quantize_static(
                     self._folder / "float.onnx", target, _reader(quantisation, self._inputs),
                     quant_format=quantisation.QuantFormat.QDQ, per_channel=True,
-                    activation_type=quantisation.QuantType.QInt8,
-                    weight_type=quantisation.QuantType.QInt8, **which,
+                    activation_type=quantisation.QuantType.QUInt8,
+                    weight_type=quantisation.QuantType.QInt8, reduce_range=True, **which,
                 )  # fmt: skip
         except Exception as error:  # of onnxruntime, onnx or numpy, of no common base
             raise ModelError(
