@@ -161,8 +161,8 @@ _RULES = (
 _SCHEMES = (
     _o("--schemes", metavar="A,B", callback=_names, text="The schemes a budget may choose from: "
        f"{', '.join(SCHEME_NAMES)}, and {NARROW} and {SLICE}, which take channels, or mixtures of "
-       "them, out of groups of layers. Default all; with --latency channels only where ranks do not "
-       "reach the budget."),
+       "them, out of groups of layers. Default all; with --latency channels only where ranks do "
+       "not reach the budget."),
 )  # fmt: skip
 _FIT = (
     _o("--refit/--no-refit", text="Refit on the compressed network, layer by layer "

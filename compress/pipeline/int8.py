@@ -24,6 +24,9 @@ from compress.running.structure import like_weights, tensors
 FLOAT_SHARE = 0.1
 # More layers stay in float only where that brings the outputs nearer by so much.
 WORTH = 0.9
+# And only as long as predictions move by more than this, in nats: less is no matter beside what
+# test sets can tell, and every change between eight bits and float costs time.
+NEGLIGIBLE = 0.005
 METADATA_KEY = "compress.int8"
 
 
@@ -88,8 +91,9 @@ def in_eight_bits(
 ) -> tuple[ExportedFile, Int8]:
     """Quantise an exported network and choose the layers that stay in float.
 
-    Each layer is quantised alone, and its effect on the outputs is measured. Those that lose most
-    for their MACs stay in float: as many, doubling, as make the whole network better.
+    Where all layers together move the outputs by more than is negligible, each is quantised alone,
+    and its effect on the outputs is measured. Those that lose most for their MACs stay in float: as
+    many, doubling, as make the whole network better.
 
     Args:
         made: An ONNX file in float.
@@ -109,23 +113,31 @@ def in_eight_bits(
     def network(content: bytes) -> nn.Module:
         return made.traced.on(onnx_session(content), reference)
 
-    def distance(content: bytes) -> float:
+    def compared(content: bytes) -> Comparison:
         comparison = Comparison(None)
         comparison.add_all(expected, results(network(content), loader.batches(judge), "int8"))
-        return _distance(comparison)
+        return comparison
+
+    def distance(content: bytes) -> float:
+        return _distance(compared(content))
 
     with tempfile.TemporaryDirectory() as folder:
         quantiser = Quantiser(made.onnx, batches, Path(folder))
         nodes = list(quantiser.layers)
         content = quantiser.without(())
-        of_all = best = distance(content)
-        lost = {n: distance(quantiser.only(n)) for n in track(nodes, "int8 layers", len(nodes))}
+        everything = compared(content)
+        enough = NEGLIGIBLE if everything.ranked else 0.0
+        of_all = best = _distance(everything)
         kept: tuple[str, ...] = ()
-        for candidate in _candidates(lost, quantiser.macs):
-            tried = quantiser.without(candidate)
-            found = distance(tried)
-            if found < WORTH * best:
-                kept, content, best = candidate, tried, found
+        if best > enough:
+            lost = {n: distance(quantiser.only(n)) for n in track(nodes, "int8 layers", len(nodes))}
+            for candidate in _candidates(lost, quantiser.macs):
+                tried = quantiser.without(candidate)
+                found = distance(tried)
+                if found < WORTH * best:
+                    kept, content, best = candidate, tried, found
+                if best <= enough:
+                    break
         layers = tuple(quantiser.layers[node] for node in kept)
         model = quantiser.finished(content, {METADATA_KEY: json.dumps({"float": layers})})
     total = sum(quantiser.macs.values())
