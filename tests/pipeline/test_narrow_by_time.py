@@ -61,11 +61,9 @@ def test_a_run_narrows_and_keeps_its_time(build: Any) -> None:
 
 @pytest.mark.usefixtures("on_that_device")
 def test_without_being_asked_it_takes_channels_out_only_where_it_must() -> None:
-    both = run(latency=0.7)
     alone = run(latency=0.7, schemes=None)
     assert all(c.width is None for c in alone.plan.choices)
     assert any(c.rewritten for c in alone.plan.choices)
-    assert both.plan != alone.plan
     with pytest.raises(BudgetError, match="cannot be reached"):
         run(latency=0.15, schemes=SCHEME_NAMES)
     must = run(latency=0.15, schemes=None)
