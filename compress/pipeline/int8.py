@@ -24,9 +24,9 @@ from compress.running.structure import like_weights, tensors
 FLOAT_SHARE = 0.1
 # More layers stay in float only where that brings the outputs nearer by so much.
 WORTH = 0.9
-# And only as long as predictions move by more than this, in nats: less is no matter beside what
-# test sets can tell, and every change between eight bits and float costs time.
-NEGLIGIBLE = 0.005
+# And only as long as predictions move by more than this, in nats, which changes about one in a
+# hundred: every change between eight bits and float costs time.
+NEGLIGIBLE = 0.002
 METADATA_KEY = "compress.int8"
 
 
