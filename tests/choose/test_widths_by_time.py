@@ -47,7 +47,9 @@ class Made:
         settings_ = {"schemes": ("output", *NARROWER), "round_to": 1, "latency": 0.5, **given_}
         chooser = Chooser.of(self.network, self.narrower.calibration, make_config(settings_))
         timer: Any = self.timer
-        (found,) = by_time._Candidates(chooser, timer, MadeUpTable()).budgets("because", narrow=True)
+        (found,) = by_time._Candidates(chooser, timer, MadeUpTable()).budgets(
+            "because", narrow=True
+        )
         return found
 
     @cached_property

@@ -71,28 +71,6 @@ def test_an_onnx_file_computes_what_the_result_does(made: Workbench) -> None:
     assert made.leftovers() == ["net.onnx", "out"]
 
 
-def test_a_compiled_program_runs_where_this_package_is_not_installed(made: Workbench) -> None:
-    done = command(*exporting(made, "--to", "aoti", name="net.pt2"))
-    assert done.exit_code == 0, done.stderr
-    assert "AOTInductor" in done.stdout
-    model = compress.load(made.output(), trust_code=True)
-    inputs, expected = made.folder / "inputs.pt", made.folder / "expected.pt"
-    with torch.no_grad():
-        torch.save(IMAGES, inputs)
-        torch.save(model(IMAGES), expected)
-    code = (
-        "import sys, torch\n"
-        f"program = torch._inductor.aoti_load_package({str(made.output('net.pt2'))!r})\n"
-        f"found = program(torch.load({str(inputs)!r}, weights_only=True))\n"
-        f"expected = torch.load({str(expected)!r}, weights_only=True)\n"
-        "torch.testing.assert_close(found, expected)\n"
-        "assert '\"source_sha256\"' in program.get_metadata()['compress']\n"
-        "assert 'compress' not in sys.modules\n"
-    )
-    alone = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-
-
 def test_a_program_is_not_compiled_without_a_compiler(
     made: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

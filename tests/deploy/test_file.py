@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from compress.deploy.file import ONNX, PROGRAM, Form, make_file
+from compress.deploy.file import COMPILED, ONNX, PROGRAM, Form, make_file
 from compress.deploy.runtimes import SESSIONS
 from compress.errors import ModelError
 
@@ -47,3 +51,24 @@ def test_a_runtime_that_does_not_take_the_file_is_said(monkeypatch: pytest.Monke
     networks, problems = made.on_runtimes()
     assert list(networks) == ["onnxruntime"]
     assert problems == ("OpenVINO does not take the network: it is too new.",)
+
+
+def test_a_compiled_program_runs_where_this_package_is_not_installed(tmp_path: Path) -> None:
+    model, inputs = nn.Linear(4, 3).eval(), torch.randn(5, 4)  # compiling takes its time
+    made = make_file(model, inputs[:2], Form(COMPILED), {"compress": "the manifest"})
+    with torch.no_grad():
+        expected = model(inputs)
+    torch.testing.assert_close(made.network(inputs), expected)
+    program = tmp_path / "net.pt2"
+    program.write_bytes(made.content)
+    torch.save((inputs, expected), tmp_path / "tensors.pt")
+    code = (
+        "import torch\n"
+        "import sys; sys.modules['compress'] = None\n"
+        f"inputs, expected = torch.load({str(tmp_path / 'tensors.pt')!r}, weights_only=True)\n"
+        f"program = torch._inductor.aoti_load_package({str(program)!r})\n"
+        "torch.testing.assert_close(program(inputs), expected)\n"
+        "assert program.get_metadata()['compress'] == 'the manifest'\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
