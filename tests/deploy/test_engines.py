@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import compiling
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -27,7 +28,9 @@ def network() -> nn.Module:
 INPUTS = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=compiling) if n == "compile" else n for n in RUNTIMES]
+)
 def test_networks_and_layers_compute_what_torch_does(name: str) -> None:
     if name == "openvino" and not installed(name):
         pytest.skip("openvino is not installed")
@@ -54,6 +57,7 @@ def test_weights_in_another_order_in_memory_are_exported_too() -> None:
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@compiling
 def test_nothing_is_compiled_while_it_is_timed() -> None:
     engine = engine_named("compile")
     models = {str(i): engine.network(network(), [INPUTS[:1], INPUTS]) for i in range(2)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiling
 from torch import nn
 
 from compress.deploy.file import COMPILED, ONNX, PROGRAM, Form, make_file
@@ -53,6 +54,7 @@ def test_a_runtime_that_does_not_take_the_file_is_said(monkeypatch: pytest.Monke
     assert problems == ("OpenVINO does not take the network: it is too new.",)
 
 
+@compiling
 def test_a_compiled_program_runs_where_this_package_is_not_installed(tmp_path: Path) -> None:
     model, inputs = nn.Linear(4, 3).eval(), torch.randn(5, 4)  # compiling takes its time
     made = make_file(model, inputs[:2], Form(COMPILED), {"compress": "the manifest"})
