@@ -1,8 +1,9 @@
-"""One number for how good a network is, by which networks of one job can be ordered."""
+"""How good a network is, as one number, and which of several networks no other one beats."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from compress.result import EndMetric
 
@@ -20,3 +21,14 @@ def quality(metric: EndMetric | None) -> float:
     if found is not None:
         return found
     return -max((output.relative_mse or 0.0 for output in metric.outputs), default=math.inf)
+
+
+def unbeaten(rated: Sequence[tuple[float, float]]) -> list[bool]:
+    """Say of each pair of a cost and a quality whether it is on the Pareto front.
+
+    It is where no other one costs as little and is as good, and differs from it.
+    """
+    return [
+        not any(c <= cost and g >= good and (c, g) != (cost, good) for c, g in rated)
+        for cost, good in rated
+    ]

@@ -18,8 +18,8 @@ def rows(report: Report) -> list[Row]:
     """Return a row for each file: what it is, what it costs and how good it is.
 
     ``time`` and ``size`` are shares of the dense network's in float, ``seconds`` and ``bytes`` the
-    numbers themselves; measures are as those of `compress.report.points.points`, with those of the
-    test set as ``test_after`` and ``test_change``.
+    numbers themselves; measures are those of `compress.report.points.measures` for the validation
+    images, and ``test_after`` is what the test set says.
     """
     sweep = report["sweep"]
     dense = sweep["deployed"]
@@ -44,11 +44,9 @@ def _row(label: str, each: dict[str, Any], whole: int, *, compressed: bool) -> R
         "seconds": each["seconds"],
         "size": each["bytes"] / max(whole, 1),
         "bytes": each["bytes"],
-        "kept": len(each["kept"]),
         **points.measures(each["validation"]),
         "test_unit": on_test["unit"],
         "test_after": on_test["after"],
-        "test_change": on_test["change"],
         "by_time": each["by_time"],
         "by_bytes": each["by_bytes"],
     }

@@ -16,7 +16,7 @@ from compress.data import ImageSet
 from compress.deploy.equalise import equalised
 from compress.deploy.file import ONNX, ExportedFile, Form, make_file
 from compress.errors import ConfigError, DataError, ModelError
-from compress.measure.quality import quality
+from compress.measure.quality import quality, unbeaten
 from compress.pipeline.export import CHECKED_IMAGES, INT8_IMAGES, TOLERANCE
 from compress.pipeline.int8 import Calibrated, in_eight_bits
 from compress.pipeline.job import Job
@@ -207,10 +207,7 @@ def with_fronts(
 
 def _front(every: Sequence[Deployed], cost: Callable[[Deployed], float | None]) -> set[int]:
     """The identities of those that are on the front of a cost and quality on validation images."""
-    known = [(id(each), cost(each), quality(each.validation)) for each in every]
-    rated = [(key, spent, good) for key, spent, good in known if spent is not None]
-    return {
-        key
-        for key, spent, good in rated
-        if not any(s <= spent and g >= good and (s, g) != (spent, good) for _, s, g in rated)
-    }
+    known = [(each, cost(each)) for each in every]
+    rated = [(each, spent) for each, spent in known if spent is not None]
+    front = unbeaten([(spent, quality(each.validation)) for each, spent in rated])
+    return {id(each) for (each, _), best in zip(rated, front, strict=True) if best}

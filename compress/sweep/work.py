@@ -17,7 +17,7 @@ from compress.config import RunConfig
 from compress.errors import DataError
 from compress.inputs.load import Inputs
 from compress.measure.cost import model_cost
-from compress.measure.quality import quality
+from compress.measure.quality import quality, unbeaten
 from compress.network.baseline import Network
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import current_versions
@@ -262,17 +262,8 @@ def pareto(points: list[SweepPoint]) -> list[SweepPoint]:
     The metric is that of the validation images; where it is unknown (no labels) the agreement
     with the original stands in for it.
     """
-    rated = [quality(p.validation) for p in points]
-
-    def beaten(i: int) -> bool:
-        return any(
-            points[j].macs <= points[i].macs
-            and rated[j] >= rated[i]
-            and (points[j].macs, rated[j]) != (points[i].macs, rated[i])
-            for j in range(len(points))
-        )
-
-    return [dataclasses.replace(p, pareto=not beaten(i)) for i, p in enumerate(points)]
+    front = unbeaten([(p.macs, quality(p.validation)) for p in points])
+    return [dataclasses.replace(p, pareto=best) for p, best in zip(points, front, strict=True)]
 
 
 def warnings_of(points: list[SweepPoint], inputs: Inputs) -> tuple[str, ...]:

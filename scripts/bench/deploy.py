@@ -35,6 +35,8 @@ from compress.vision.torchvision import torchvision_model
 # Smooth noise to calibrate on: so little that nothing is checked on images held back, which would
 # take long and is about losses alone. And how long the last comparison may take.
 IMAGES, SECONDS = 28, 60.0
+# As many as an export is checked on.
+EXPORT_IMAGES = 64
 HEAD = (
     "network", "batch", "budget on", "MACs", "runtime", "original, ms", "folded, ms",
     "compressed, ms", "ratio", "difference",
@@ -63,7 +65,7 @@ def budget(name: str, batch: int, runtime: str, latency: float) -> None:
     model = torchvision_model(name).eval()
     made = compress.compress_model(
         model, pictures(IMAGES), latency=latency, latency_batch=batch, runtime=runtime,
-        calibration_images=IMAGES, refit=False, no_latency=False,
+        calibration_images=IMAGES, refit=False,
     )  # fmt: skip
     assert made.result.cost.compressed is not None
     assert made.result.cost.folded is not None
@@ -100,7 +102,7 @@ def export_time(name: str) -> None:
         weights, images = Path(folder) / "net.safetensors", Path(folder) / "images.safetensors"
         torch.manual_seed(0)
         save_file(torchvision_model(name).state_dict(), weights)
-        save_file({"images": pictures(IMAGES)}, images)
+        save_file({"images": pictures(EXPORT_IMAGES)}, images)
         started = time.perf_counter()
         subprocess.run(
             [
