@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from compress.config import COMPILE, TORCH
 from compress.deploy.compiled import require_compiler
-from compress.deploy.file import ONNX, ExportedFile, Form, make_file
+from compress.deploy.file import load_to_be_timed
 from compress.deploy.layers import INPUT, layer_file
+from compress.deploy.onnx import EXTRA, NEEDED_BY
 from compress.deploy.runtimes import SESSIONS, OnRuntime, installed
 from compress.errors import ConfigError, ModelError, one_line
 from compress.libraries.record import quiet, require
 from compress.running.memory_format import evaluating, in_memory_format
 from compress.running.structure import arguments, cloned, count
 
-_EXTRAS = {"onnxruntime": ONNX, "openvino": "openvino"}
+_EXTRAS = {"onnxruntime": EXTRA, "openvino": "openvino"}
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _counter = itertools.count()
 
@@ -164,26 +165,25 @@ def exported(
     Raises:
         ModelError: It cannot be exported.
     """
-
-    def made(batch: Any, size: int | None) -> ExportedFile:
-        return make_file(model, batch, Form(ONNX, batch=size), {})
-
     largest = max(batches, key=count)
     with in_memory_format(model, "contiguous"):
         if count(largest) > 1:  # torch takes a batch of one for a constant
             try:
-                return made(largest, None).on_runtimes(only)
+                found, problems = load_to_be_timed(model, largest, None, only)
             except ModelError:  # a forward may be bound to the batch size
-                pass
-        files = {count(batch): made(batch, count(batch)) for batch in batches}
-    loaded = {size: file.on_runtimes(only) for size, file in files.items()}
-    problems = dict.fromkeys(problem for _, found in loaded.values() for problem in found)
+                found = {}
+            if found:
+                return found, problems
+        loaded = {
+            count(batch): load_to_be_timed(model, batch, count(batch), only) for batch in batches
+        }
+    refusals = dict.fromkeys(problem for _, refused in loaded.values() for problem in refused)
     networks: dict[str, nn.Module] = {}
     for name in next(iter(loaded.values()))[0]:
-        of_sizes = {size: found[name] for size, (found, _) in loaded.items() if name in found}
+        of_sizes = {size: each[name] for size, (each, _) in loaded.items() if name in each}
         if len(of_sizes) == len(batches):
             networks[name] = _ByBatch(of_sizes) if len(batches) > 1 else of_sizes.popitem()[1]
-    return networks, tuple(problems)
+    return networks, tuple(refusals)
 
 
 def engine_named(name: str, device: str = "cpu") -> Engine:
@@ -221,7 +221,7 @@ def require_exporter() -> None:
         ModelError: A package is not installed.
     """
     for package in _NEEDED:
-        require(package, ONNX, "ONNX files")
+        require(package, EXTRA, NEEDED_BY)
 
 
 def can_export() -> bool:

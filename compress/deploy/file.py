@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.deploy.compiled import compiled_package, package_session
 from compress.deploy.onnx import OnnxModel, to_onnx
@@ -70,16 +70,8 @@ class ExportedFile:
         if self.onnx is None:
             return {_TORCH_S[self.target]: self.network}, ()
         reference = next(self.network.parameters())
-        networks, problems = {_CHECKING: self.network}, []
-        wanted = [name for name in SESSIONS if installed(name)] if only is None else only
-        for name in wanted:
-            if name in networks:
-                continue
-            try:
-                networks[name] = self.traced.on(SESSIONS[name](self.content), reference)
-            except ModelError as error:
-                problems.append(str(error))
-        return {name: networks[name] for name in networks if name in wanted}, tuple(problems)
+        own = {_CHECKING: self.network}
+        return _loaded(self.content, self.traced, reference, only, own)
 
 
 def make_file(
@@ -97,11 +89,8 @@ def make_file(
         ModelError, ConfigError: As `trace` and `to_onnx`; or the runtime does not take the file.
     """
     reference = next(model.parameters())
-    if form.target == ONNX and reference.dtype not in _ONNX_DTYPES:
-        raise ModelError(
-            f"The network's weights are {str(reference.dtype).removeprefix('torch.')}, and ONNX "
-            "Runtime computes in float32 and float16 alone. Export it with --to pt2."
-        )
+    if form.target == ONNX:
+        _require_floats_of_onnx(reference)
     traced = trace(model, example, form.batch)
     if form.target == PROGRAM:
         # torch would save the example with the program, and with it somebody's images.
@@ -120,3 +109,54 @@ def make_file(
     content = onnx.content()
     network = traced.on(SESSIONS[_CHECKING](content), reference)
     return ExportedFile(content, network, traced, onnx)
+
+
+def load_to_be_timed(
+    model: nn.Module, example: Any, batch: int | None, only: Sequence[str] | None = None
+) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Export a network as ONNX and load it into runtimes, without a check of what it computes.
+
+    Args:
+        model: As for `make_file`.
+        example: As for `trace`.
+        batch: The batch size; None leaves it open.
+        only: As for `ExportedFile.on_runtimes`.
+
+    Returns:
+        As `ExportedFile.on_runtimes`.
+
+    Raises:
+        ModelError: As `trace` and `to_onnx`.
+    """
+    reference = next(model.parameters())
+    _require_floats_of_onnx(reference)
+    traced = trace(model, example, batch)
+    content = to_onnx(traced, {}, checked=False).content()
+    return _loaded(content, traced, reference, only, {})
+
+
+def _require_floats_of_onnx(reference: Tensor) -> None:
+    if reference.dtype not in _ONNX_DTYPES:
+        raise ModelError(
+            f"The network's weights are {str(reference.dtype).removeprefix('torch.')}, and ONNX "
+            "Runtime computes in float32 and float16 alone. Export it with --to pt2."
+        )
+
+
+def _loaded(
+    content: bytes,
+    traced: Traced,
+    reference: Tensor,
+    only: Sequence[str] | None,
+    already: Mapping[str, nn.Module],
+) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    networks, problems = {}, []
+    for name in [name for name in SESSIONS if installed(name)] if only is None else only:
+        try:
+            known = already.get(name)
+            if known is None:
+                known = traced.on(SESSIONS[name](content), reference)
+            networks[name] = known
+        except ModelError as error:
+            problems.append(str(error))
+    return networks, tuple(problems)

@@ -42,13 +42,16 @@ class OnnxModel:
         return serialised
 
 
-def to_onnx(traced: Traced, metadata: Mapping[str, str], opset: int | None = None) -> OnnxModel:
+def to_onnx(
+    traced: Traced, metadata: Mapping[str, str], opset: int | None = None, *, checked: bool = True
+) -> OnnxModel:
     """Translate a traced network.
 
     Args:
         traced: The network.
         metadata: What the file says of itself (``metadata_props``).
         opset: The version of ONNX's operators; None for the exporter's own choice.
+        checked: Whether ONNX's own checker looks at it, which takes seconds for large networks.
 
     Raises:
         ModelError: An operator cannot be translated, the file would be too large, or ONNX's own
@@ -85,6 +88,12 @@ def to_onnx(traced: Traced, metadata: Mapping[str, str], opset: int | None = Non
     _name_batch(proto)
     for key, value in sorted(metadata.items()):
         proto.metadata_props.add(key=key, value=value)
+    if checked:
+        _check(onnx, proto)
+    return OnnxModel(proto, found, exported.exported_program)
+
+
+def _check(onnx: Any, proto: Any) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # onnx.checker.ValidationError, and those of shape inference
@@ -92,7 +101,6 @@ def to_onnx(traced: Traced, metadata: Mapping[str, str], opset: int | None = Non
             f"onnx.checker finds the exported network wrong: {one_line(error)[:500]}. This is a "
             "defect of torch's exporter or of its use here."
         ) from error
-    return OnnxModel(proto, found, exported.exported_program)
 
 
 def _prepare(model: Any) -> None:

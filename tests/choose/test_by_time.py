@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -334,6 +335,8 @@ def test_a_budget_is_spent_on_the_runtime_asked_for(
     assert dense_batch == 3
     assert smaller
     assert all(batch == 3 and size < dense for batch, size in smaller)
+    # What is measured again is not built again.
+    assert all(one != other for one, other in itertools.pairwise(smaller))
     cost = bench.report()["result"]["cost"]
     assert {row["runtime"] for row in cost["latency"]} == {"onnxruntime"}
     assert "torch" in {row["runtime"] for row in cost["beside"]}

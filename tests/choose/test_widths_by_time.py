@@ -183,7 +183,7 @@ def test_as_good_as_trying_everything(few: Made) -> None:
     assert narrow >= 3
 
 
-@settings(derandomize=True, deadline=None, max_examples=12)
+@settings(derandomize=True, deadline=None, max_examples=6)
 @given(st.floats(0.05, 1.0))
 def test_never_over_the_budget_as_predicted(few: Made, fraction: float) -> None:
     if fraction < few.own.smallest():

@@ -57,6 +57,16 @@ def test_weights_in_another_order_in_memory_are_exported_too() -> None:
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_what_is_only_timed_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checker takes seconds for a large network, and a search builds one after the other."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("checked")
+
+    monkeypatch.setattr("onnx.checker.check_model", refused)
+    assert engine_named("onnxruntime").network(network(), [INPUTS]) is not None
+
+
 @compiling
 def test_nothing_is_compiled_while_it_is_timed() -> None:
     engine = engine_named("compile")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from stopwatch import stop_the_clock
 from torch import nn
 from workbench import command, paragraph
 
@@ -40,6 +41,11 @@ def library(prefix: str) -> Any:
         pytest.skip(f"{package} is not installed")
     load_torchvision()
     return require(package, extra, prefix)
+
+
+@pytest.fixture(autouse=True)
+def no_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_the_clock(monkeypatch)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:

@@ -235,7 +235,7 @@ def test_every_point_is_what_a_single_run_gives(network: Any, rule: Any, text: A
 
 def test_parameters_never_grow_as_the_threshold_rises(network: Any) -> None:
     config = make_config(network)
-    grid = parse_grid("threshold", "1e-3:0.99:12")
+    grid = parse_grid("threshold", "1e-3:0.99:8")
     result = sweep_network(load_network(config), config, grid, Options(test_points=False))
     params = [p.params for p in result.points]
     macs = [p.macs for p in result.points]
