@@ -6,8 +6,8 @@
 Each network (224 x 224, random weights: its time does not depend on them) is compressed through
 `compress.compress_model` to a share of its time on one runtime. The original as it came and the
 result are then timed, each in turns with the original with its norms folded, on every runtime that
-is installed; what they give is compared with torch. With ``--export``, a network is exported
-through the command line, with all of its checks.
+is installed, beside what the run itself measured; what they give is compared with torch. With
+``--export``, a network is exported through the command line, with all of its checks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IMAGES, SECONDS = 28, 60.0
 EXPORT_IMAGES = 64
 HEAD = (
     "network", "batch", "budget on", "MACs", "runtime", "original, ms", "folded, ms",
-    "compressed, ms", "ratio", "difference",
+    "compressed, ms", "ratio", "in the run", "difference",
 )  # fmt: skip
 
 
@@ -70,6 +70,8 @@ def budget(name: str, batch: int, runtime: str, latency: float) -> None:
     assert made.result.cost.compressed is not None
     assert made.result.cost.folded is not None
     macs = made.result.cost.compressed.macs / made.result.cost.folded.macs
+    cost = made.result.cost
+    own = {(x.runtime, x.batch_size): f"{x.ratio:.3f}" for x in (*cost.latency, *cost.beside)}
     example = pictures(1)
     inputs = expanded(example, batch)
     kinds = {"original": model, "folded": made.network.model, "compressed": made.model.eval()}
@@ -92,6 +94,7 @@ def budget(name: str, batch: int, runtime: str, latency: float) -> None:
                     name, batch, runtime, f"{macs:.2f}", name_of,
                     f"{1e3 * original:.1f}", f"{1e3 * each.original:.1f}",
                     f"{1e3 * each.seconds:.1f}", f"{each.seconds / each.original:.3f}",
+                    own.get((name_of, batch), ""),
                     f"{difference:.0e}",
                 )
             )  # fmt: skip
