@@ -150,13 +150,13 @@ def _loaded(
     only: Sequence[str] | None,
     already: Mapping[str, nn.Module],
 ) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Load a file into runtimes, but for those that have loaded it already."""
     networks, problems = {}, []
-    for name in [name for name in SESSIONS if installed(name)] if only is None else only:
+    for name in [each for each in SESSIONS if installed(each)] if only is None else only:
         try:
-            known = already.get(name)
-            if known is None:
-                known = traced.on(SESSIONS[name](content), reference)
-            networks[name] = known
+            networks[name] = (
+                already[name] if name in already else traced.on(SESSIONS[name](content), reference)
+            )
         except ModelError as error:
             problems.append(str(error))
     return networks, tuple(problems)
