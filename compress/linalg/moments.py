@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Rows are few where the features are more than so many times as many.
 FEW_ROWS = 8
+# How many columns of a symmetric product are computed at a time.
+COLUMNS = 512
 
 
 class Moments:
@@ -57,7 +59,7 @@ class Moments:
             return
         reference = rows.mean(dim=1, keepdim=True)
         centred = rows - reference
-        scatter = (centred.transpose(1, 2) @ centred).double()
+        scatter = gram(centred).double()
         # What float32 rounding left of the mean of the centred rows.
         residue = centred.mean(dim=1).double()
         scatter -= samples * residue.unsqueeze(2) * residue.unsqueeze(1)
@@ -108,3 +110,20 @@ class Moments:
         moments.mean = state["mean"].clone()
         moments.scatter = state["scatter"].clone()
         return moments
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return ``rowsᵀ rows [groups, features, features]`` of ``[groups, samples, features]``.
+
+    Of many features hardly more than the upper half is computed, and mirrored.
+    """
+    features = rows.shape[2]
+    if features <= COLUMNS:
+        return rows.mT @ rows
+    found = rows.new_empty(len(rows), features, features)
+    for group, product in zip(rows, found, strict=True):
+        for start in range(0, features, COLUMNS):
+            end = start + COLUMNS
+            torch.mm(group[:, start:end].T, group[:, start:], out=product[start:end, start:])
+            product[end:, start:end] = product[start:end, end:].T
+    return found

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.linalg.moments import Moments
+from compress.linalg.moments import COLUMNS, Moments, gram
 
 
 def rows_of(groups: int, count: int, features: int, seed: int = 0) -> Tensor:
@@ -138,3 +138,13 @@ def test_one_bad_number_is_seen(bad: float) -> None:
     assert accumulated(rows, []).is_finite()
     rows[0, 3, 1] = bad
     assert not accumulated(rows, [2]).is_finite()
+
+
+@pytest.mark.parametrize("features", [COLUMNS, COLUMNS + 1, 3 * COLUMNS + 7])
+def test_a_product_of_which_half_is_computed_is_the_whole_product(features: int) -> None:
+    rows = rows_of(2, 9, features).float()
+    found = gram(rows)
+    whole = torch.einsum("gsi,gsj->gij", rows.double(), rows.double())
+    torch.testing.assert_close(found.double(), whole, rtol=1e-5, atol=1e-6 * float(whole.max()))
+    upper = found.triu(COLUMNS)
+    assert torch.equal(upper, found.mT.triu(COLUMNS))
