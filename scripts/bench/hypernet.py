@@ -4,11 +4,12 @@ A hypernetwork emits all weights of a small classifier of the embedded digits fr
 which the images are turned; further inputs are noise that it has to learn to ignore. Prints the
 norms of activations and emitted weights before training, and the accuracy on turned test images
 after training with Adam, as Markdown tables. Every candidate sees the same batches, angles and
-noise. With ``--select`` it instead compares factors for the last layer on training images held
-back, which is how the default was chosen: no test image is looked at. Run from a checkout, in the
-project's environment:
+noise. With ``--select`` it instead compares factors for the last layer, and with ``--biases`` those
+of hidden layers, on training images held back, which is how the defaults were chosen: no test image
+is looked at. Run from a checkout, in the project's environment:
 
     OMP_NUM_THREADS=1 python scripts/bench/hypernet.py --select
+    OMP_NUM_THREADS=1 python scripts/bench/hypernet.py --biases --seeds 30
     OMP_NUM_THREADS=1 python scripts/bench/hypernet.py
 """
 
@@ -114,7 +115,10 @@ EXISTING = [
 SELECTED_ON = [Task(n, (16, 64, 128), rate) for n in (1, 16) for rate in (3e-3, 1e-2)]
 # The class above, and initialisations of `Hypernet`; a number is "constant_norm" with this factor
 # for the last layer.
-CANDIDATES = ("original", "constant_norm", "kaiming_normal")
+CANDIDATES = "original", "constant_norm", "kaiming_normal"
+# The default without what its biases do.
+ZERO_BIASES = "zero biases"
+BIASES = ZERO_BIASES, "constant_norm", "original"
 FACTORS = ("0", "0.1", "0.3", "1")
 HELD_BACK = 300  # training images that a factor is chosen on
 FIRST_SEED = 100  # of the choice, so that it shares no draw with the tables
@@ -179,6 +183,10 @@ def build(
     if candidate == "original":
         return Original(task.inputs, shapes, hidden, weights)
     inputs = {"h": (task.inputs,)}
+    if candidate == ZERO_BIASES:
+        if weights is not None:
+            return Hypernet.from_existing(weights, inputs, hidden, init_bias=0.0)
+        return Hypernet(inputs, shapes, hidden, init_bias=0.0)
     if candidate in FACTORS:
         net = Hypernet(inputs, shapes, hidden)
         with torch.no_grad():
@@ -267,12 +275,14 @@ def print_norms(hidden: tuple[int, ...], draws: int) -> None:
 def print_accuracies(
     digits: Digits, tasks: list[Task], candidates: Sequence[str], seeds: range, steps: int
 ) -> None:
-    print(f"\n| inputs | hidden | rate | {' | '.join(candidates)} |")
-    print("| --- " * (len(candidates) + 3) + "|")
+    first, second, *_ = candidates
+    print(f"\n| inputs | hidden | rate | {' | '.join(candidates)} | {second} - {first} |")
+    print("| --- " * (len(candidates) + 4) + "|")
     for task in tasks:
+        found = [[accuracy(digits, c, task, seed, steps) for seed in seeds] for c in candidates]
+        found.append([b - a for a, b in zip(*found[:2], strict=True)])  # seed by seed
         cells = []
-        for candidate in candidates:
-            got = [accuracy(digits, candidate, task, seed, steps) for seed in seeds]
+        for got in found:
             error = statistics.stdev(got) / math.sqrt(len(got)) if len(got) > 1 else math.nan
             cells.append(f"{statistics.mean(got):.1f} ± {error:.1f}")
         print(f"| {task} | {' | '.join(cells)} |", flush=True)
@@ -285,13 +295,23 @@ def select(seeds: int, steps: int) -> None:
     print_accuracies(Digits(held_back=True), SELECTED_ON, FACTORS, chosen, steps)
 
 
+def compare_biases(seeds: int, steps: int) -> None:
+    """Compare units that bend where inputs are with biases of zero, on images held back."""
+    print(f"\nBiases of hidden layers, {HELD_BACK} training images held back:")
+    chosen = range(FIRST_SEED, FIRST_SEED + seeds)
+    tasks = [task for task in (*TASKS, *EXISTING) if task.inputs == 1]
+    print_accuracies(Digits(held_back=True), tasks, BIASES, chosen, steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--draws", type=int, default=20, help="hypernetworks behind each norm")
     parser.add_argument("--tasks", type=int, default=None, help="only the first of each table")
+    parser.add_argument("--candidates", default=",".join(CANDIDATES))
     parser.add_argument("--select", action="store_true", help="compare factors, without the test")
+    parser.add_argument("--biases", action="store_true", help="compare biases, without the test")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -299,12 +319,16 @@ def main() -> None:
     if arguments.select:
         select(arguments.seeds, arguments.steps)
         return
+    if arguments.biases:
+        compare_biases(arguments.seeds, arguments.steps)
+        return
+    candidates = arguments.candidates.split(",")
     print_norms((16, 64, 128), arguments.draws)
     digits = Digits()
     for title, tasks in (("From scratch", TASKS), ("From existing weights", EXISTING)):
         print(f"\n{title}:")
         print_accuracies(
-            digits, tasks[: arguments.tasks], CANDIDATES, range(arguments.seeds), arguments.steps
+            digits, tasks[: arguments.tasks], candidates, range(arguments.seeds), arguments.steps
         )
     print(f"\n{arguments.seeds} seeds, {time.perf_counter() - started:.0f} seconds")
 

@@ -117,6 +117,32 @@ def fill_keeping_norm(weight: Tensor, gain: float, *, mirrored: bool) -> None:
         weight.copy_(torch.cat([drawn, -drawn])[:width])
 
 
+def spread_kinks(hidden: nn.Sequential, encoded: Tensor) -> None:
+    """Draw the biases of hidden layers so that their units bend where inputs are.
+
+    A rectifier's unit is linear in its input but for one bend, where what enters it is zero. With
+    biases of zero that is at zero, which no encoding of constant norm comes near: what lies between
+    inputs is left to few units. Here each bends at an input that is drawn for it. Layers are scaled
+    so that the norm of their activations stays what it was, in the mean over inputs.
+
+    Args:
+        hidden: Linear layers, each followed by its nonlinearity; dropout is passed over.
+        encoded: Encoded inputs ``[samples, inputs]`` to draw from, of the layers' dtype.
+    """
+    layers = [layer for layer in hidden if not isinstance(layer, nn.Dropout)]
+    for linear, bend in zip(layers[::2], layers[1::2], strict=True):
+        assert isinstance(linear, nn.Linear)
+        drawn = encoded[torch.randint(len(encoded), (linear.out_features,), device=encoded.device)]
+        with torch.no_grad():
+            before = bend(encoded @ linear.weight.T).norm(dim=1).mean()
+            linear.bias.copy_(-(linear.weight * drawn).sum(1))
+            after = bend(linear(encoded)).norm(dim=1).mean()
+            factor = before / after.clamp_min(torch.finfo(after.dtype).tiny)
+            linear.weight.mul_(factor)
+            linear.bias.mul_(factor)
+            encoded = bend(linear(encoded))
+
+
 def is_odd(nonlinearity: nn.Module) -> bool:
     """Whether a nonlinearity mirrors a changed sign, up to a constant.
 

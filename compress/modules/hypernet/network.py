@@ -20,6 +20,7 @@ from compress.modules.hypernet.initialization import (
     gain_of,
     independent_value,
     is_odd,
+    spread_kinks,
 )
 from compress.modules.hypernet.options import (
     HypernetOptions,
@@ -30,6 +31,8 @@ from compress.modules.hypernet.options import (
 from compress.modules.hypernet.sizes import shape as checked_shape
 
 Shapes = Mapping[str, Sequence[int]]
+# Among how many inputs those are drawn at which units bend.
+INPUTS_DRAWN = 256
 
 
 class Hypernet(nn.Module):
@@ -57,7 +60,8 @@ class Hypernet(nn.Module):
         init_distribution: Of the weights of h. ``"constant_norm"``, the default, keeps the norm of
             the activations at one from the first hidden layer to the last, whatever the number of
             inputs and the widths: weights are orthogonal and, before nonlinearities that are not
-            odd, their rows come in pairs of opposite sign, so that every input's norm is kept.
+            odd, their rows come in pairs of opposite sign, which keep the norm of every input
+            where ``init_bias`` is zero, and else in the mean.
             What h emits from them is multiplied by 0.1.
             ``"kaiming_normal_fanout"`` is HyperLight's, with which activations have the norm of
             the encoding, the square root of the number of inputs. Also
@@ -65,6 +69,9 @@ class Hypernet(nn.Module):
             ``"kaiming_uniform_fanout"``, ``"glorot_normal"``, ``"glorot_uniform"``,
             ``"orthogonal"``, ``"zeros"``, and None for what ``nn.Linear`` does.
         init_bias: First value of the biases of h's hidden layers; None for what ``nn.Linear`` does.
+            ``"spread"``, the default, is zero but with ``"constant_norm"`` for a single number as
+            input, before nonlinearities that are not odd and without ``norm``: each unit then bends
+            at an input drawn from [0, 1], and norms are one in the mean over inputs.
         init_independent_weights: Whether θ₀ starts as described above, or as ``init_bias``.
         output_split_init: Whether the last layer of h starts as a layer for each output, or as a
             single one, whose weights are smaller the more it emits.
@@ -140,19 +147,39 @@ class Hypernet(nn.Module):
             fill(self.output.weight, distribution, 1.0)
         if distribution == "constant_norm":
             self._bring_norms_to_one([*linear, self.output])
+            if self.init_bias == "spread" and self._mirrored and not self._has_norm:
+                self._spread_kinks()
         if self._starts_independent:
             self.init_independent_weights()
         else:
             for parameter in self.independent:
-                nn.init.constant_(parameter, self.init_bias or 0.0)
+                nn.init.constant_(parameter, self._first_bias or 0.0)
+
+    @property
+    def _first_bias(self) -> float | None:
+        """The first value of biases that are not drawn; None for what ``nn.Linear`` does."""
+        return 0.0 if self.init_bias == "spread" else self.init_bias
 
     def _draw_hidden(self, layer: nn.Linear) -> None:
         if self.init_distribution == "constant_norm":
             fill_keeping_norm(layer.weight, self._gain, mirrored=self._mirrored)
         else:
             fill(layer.weight, self.init_distribution, self._gain)
-        if self.init_bias is not None:
-            nn.init.constant_(layer.bias, self.init_bias)
+        if self._first_bias is not None:
+            nn.init.constant_(layer.bias, self._first_bias)
+
+    def _spread_kinks(self) -> None:
+        """Draw biases by inputs that are uniform in [0, 1], which is what encodings are for.
+
+        Only for a single input: more of them lie in all directions, and units that bend at zero
+        then bend among them.
+        """
+        weight = self.output.weight
+        inputs = sum(math.prod(shape) for shape in self.input_shapes.values())
+        if weight.is_meta or not self.hidden_sizes or inputs > 1:
+            return
+        drawn = torch.rand(INPUTS_DRAWN, inputs, device=weight.device, dtype=weight.dtype)
+        spread_kinks(self.hidden, encode(drawn, self.encoding))
 
     def _bring_norms_to_one(self, layers: list[nn.Linear]) -> None:
         """Divide the first layer by the norm of what enters, which the others then keep.

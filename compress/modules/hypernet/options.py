@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from compress.modules.hypernet.initialization import Distribution, check_distrib
 from compress.modules.hypernet.sizes import size
 
 Activation = str | Callable[[], nn.Module]
+Bias = float | Literal["spread"] | None
 # HyperLight's keyword arguments of the hidden network.
 _FC = ("dropout_prob", "nonlinearity", "norm", "init_distribution", "init_bias", "out_bias")
 
@@ -27,7 +28,7 @@ class HypernetOptions(TypedDict, total=False):
     norm: Callable[[int], nn.Module] | None
     dropout_prob: float
     init_distribution: Distribution | None
-    init_bias: float | None
+    init_bias: Bias
     init_independent_weights: bool
     output_split_init: bool
     fc_kws: Mapping[str, Any] | None
@@ -44,7 +45,7 @@ class Settings:
     norm: Callable[[int], nn.Module] | None = None
     dropout_prob: float = 0.0
     init_distribution: str | None = "constant_norm"
-    init_bias: float | None = 0.0
+    init_bias: Bias = "spread"
     init_independent_weights: bool = True
     output_split_init: bool = True
     device: torch.device | str | None = None
@@ -97,8 +98,9 @@ def _check(settings: Settings) -> None:
     if not 0 <= probability < 1:
         raise ValueError(f"dropout_prob={probability} must be at least 0 and below 1.")
     bias = settings.init_bias
-    if bias is not None and (isinstance(bias, bool) or not math.isfinite(bias)):
-        raise ValueError(f"init_bias={bias!r} must be a finite number or None.")
+    number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    if not (bias is None or bias == "spread" or (number and math.isfinite(bias))):
+        raise ValueError(f"init_bias={bias!r} must be a finite number, 'spread' or None.")
     for name in ("init_independent_weights", "output_split_init"):
         if not isinstance(getattr(settings, name), bool):
             raise TypeError(f"{name} must be True or False, not {getattr(settings, name)!r}.")
