@@ -34,7 +34,7 @@ from compress.vision.torchvision import torchvision_model
 
 # Smooth noise to calibrate on: so little that nothing is checked on images held back, which would
 # take long and is about losses alone. And how long the last comparison may take.
-IMAGES, SECONDS = 12, 60.0
+IMAGES, SECONDS = 28, 60.0
 # As many as an export is checked on.
 EXPORT_IMAGES = 64
 HEAD = (

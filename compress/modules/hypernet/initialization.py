@@ -120,10 +120,10 @@ def fill_keeping_norm(weight: Tensor, gain: float, *, mirrored: bool) -> None:
 def spread_kinks(hidden: nn.Sequential, encoded: Tensor) -> None:
     """Draw the biases of hidden layers so that their units bend where inputs are.
 
-    A rectifier's unit is linear in its input but for one bend, where what enters it is zero. With
-    biases of zero that is at zero, which no encoding of constant norm comes near: what lies between
-    inputs is left to few units. Here each bends at an input that is drawn for it. Layers are scaled
-    so that the norm of their activations stays what it was, in the mean over inputs.
+    A rectifier's unit is linear but for one bend, where what enters it is zero. With a bias of zero
+    that is a hyperplane through the origin, on one side of which all inputs may lie. Here each unit
+    bends at an input that is drawn for it. Layers are scaled so that the norm of their activations
+    stays what it was, in the mean over inputs.
 
     Args:
         hidden: Linear layers, each followed by its nonlinearity; dropout is passed over.

@@ -118,10 +118,10 @@ class Hypernet(nn.Module):
         self.independent = nn.ParameterList(
             nn.Parameter(torch.empty(shape, **where)) for shape in self.output_shapes.values()
         )
-        size = sum(math.prod(shape) for shape in self.input_shapes.values())
-        if size == 0:
+        self._inputs = sum(math.prod(shape) for shape in self.input_shapes.values())
+        if self._inputs == 0:
             raise ValueError("Hypernet has inputs without elements; it needs at least one element.")
-        size *= 1 if encoding is None else 2
+        size = self._inputs * (1 if encoding is None else 2)
         self.hidden = perceptron(size, self.hidden_sizes, settings)
         total = sum(math.prod(shape) for shape in self.output_shapes.values())
         # θ₀ is its bias.
@@ -147,16 +147,16 @@ class Hypernet(nn.Module):
             fill(self.output.weight, distribution, 1.0)
         if distribution == "constant_norm":
             self._bring_norms_to_one([*linear, self.output])
-            if self.init_bias == "spread" and self._mirrored and not self._has_norm:
+            if self._spreads:
                 self._spread_kinks()
         if self._starts_independent:
             self.init_independent_weights()
         else:
             for parameter in self.independent:
-                nn.init.constant_(parameter, self._first_bias or 0.0)
+                nn.init.constant_(parameter, self._constant_bias or 0.0)
 
     @property
-    def _first_bias(self) -> float | None:
+    def _constant_bias(self) -> float | None:
         """The first value of biases that are not drawn; None for what ``nn.Linear`` does."""
         return 0.0 if self.init_bias == "spread" else self.init_bias
 
@@ -165,20 +165,23 @@ class Hypernet(nn.Module):
             fill_keeping_norm(layer.weight, self._gain, mirrored=self._mirrored)
         else:
             fill(layer.weight, self.init_distribution, self._gain)
-        if self._first_bias is not None:
-            nn.init.constant_(layer.bias, self._first_bias)
+        if self._constant_bias is not None:
+            nn.init.constant_(layer.bias, self._constant_bias)
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether `_spread_kinks` is for this network.
+
+        It is for a single input only: several lie in all directions, and units whose biases are
+        zero bend among them anyway.
+        """
+        wanted = self.init_bias == "spread" and not self.output.weight.is_meta
+        return wanted and self._inputs == 1 and self._mirrored and not self._has_norm
 
     def _spread_kinks(self) -> None:
-        """Draw biases by inputs that are uniform in [0, 1], which is what encodings are for.
-
-        Only for a single input: more of them lie in all directions, and units that bend at zero
-        then bend among them.
-        """
-        weight = self.output.weight
-        inputs = sum(math.prod(shape) for shape in self.input_shapes.values())
-        if weight.is_meta or not self.hidden_sizes or inputs > 1:
-            return
-        drawn = torch.rand(INPUTS_DRAWN, inputs, device=weight.device, dtype=weight.dtype)
+        """Draw biases by inputs that are uniform in [0, 1], which is what encodings are for."""
+        like = self.output.weight
+        drawn = torch.rand(INPUTS_DRAWN, self._inputs, device=like.device, dtype=like.dtype)
         spread_kinks(self.hidden, encode(drawn, self.encoding))
 
     def _bring_norms_to_one(self, layers: list[nn.Linear]) -> None:
@@ -187,9 +190,8 @@ class Hypernet(nn.Module):
         After normalisation layers, the last layer by that of theirs: a normalised activation has
         the norm sqrt(width), and its nonlinearity takes away the gain.
         """
-        inputs = sum(math.prod(shape) for shape in self.input_shapes.values())
         with torch.no_grad():
-            layers[0].weight.div_(encoding_norm(self.encoding, inputs))
+            layers[0].weight.div_(encoding_norm(self.encoding, self._inputs))
             self.output.weight.mul_(EMITTED)
             if self._has_norm and self.hidden_sizes:
                 self.output.weight.div_(math.sqrt(self.hidden_sizes[-1]) / self._gain)
