@@ -235,7 +235,13 @@ def test_measured_shares_rise_with_both_widths_and_are_linear_between() -> None:
     assert (np.diff(times, axis=0) >= 0).all()
     assert (np.diff(times, axis=1) >= 0).all()
     one, other = np.array([0.75, 1.0, 0.1]), np.array([1.0, 0.875, 0.1])
-    assert found.at(one, other).tolist() == pytest.approx([1.0, 0.875, 0.25])
+    both, inputs, neither, outputs = found.at(one, other).T.tolist()
+    assert both == pytest.approx([1.0, 0.875, 0.25])
+    assert inputs == neither == [1.0, 1.0, 1.0]
+    assert outputs == pytest.approx([1.0, 0.875, 0.75])
+    known = shares([8], [1, 2, 4], np.array([[1.0, 1.5, 2.0]]))  # one width of the inputs
+    assert known.at(one, other)[:, 1].tolist() == [1.0, 1.0, 1.0]
+    assert known.at(one, other)[:, 3].tolist() == pytest.approx([1.0, 0.9375, 0.5])
 
 
 def test_widths_under_a_budget_of_time_are_few() -> None:

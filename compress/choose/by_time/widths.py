@@ -69,15 +69,31 @@ class Shares:
     times: Floats
 
     def at(self, i: Floats, o: Floats) -> Floats:
-        """The shares at parts of inputs and outputs ``[n]``, linear between those known."""
+        """The shares at parts of inputs and outputs ``[n]``, linear between those known.
+
+        Returns:
+            With both as narrow, the inputs alone, neither, and the outputs alone, ``[n, 4]``.
+        """
         rows = _between(self.inputs, i)
         columns = _between(self.outputs, o)
-        return np.asarray(((rows @ self.times) * columns).sum(1))
+        both = ((rows @ self.times) * columns).sum(1)
+        one = rows @ self.times[:, -1]
+        return np.stack([both, one, np.ones_like(both), columns @ self.times[-1]], 1)
 
 
 def _between(known: Floats, at: Floats) -> Floats:
     """Weights ``[n, known]`` of linear interpolation, within the range that is known."""
-    return np.stack([np.interp(at, known, unit) for unit in np.eye(len(known))], 1)
+    weights = np.zeros((len(at), len(known)))
+    each = np.arange(len(at))
+    above = np.minimum(np.searchsorted(known, at), len(known) - 1)
+    below = np.maximum(above - 1, 0)
+    gap = known[above] - known[below]
+    # Beside the range, and where one width alone is known, the nearest counts in full.
+    part = np.clip((at - known[below]) / np.where(gap > 0, gap, 1.0), 0.0, 1.0)
+    part = np.where(above == below, 1.0, part)
+    weights[each, below] = 1.0 - part
+    weights[each, above] = part
+    return weights
 
 
 def shares(inputs: Sequence[int], outputs: Sequence[int], seconds: Floats) -> Shares:
@@ -109,19 +125,10 @@ class TimedCosts:
         """See `Costs`."""
         known = self.shares.get(site.name)
         whole = np.array([c.seconds or 0.0 for c in candidates])
-        first, inside, last = np.array([_stages(site, c) for c in candidates]).T
-        dense = np.array([c.scheme == DENSE for c in candidates])
-
-        def cost(i: Floats, o: Floats) -> Floats:
-            if known is None:
-                return np.tile(whole, (len(i), 1))
-            alone = known.at(i, o)[:, None]
-            before = known.at(i, np.ones_like(o))[:, None]
-            after = known.at(np.ones_like(i), o)[:, None]
-            chain = first * before + inside + last * after
-            return np.asarray(whole * np.where(dense, alone, chain))
-
-        return cost
+        if known is None:
+            return lambda i, _: np.tile(whole, (len(i), 1))
+        stages = np.array([_stages(site, c) for c in candidates]).T * whole
+        return lambda i, o: known.at(i, o) @ stages
 
     def dense(self, site: LayerSite, width: Width | None) -> float:
         """See `Costs`."""
@@ -129,15 +136,15 @@ class TimedCosts:
         if width is None:
             return seconds
         whole = Candidate(DENSE, (), 0.0, site.macs, site.params, seconds)
-        return float(self._at_width(site, whole, width))
+        return self._at_width(site, width)(whole)
 
     def narrowed(self, site: LayerSite, width: Width) -> Callable[[Candidate], Candidate | None]:
         """See `Costs`."""
-        count = counted(narrowed_site(site, width))
+        count, seconds = counted(narrowed_site(site, width)), self._at_width(site, width)
 
         def costed(candidate: Candidate) -> Candidate | None:
             found = count(candidate)
-            return found and replace(found, seconds=self._at_width(site, candidate, width))
+            return found and replace(found, seconds=seconds(candidate))
 
         return costed
 
@@ -145,18 +152,29 @@ class TimedCosts:
         """See `Costs`."""
         return self.rest.get(group.name, 0.0) * np.array(widths) / group.size
 
-    def _at_width(self, site: LayerSite, candidate: Candidate, width: Width) -> float:
+    def _at_width(self, site: LayerSite, width: Width) -> Callable[[Candidate], float]:
+        """What candidates take at one width of their layer."""
+        known = self.shares.get(site.name)
+        if known is None:
+            return lambda candidate: candidate.seconds or 0.0
         i, o = width[0] / site.geometry.in_channels, width[1] / site.geometry.out_channels
-        return float(self.at_parts(site, [candidate])(np.array([i]), np.array([o]))[0, 0])
+        found = known.at(np.array([i]), np.array([o]))[0]
+        return lambda candidate: (
+            (candidate.seconds or 0.0) * float(found @ _stages(site, candidate))
+        )
 
 
-def _stages(site: LayerSite, candidate: Candidate) -> tuple[float, float, float]:
-    """Shares of a chain's MACs before its ranks, between them and after them."""
+def _stages(site: LayerSite, candidate: Candidate) -> tuple[float, float, float, float]:
+    """What parts of a candidate's time go with each of the shares that `Shares.at` gives.
+
+    A layer that stays whole narrows on both sides; of a chain, the share of its MACs before its
+    ranks goes with the inputs, that after them with the outputs.
+    """
     if candidate.scheme == DENSE:
-        return 0.0, 1.0, 0.0
+        return 1.0, 0.0, 0.0, 0.0
     macs = [float(part.macs) for part in stage_costs(site, candidate)]
     total = sum(macs) or 1.0
-    return macs[0] / total, sum(macs[1:-1]) / total, macs[-1] / total
+    return 0.0, macs[0] / total, sum(macs[1:-1]) / total, macs[-1] / total
 
 
 def touched(widths: Widths) -> list[LayerSite]:
