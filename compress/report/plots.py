@@ -51,6 +51,7 @@ def _run(report: Report) -> Data:
         "threshold": result["value"] if rule and rule.cuts_spectra_at_value else None,
         "correlation": result["rank_correlation"],
         "progressive": _progressive(report),
+        "recovery": _recovery(result["recovery"]),
     }
 
 
@@ -89,6 +90,13 @@ def _progressive(report: Report) -> Data | None:
     scale = 100.0 if curve["unit"] == "fraction" else 1.0
     drawn = [{**row, "value": scale * row["value"]} for row in rows if row["value"] is not None]
     return {"metric": curve["metric"], "unit": unit, "rows": drawn}
+
+
+def _recovery(found: dict[str, Any] | None) -> list[Data]:
+    best = found["best_step"] if found else None
+    return [
+        {**check, "kept": check["step"] == best} for check in (found["checks"] if found else [])
+    ]
 
 
 _COPIED = (

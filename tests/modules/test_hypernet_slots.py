@@ -213,7 +213,7 @@ def test_hyper_linear() -> None:
     strict.double().set_externals(**dict(twin.named_parameters()))
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(trees())
 def test_any_tree_is_bit_equal_with_its_values_back(model: nn.Module) -> None:
     x = sample()

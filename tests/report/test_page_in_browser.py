@@ -26,12 +26,13 @@ from compress.result import Deployed
 RUN_PLOTS = (
     "plot-drop", "plot-classes", "plot-calibration", "plot-macs", "plot-ranks", "plot-errors",
     "plot-spectra", "plot-loss", "plot-latency", "plot-progressive",
+    "plot-recovery",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    result = examples.result()
+    result = examples.result(recovery=examples.recovery())
     report = build_report(result)
     report = with_gates(report, check_gates(report, {"max_drop": 0.5, "max_class_drop": 50.0}))
     baseline = build_report(examples.result(test=examples.metric(noise=0.8)))

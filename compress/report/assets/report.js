@@ -325,6 +325,27 @@
     });
   }
 
+  // How far the outputs on held-out images are from the original's, while the network learns.
+  function recovery() {
+    const items = data.recovery.filter((d) => d.distance !== null);
+    draw("plot-recovery", items, (width) => ({
+      at: { x: "step", y: "distance" }, pointer: "pointerX",
+      title: (d) => `step ${d.step}\ndistance ${number(d.distance)}${d.kept ? "\nkept" : ""}`,
+      legend: [["every look", css("accent")], ["kept", css("loss"), "hollow"]],
+      plot: {
+        height: 300, marginLeft: 56, marginRight: 24, marginTop: 26, inset: 8,
+        x: { label: "steps", ticks: width / 110, nice: true },
+        y: { label: "distance", grid: true, nice: true, tickFormat: number },
+        marks: [
+          Plot.ruleY([items[0].distance], { stroke: css("soft"), strokeDasharray: "4 3" }),
+          Plot.line(items, { x: "step", y: "distance", stroke: css("accent"), strokeWidth: 2 }),
+          Plot.dot(items, { x: "step", y: "distance", r: 4, fill: css("accent") }),
+          Plot.dot(items.filter((d) => d.kept), { x: "step", y: "distance", r: 8, stroke: css("loss"), strokeWidth: 2 }),
+        ],
+      },
+    }));
+  }
+
   function show(point) {
     const box = document.getElementById("chosen");
     const title = document.createElement("h3"), line = document.createElement("p");
@@ -430,6 +451,7 @@
     spectra();
     loss();
     if (data.progressive) progressive();
+    recovery();
     const timed = data.layers.filter((d) => d.seconds !== null && d.dense_seconds !== null);
     costs("plot-latency", timed.map((d) => ({ ...d, end: Math.max(d.dense_seconds, d.seconds) * 1e3 })),
       "dense_seconds", "seconds", 1e-3, "milliseconds", (v) => `${number(v * 1e3)} ms`);
