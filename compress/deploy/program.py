@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +92,8 @@ def trace(model: nn.Module, example: Any, batch: int | None = None) -> Traced:
         named = Named(model, example, outputs).eval()
         opened = None if batch else {"inputs": ({0: Dim("batch", min=1)},) * len(given)}
         try:
-            with quiet():
+            # Where it fails, torch prints what it had traced so far.
+            with quiet(), redirect_stderr(io.StringIO()):
                 program = torch.export.export(named, given, dynamic_shapes=opened, strict=False)
         except Exception as error:  # torch's own, sympy's, and whatever the forward raises
             raise ModelError(_why_not(error, fixed=batch is not None)) from error

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,12 +131,11 @@ def require(package: str, extra: str, user: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a library's own warnings, logs and diagnostics to itself; what matters raises."""
+    """Keep a library's own warnings and logs to itself; what matters to the user raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        # torch.export prints what it had traced so far where a forward cannot be exported.
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -51,7 +51,7 @@ def _run(report: Report) -> Data:
         "threshold": result["value"] if rule and rule.cuts_spectra_at_value else None,
         "correlation": result["rank_correlation"],
         "progressive": _progressive(report),
-        "recovery": _recovery(result["recovery"]),
+        "recovery": _looks(result["recovery"]) if result["recovery"] else [],
     }
 
 
@@ -92,11 +92,9 @@ def _progressive(report: Report) -> Data | None:
     return {"metric": curve["metric"], "unit": unit, "rows": drawn}
 
 
-def _recovery(found: dict[str, Any] | None) -> list[Data]:
-    best = found["best_step"] if found else None
-    return [
-        {**check, "kept": check["step"] == best} for check in (found["checks"] if found else [])
-    ]
+def _looks(found: dict[str, Any]) -> list[Data]:
+    """Every look that a recovery took at the held-out images."""
+    return [{**check, "kept": check["step"] == found["best_step"]} for check in found["checks"]]
 
 
 _COPIED = (

@@ -72,13 +72,14 @@ class Shares:
         """The shares at parts of inputs and outputs ``[n]``, linear between those known.
 
         Returns:
-            With both as narrow, the inputs alone, neither, and the outputs alone, ``[n, 4]``.
+            Where both are that narrow, the inputs alone, neither, and the outputs alone,
+            ``[n, 4]``.
         """
         rows = _between(self.inputs, i)
         columns = _between(self.outputs, o)
         both = ((rows @ self.times) * columns).sum(1)
-        one = rows @ self.times[:, -1]
-        return np.stack([both, one, np.ones_like(both), columns @ self.times[-1]], 1)
+        inputs, outputs = rows @ self.times[:, -1], columns @ self.times[-1]
+        return np.stack([both, inputs, np.ones_like(both), outputs], 1)
 
 
 def _between(known: Floats, at: Floats) -> Floats:
