@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
@@ -91,6 +92,8 @@ class Calibration:
         metric: ``"loss"`` or ``"mse"``.
         removals: The orders in which channels of a group can go, as far as they were worked out
             of the statistics (`compress.calibrate.removal`), by group.
+        fits: What became of each layer when it was last fitted to its statistics
+            (`compress.fit.layers`), by name.
     """
 
     statistics: Mapping[str, LayerStatistics]
@@ -99,6 +102,7 @@ class Calibration:
     removals: dict[tuple[str, str], Removal] = field(
         default_factory=dict, repr=False, compare=False
     )
+    fits: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def without_unseen(network: Network, calibration: Calibration) -> Network:

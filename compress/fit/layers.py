@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ from compress.layers import registered_kind
 from compress.linalg.fit import fit
 from compress.network.baseline import Network
 from compress.network.chains import rewrite
-from compress.network.narrowing import Cut
+from compress.network.narrowing import Cut, Kept
 from compress.network.sites import LayerSite
 from compress.plan import NARROWER, Choice, Plan
 from compress.progress import Track, silent
@@ -132,8 +131,11 @@ class Fitter:
         return self.replace(self.fit(plan, calibration))
 
     def fit(self, plan: Plan, calibration: Calibration) -> Fitted:
-        """Fit every chosen scheme to nothing but the statistics; arguments as `carry_out`."""
-        network = self.network
+        """Fit every chosen scheme to nothing but the statistics; arguments as `carry_out`.
+
+        Layers that the plan before treated the same way are taken over (`Calibration.fits`).
+        """
+        network, known = self.network, calibration.fits
         narrower = Narrower(network.model, network.sites, network.channels, calibration, plan.ways)
         cut, lost = narrower.cut(group_widths(plan, network.channels))
         sites, statistics = cut.sites, narrower.statistics(cut)
@@ -142,18 +144,14 @@ class Fitter:
         predicted: dict[str, PredictedError] = {}
         measured = [c for c in plan.choices if c.name in statistics]
         for choice in self.track(measured, "fit", len(measured)):
-            layer = _Layer(sites[choice.name], modules[choice.name], statistics[choice.name])
-            found, error = layer.fit(choice, pooled=self.recipe.pool)
-            predicted[choice.name] = error.with_lost(lost.get(choice.name))
+            name, asked = choice.name, _Asked.of(choice, cut, self.recipe)
+            if name not in known or not known[name][0].same(asked):
+                layer = _Layer(sites[name], modules[name], statistics[name])
+                known[name] = asked, *layer.fit(choice, pooled=self.recipe.pool)
+            _, found, error = known[name]
+            predicted[name] = error.with_lost(lost.get(name))
             if found is not None:
-                factors[choice.name] = found
-        few = {
-            name: calibration.statistics[name]
-            for name in factors
-            if predicted[name].samples_per_dimension < FEW_SAMPLES and name not in cut.kept
-        }
-        for name, mse in self._held_out_mse(few, factors).items():
-            predicted[name] = dataclasses.replace(predicted[name], held_out_mse=mse)
+                factors[name] = found
         free = [
             c.name for c in plan.choices
             if not c.rewritten and not c.locked and sites[c.name].skip is None
@@ -162,20 +160,31 @@ class Fitter:
         free += [c.name for c in plan.choices if c.scheme in NARROWER and c.name not in factors]
         return Fitted(factors, predicted, tuple(free), cut)
 
-    def _held_out_mse(
-        self, seen: Mapping[str, LayerStatistics], factors: Mapping[str, Factors]
-    ) -> dict[str, float]:
-        """Errors on the validation images of layers with few samples."""
-        images = self.split.validation
+    def with_held_out(self, fitted: Fitted, calibration: Calibration) -> Fitted:
+        """Add the errors on the validation images of layers with few samples.
+
+        Args:
+            fitted: What was fitted.
+            calibration: To these statistics.
+        """
+        images, predicted = self.split.validation, fitted.predicted
+        seen = {
+            name: calibration.statistics[name]
+            for name in fitted.factors
+            if predicted[name].samples_per_dimension < FEW_SAMPLES
+            and name not in fitted.narrowed.kept
+        }
         if not seen or not len(images):
-            return {}
+            return fitted
         modules = dict(self.network.model.named_modules(remove_duplicate=False))
         held_out = HeldOut(images, self.loader, self.recipe)
         unseen = held_out_statistics(self.network, seen, held_out)
-        return {
-            name: unseen_mse(modules[name], factors[name].fit, statistics, unseen[name])
-            for name, statistics in seen.items()
-        }
+        found = dict(predicted)
+        for name, statistics in seen.items():
+            fit = fitted.factors[name].fit
+            mse = unseen_mse(modules[name], fit, statistics, unseen[name])
+            found[name] = replace(predicted[name], held_out_mse=mse)
+        return replace(fitted, predicted=found)
 
     def replace(self, fitted: Fitted) -> Replaced:
         """Rewrite the model with fitted factors, and refit them."""
@@ -311,6 +320,24 @@ class Fitter:
                 return refit_jointly(traced, movable, images(), settings, self.track)
 
         return [("the refit layer by layer", in_order), ("the joint refit", jointly)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan wants of one layer, which is all that its fit depends on beside statistics."""
+
+    scheme: str
+    ranks: tuple[int, ...]
+    kept: Kept
+    pooled: bool
+
+    @classmethod
+    def of(cls, choice: Choice, cut: Cut, recipe: Recipe) -> Self:
+        return cls(choice.scheme, choice.ranks, cut.kept.get(choice.name, Kept()), recipe.pool)
+
+    def same(self, other: Self) -> bool:
+        plain = (self.scheme, self.ranks, self.pooled) == (other.scheme, other.ranks, other.pooled)
+        return plain and self.kept.same(other.kept)
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,24 @@ class Part:
         return matrix[..., stay, :][..., stay]
 
 
+def _same(first: Part | None, second: Part | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    if (first.turn is None) != (second.turn is None) or not torch.equal(first.stay, second.stay):
+        return False
+    return first.turn is None or second.turn is None or torch.equal(first.turn, second.turn)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Which channels of a module stay; None where all do."""
 
     inputs: Part | None = None
     outputs: Part | None = None
+
+    def same(self, other: Kept) -> bool:
+        """Whether another module keeps the same channels, mixed in the same way."""
+        return _same(self.inputs, other.inputs) and _same(self.outputs, other.outputs)
 
 
 @dataclass(frozen=True)

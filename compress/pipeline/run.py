@@ -81,7 +81,7 @@ def compress_network(
         plan = choose(job, calibration) if plan is None else applied(plan, job)
     work.plan, source = plan, calibration.source
     with clock.stage("fit"):
-        fitted = job.fitter.fit(plan, calibration)
+        fitted = job.fitter.with_held_out(job.fitter.fit(plan, calibration), calibration)
         # Covariances may take as much memory as the refit does, and are not needed any more.
         del calibration
         work.before_refit()
