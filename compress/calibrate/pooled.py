@@ -127,9 +127,10 @@ def pooled_covariance(pooled: Moments, plain: Tensor) -> tuple[Tensor, Tensor]:
     centred = shrink(centred, min(_ROUNDING * centred.shape[-1], 1.0))
     share = _trace(centred) / _trace(plain).clamp_min(1e-300)
     live = (share > 0) & (_trace(plain) > 0)
-    scaled = centred / torch.where(live, share, torch.ones_like(share))
-    mixed = (1 - PLAIN_SHARE) * scaled + PLAIN_SHARE * plain
-    return torch.where(live, mixed, plain), torch.where(live, share, torch.zeros_like(share))
+    part = (1 - PLAIN_SHARE) / torch.where(live, share, torch.ones_like(share))
+    # Where nothing was pooled the plain covariance stands alone.
+    mixed = torch.addcmul(plain * torch.where(live, PLAIN_SHARE, 1.0), centred, part * live)
+    return mixed, torch.where(live, share, torch.zeros_like(share))
 
 
 def _trace(matrix: Tensor) -> Tensor:

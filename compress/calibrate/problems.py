@@ -21,14 +21,13 @@ def layer_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistic
     """
     kind = registered_kind(module)
     weight = kind.weight(module).double()
-    matrix = weight.flatten(2)
-    inputs, outputs = None, _robust(statistics.rows)
-    if statistics.inputs is not None:
-        inputs, outputs = outputs, matrix @ outputs @ matrix.mT
+    rows = _robust(statistics.rows)
+    of_outputs = statistics.inputs is None
     weighting = statistics.weighting
     metric = weighting.second_moment if weighting is not None and weighting.count else None
     mean = None if statistics.inputs is None else statistics.inputs.mean
-    return Problem(site.geometry, weight, Covariances(outputs, inputs, mean), metric)
+    covariances = Covariances(rows) if of_outputs else Covariances(None, rows, mean)
+    return Problem(site.geometry, weight, covariances, metric)
 
 
 def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics) -> Problem:
@@ -47,9 +46,8 @@ def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics)
     trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.
     metric = plain.weighting / trace * share * (channels * len(site.calls) / site.positions)
-    outputs = found if plain.input_covariance is None else plain.matrix @ found @ plain.matrix.mT
-    inputs = None if plain.input_covariance is None else found
-    covariances = Covariances(outputs, inputs, plain.input_mean)
+    of_outputs = plain.input_covariance is None
+    covariances = Covariances(found) if of_outputs else Covariances(None, found, plain.input_mean)
     return Problem(site.geometry, plain.weight, covariances, metric)
 
 

@@ -40,6 +40,8 @@ ROWS_PER_NUMBER = 8
 # least so many, are only looked at by position.
 LOWEST_NUMBERS = 1 << 28
 LEAST_IMAGES = 64
+# Errors of long patches below this share of what there is to explain are taken in float64.
+EXACT_BELOW = 1e-3
 # Those unfolded at a time.
 _CHUNK = 1 << 24
 
@@ -123,8 +125,19 @@ class Regression:
 
     def error(self, weighting: Tensor, matrix: Tensor, bias: Tensor) -> float:
         """``E[(t - Ŵx - b)ᵀ G (t - Ŵx - b)]`` with bias ``[groups, out]``."""
-        xx, tx, tt = self.parts
-        gram = tt - matrix @ tx.mT - tx @ matrix.mT + matrix @ xx @ matrix.mT
+        xx, _, tt = self.parts
+        if self.d > LONG_PATCH:
+            moved = (matrix.float() @ xx.float()).double()
+            rough = self._error(weighting, matrix, bias, moved)
+            # A small difference of large numbers needs them exact.
+            if rough > EXACT_BELOW * float((weighting * tt).sum()):
+                return rough
+        return self._error(weighting, matrix, bias, matrix @ xx)
+
+    def _error(self, weighting: Tensor, matrix: Tensor, bias: Tensor, moved: Tensor) -> float:
+        """As `error`, with ``Ŵ E[xxᵀ]``."""
+        _, tx, tt = self.parts
+        gram = tt - matrix @ tx.mT - tx @ matrix.mT + moved @ matrix.mT
         rest = self.bias(matrix) - bias
         if self.frequencies is not None and self.constant.count:
             rest = rest * math.sqrt(self.frequencies.rest + float(self.frequencies.excess[0]))
@@ -257,10 +270,10 @@ class Layer:
             if old.fit.scheme == NARROW:
                 found = whole(wanted.reshape(shape))
             else:
-                covariances = Covariances(wanted @ padded @ wanted.mT, padded)
                 problem = Problem(
-                    self.site.geometry, wanted.reshape(shape), covariances, old.weighting, roots
-                )
+                    self.site.geometry, wanted.reshape(shape), Covariances(None, padded),
+                    old.weighting, roots,
+                )  # fmt: skip
                 found = refine(problem, old.fit, rounds)
             bias = rows.train.bias(found.matrix)
             error = rows.held_out.error(old.weighting, found.matrix, bias)

@@ -55,9 +55,7 @@ def grid_losses(
         return {(r,): float(tail[r]) for r in ranks}
     limits = made.full_ranks(problem.geometry)
     split = problem.split(scheme)
-    shares = (
-        _alternated(split, ranks, iterations) if iterations else _nested(split, ranks, limits[0])
-    )
+    shares = _alternated(split, ranks, iterations) if iterations else _nested(split, ranks)
     losses: dict[Ranks, float] = {}
     for rank, (base, explained) in zip(ranks, shares, strict=True):
         if not made.cored:
@@ -69,26 +67,30 @@ def grid_losses(
     return losses
 
 
-def _nested(split: Split, ranks: list[int], limit: int) -> list[tuple[float, Tensor]]:
-    """Loss at each rank, and the explained ``R Ŵ C Ŵᵀ Rᵀ [groups, out, out]``."""
-    first = split.start[:, :limit]
+def _nested(split: Split, ranks: list[int]) -> list[tuple[float, Tensor]]:
+    """Loss at each rank, and the explained ``R Ŵ C Ŵᵀ Rᵀ [groups, out, out]``.
+
+    Nothing is computed beyond the last rank of the grid, which is far from the full one where only
+    ranks that save are looked at.
+    """
+    most = ranks[-1]
+    first = split.start[:, :most]
     _, gram = split.project(first)
-    wide = gram.shape[-1]
     # From taps of rows to rows of taps, so that a smaller rank is a leading block.
-    order = torch.arange(wide, device=gram.device).reshape(split.outer, limit).T.flatten()
+    order = torch.arange(gram.shape[-1], device=gram.device).reshape(split.outer, most).T.flatten()
     scale, factor = cholesky_psd(gram[:, order][:, :, order])
     pulled = (split.pulled_weight @ first.unsqueeze(1).mT).flatten(2)[:, :, order]
     weighted = split.problem.roots[0].to(split.dtype) @ pulled
     white = torch.linalg.solve_triangular(factor, weighted.mT * scale, upper=False).mT
-    shares = white.square().double().sum((0, 1)).reshape(limit, split.outer).sum(1)
-    # At the limit the loss is zero, so that what is left is the sum of the shares to come.
-    left = torch.cat([shares.flip(0).cumsum(0).flip(0), shares.new_zeros(1)])
+    shares = white.square().double().sum((0, 1)).reshape(most, split.outer).sum(1).cumsum(0)
+    total = split.loss_of_nothing()
     result, explained, done = [], white.new_zeros(()), 0
     for rank in ranks:
         block = white[:, :, done * split.outer : rank * split.outer]
         explained = explained + block @ block.mT
         done = rank
-        result.append((float(left[rank]), explained.double()))
+        # Where nothing is left to explain, rounding may leave less than that.
+        result.append((max(total - float(shares[rank - 1]), 0.0), explained.double()))
     return result
 
 

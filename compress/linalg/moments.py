@@ -40,7 +40,8 @@ class Moments:
     @property
     def second_moment(self) -> Tensor:
         """Uncentred second moment ``[groups, features, features]``."""
-        return self.covariance + self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
+        mean = self.mean.unsqueeze(2)
+        return torch.baddbmm(self.scatter, mean, mean.mT, beta=1 / max(self.count, 1))
 
     def update(self, rows: Tensor) -> None:
         """Add rows ``[groups, samples, features]``.

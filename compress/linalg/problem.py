@@ -20,15 +20,16 @@ FLOAT32_BEYOND = 1200
 
 @dataclass(frozen=True)
 class Covariances:
-    """What is known of a layer's rows.
+    """What is known of a layer's rows: the covariance of its outputs, its patches or both.
 
     Attributes:
-        outputs: Covariance of its outputs ``[groups, out, out]``.
+        outputs: Covariance of its outputs ``[groups, out, out]``; None where it follows from that
+            of the patches.
         inputs: Covariance of its patches ``[groups, d, d]``; None where only ``output`` is wanted.
         input_mean: Mean patch ``[groups, d]``; None where it is not known.
     """
 
-    outputs: Tensor
+    outputs: Tensor | None = None
     inputs: Tensor | None = None
     input_mean: Tensor | None = None
 
@@ -54,7 +55,8 @@ class Problem:
     ) -> None:
         self.geometry = geometry
         self.weight = weight.double()
-        self.output_covariance = covariances.outputs
+        if covariances.outputs is not None:
+            self.__dict__["output_covariance"] = covariances.outputs
         self.input_covariance = covariances.inputs
         self.input_mean = covariances.input_mean
         eye = torch.eye(geometry.out_features, dtype=torch.float64, device=weight.device)
@@ -70,6 +72,13 @@ class Problem:
     def matrix(self) -> Tensor:
         """``W [groups, out, d]``."""
         return self.weight.flatten(2)
+
+    @cached_property
+    def output_covariance(self) -> Tensor:
+        """``W C Wᵀ [groups, out, out]``."""
+        covariance = self.input_covariance
+        assert covariance is not None  # one of the two is given
+        return self.matrix @ covariance @ self.matrix.mT
 
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
@@ -267,6 +276,11 @@ class Split:
         """``W C [groups, out, outer, inner]``."""
         flat = self.covariance.flatten(1, 2)
         return (self.weight.flatten(2) @ flat).reshape(self.weight.shape)
+
+    def loss_of_nothing(self) -> float:
+        """``tr(G W C Wᵀ)``, what is lost with no rank at all."""
+        gram = self.pulled_weight.flatten(2) @ self.weight.flatten(2).mT
+        return float((self.problem.weighting * gram.double()).sum())
 
     def project(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``C Mᵀ`` and ``M C Mᵀ`` for ``M = A ⊗ I``, the lifting of the first factor.

@@ -72,7 +72,7 @@ def shrinkage(covariance: Tensor, samples: int) -> float:
 
 def shrink(covariance: Tensor, weight: float) -> Tensor:
     """Mix ``weight`` of the identity, scaled to the same trace, into a covariance."""
-    n = covariance.shape[-1]
-    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(n, dtype=covariance.dtype, device=covariance.device)
-    return (1 - weight) * covariance + weight * scale * eye
+    shrunk = (1 - weight) * covariance
+    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    shrunk.diagonal(dim1=-2, dim2=-1).add_(weight * scale)
+    return shrunk

@@ -19,6 +19,10 @@ from compress.running.forward import evaluation_mode, forward_hooks, run_model
 from compress.running.modules import module_names
 from compress.running.structure import count
 
+# What errors in outputs cost is a matrix of their number squared: of more outputs it would take
+# more than half a gigabyte a layer, its roots as much each, and minutes to find them.
+MOST_OUTPUTS = 8192
+
 
 @dataclass(frozen=True)
 class Call:
@@ -179,6 +183,11 @@ def _site(
         skip = skip or "it carries forward hooks, which a rewrite would lose"
     else:
         skip = skip or kind.unsupported(module)
+        if geometry.out_features > MOST_OUTPUTS:
+            skip = skip or (
+                f"its {geometry.out_features:,} outputs are more than {MOST_OUTPUTS:,}, too many "
+                "to tell what an error in each costs"
+            )
         if geometry.full_rank < 2:
             skip = skip or "its weight has rank 1 in each group already"
     return LayerSite(

@@ -122,6 +122,14 @@ def test_weights_behind_a_parametrisation_are_kept() -> None:
     assert "subclass of Conv2d" in reason
 
 
+def test_a_layer_of_very_many_outputs_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 8192, bias=False), nn.Linear(8192, 8193, bias=False))
+    few, many = find_sites(model, torch.randn(1, 4))
+    assert few.skip is None
+    assert many.skip is not None
+    assert "its 8,193 outputs are more than 8,192" in many.skip
+
+
 def test_the_callers_reasons_come_first() -> None:
     model, x = Network(), torch.randn(1, 3, 9, 9)
     sites = find_sites(model, x, keep=lambda module: "mine" if module is model.stem else None)
