@@ -68,12 +68,15 @@ SMALL = frozenset((
     "ese_vovnet19b_slim_dw", "legacy_xception", "xception41", "xcit_nano_12_p16_224",
     "regnet_y_400mf",
 ))  # fmt: skip
+# Detectors by backbone: those of a line have the same one, of which the first is measured.
 DETECTION = (
-    "fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fcos_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2",
-    "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "ssd300_vgg16",
-    "ssdlite320_mobilenet_v3_large",
+    ("fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn"),
+    ("fasterrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"),
+    ("fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2"),
+    ("fcos_resnet50_fpn", "retinanet_resnet50_fpn"),
+    ("retinanet_resnet50_fpn_v2",),
+    ("ssd300_vgg16",),
+    ("ssdlite320_mobilenet_v3_large",),
 )  # fmt: skip
 
 
@@ -152,7 +155,7 @@ def listed(group: str, *, words: bool) -> dict[str, list[str]]:
         names = torchvision.models.list_models(module=torchvision.models.segmentation)
         return {name: [name] for name in names}
     if group == "detection":
-        return {name: [name] for name in DETECTION}
+        return {", ".join(names): [names[0]] for names in DETECTION}
     found: dict[str, list[str]] = {}
     for family, name in _of_timm() if group == "timm" else _of_torchvision():
         if not name.startswith("test_"):
