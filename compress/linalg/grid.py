@@ -53,6 +53,8 @@ def grid_losses(
     if made.closed_form:
         tail = problem.spectrum.tail()
         return {(r,): float(tail[r]) for r in ranks}
+    if not ranks:  # no rank of a small layer saves
+        return {}
     limits = made.full_ranks(problem.geometry)
     split = problem.split(scheme)
     shares = _alternated(split, ranks, iterations) if iterations else _nested(split, ranks)

@@ -151,6 +151,12 @@ def test_a_problem_and_its_reorderings_go_with_their_last_use() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_grid_without_ranks_has_no_losses(scheme: str, iterations: int) -> None:
+    assert grid_losses(Data(GEOMETRY).problem, scheme, [], iterations) == {}
+
+
 @pytest.mark.parametrize("scheme", ALTERNATED)
 def test_grid_losses_equal_least_squares_on_the_rows(data: Data, scheme: str) -> None:
     """The last factor solved at each rank of the nested start, second ranks cut by SVD."""
