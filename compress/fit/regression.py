@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from compress.fit.factors import LEAST_GAIN, Factors, whole
 from compress.fit.frequencies import Frequencies, lowest_of_rows
 from compress.layers import registered_kind
-from compress.linalg.fit import Covariances, Problem, refine
+from compress.linalg.fit import Covariances, Problem, refine, takes_no_rounds
 from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of, solve_psd
-from compress.linalg.schemes import scheme_named
 from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
 from compress.plan import NARROW
@@ -243,7 +242,8 @@ class Layer:
         trials = {ridge: attempt(ridge, 0) for ridge in ridges(self.site.geometry)}
         ridge = min(trials, key=lambda r: trials[r][0])
         scheme = old.fit.scheme
-        alternates = iterations and scheme != NARROW and not scheme_named(scheme).closed_form
+        narrow = scheme == NARROW
+        alternates = iterations and not narrow and not takes_no_rounds(self.site.geometry, scheme)
         for error, found in (
             trials[ridge],
             attempt(ridge, iterations) if alternates else trials[ridge],

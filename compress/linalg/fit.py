@@ -30,8 +30,12 @@ __all__ = [
     "grid_losses",
     "rank_grid",
     "refine",
+    "takes_no_rounds",
     "with_weights",
 ]
+
+# The eigenvectors of a closed form take the cube of a layer's width: a minute at 4,096.
+WIDE = 1000
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,24 @@ def fit(
 def refine(problem: Problem, warm: Fit, iterations: int) -> Fit:
     """Alternate further from given factors, under another target or metric.
 
-    With ``iterations`` 0 only the last factor (for ``two_sided``: the last two) is solved.
+    With ``iterations`` 0 only the last factor (for ``two_sided``: the last two) is solved; a fit
+    that `takes_no_rounds` is always whole.
     """
     scheme, ranks = warm.scheme, warm.ranks
     made = scheme_named(scheme)
-    if made.closed_form or ranks == made.full_ranks(problem.geometry):
+    at_once = takes_no_rounds(problem.geometry, scheme) or (made.closed_form and iterations)
+    if at_once or ranks == made.full_ranks(problem.geometry):
         return fit(problem, scheme, ranks)
     split = problem.split(scheme)
     second = ranks[1] if made.cored else None
     run = Alternation(split, warm.weights[0].flatten(2).to(split.dtype), second)
     run.run(iterations)
     return _finish(problem, scheme, ranks, run)
+
+
+def takes_no_rounds(geometry: Geometry, scheme: str) -> bool:
+    """Whether a whole fit has a closed form that takes little more than solving the last factor."""
+    return scheme_named(scheme).closed_form and geometry.full_rank <= WIDE
 
 
 def with_weights(geometry: Geometry, old: Fit, weights: tuple[Tensor, ...]) -> Fit:
