@@ -101,12 +101,15 @@ class Regression:
     def covariance(self) -> Tensor:
         """Of whole rows, at the scale of one position, once all are added."""
         found = self.frequencies
+        covariance = self.moments.taken_covariance()
         if found is None or not self.constant.count:
-            return self.moments.covariance
+            return covariance
         # Cosines but the constant one have no mean that a bias could take.
-        smooth = float(found.excess[0]) * self.constant.covariance
-        smooth += (len(found.excess) - 1) * self.waves.second_moment
-        return found.rest * self.moments.covariance + smooth / found.positions
+        covariance *= found.rest
+        share = 1 / found.positions
+        covariance.add_(self.waves.second_moment, alpha=(len(found.excess) - 1) * share)
+        lowest = self.constant.taken_covariance()
+        return covariance.add_(lowest, alpha=float(found.excess[0]) * share)
 
     @cached_property
     def mean(self) -> Tensor:

@@ -43,6 +43,12 @@ class Moments:
         mean = self.mean.unsqueeze(2)
         return torch.baddbmm(self.scatter, mean, mean.mT, beta=1 / max(self.count, 1))
 
+    def taken_covariance(self) -> Tensor:
+        """`covariance` in the memory of the scatter, after which no rows can be added."""
+        found = self.scatter.div_(max(self.count, 1))
+        self.scatter = found.new_empty(0)
+        return found
+
     def update(self, rows: Tensor) -> None:
         """Add rows ``[groups, samples, features]``.
 

@@ -103,6 +103,17 @@ def test_covariance_and_second_moment() -> None:
         torch.testing.assert_close(moments.covariance[group], wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_a_covariance_takes_the_place_of_what_it_is_made_of() -> None:
+    rows = rows_of(2, 50, 3)
+    moments = accumulated(rows, [20])
+    place, wanted = moments.scatter.data_ptr(), moments.covariance
+    found = moments.taken_covariance()
+    assert torch.equal(found, wanted)
+    assert found.data_ptr() == place
+    with pytest.raises(RuntimeError):
+        moments.update(rows)
+
+
 def test_nothing_seen_is_zero_and_adds_nothing() -> None:
     empty = Moments(2, 3)
     assert not empty.covariance.any()
