@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from compress.errors import ModelError
 from compress.fit.factors import Factors
 from compress.fit.frontier import Frontier, Pair, spill_folder
-from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows
+from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows, too_large
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
-from compress.linalg.schemes import too_long
 from compress.network.chains import build_chain, rewrite
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
@@ -182,10 +181,9 @@ class ModuleWalk:
         return found
 
     def _suits(self, site: LayerSite) -> bool:
-        # Long patches would take minutes a layer, and gigabytes. A network that is one layer feeds
-        # it nothing new.
+        # A network that is one layer feeds it nothing new.
         once = site.name in self.replaced and len(site.calls) == 1
-        return once and site.name != "" and not too_long(site.geometry)
+        return once and site.name != "" and not too_large(site.geometry)
 
     def _alike(
         self, dense: Mapping[int, list[torch.Size]], compressed: Mapping[int, list[torch.Size]]

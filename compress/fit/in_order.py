@@ -21,11 +21,10 @@ from compress.fit.factors import Factors
 from compress.fit.frequencies import Frequencies, measured
 from compress.fit.frontier import Frontier, Pair, spill_folder
 from compress.fit.lockstep import residual_partner
-from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows
+from compress.fit.regression import Layer, Refit, Rows, Sampling, most_rows, too_large
 from compress.fit.walk import RefitImages, RefitSettings, Traced, Walk
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
-from compress.linalg.schemes import too_long
 from compress.network.sites import LayerSite
 from compress.progress import Track, silent
 from compress.running.forward import evaluation_mode
@@ -52,8 +51,7 @@ def refit(
         error became.
     """
     sites = traced.sites
-    # Long patches would take minutes a layer, and gigabytes; the joint refit has them too.
-    once = [n for n in factors if len(sites[n].calls) == 1 and not too_long(sites[n].geometry)]
+    once = [n for n in factors if len(sites[n].calls) == 1 and not too_large(sites[n].geometry)]
     by_alias = {a: n for n in once for a in sites[n].aliases}
     steps = [n for n in traced.graph.nodes if n.op == "call_module" and str(n.target) in by_alias]
     current = dict(factors)

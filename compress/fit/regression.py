@@ -21,6 +21,7 @@ from compress.linalg.fit import Covariances, Problem, refine, takes_no_rounds
 from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of, solve_psd
+from compress.linalg.schemes import too_long
 from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
 from compress.plan import NARROW
@@ -35,6 +36,8 @@ ROWS = 1 << 16
 # weakest ridge is ten times the rounding.
 LONG_PATCH = 1200
 ROWS_PER_NUMBER = 8
+# Moments of longer patches with their targets would take more than two gigabytes, and that twice.
+MOST_TOGETHER = 1 << 14
 # Numbers of patches that are unfolded for their lowest frequencies: images beyond these, but at
 # least so many, are only looked at by position.
 LOWEST_NUMBERS = 1 << 28
@@ -51,6 +54,12 @@ def most_rows(geometry: Geometry) -> int:
     if length <= LONG_PATCH:
         return ROWS
     return min(ROWS, max(ROWS_PER_NUMBER * length, ROWS * LONG_PATCH**2 // length**2))
+
+
+def too_large(geometry: Geometry) -> bool:
+    """Whether a layer's own refit would take minutes or gigabytes; the joint one moves it too."""
+    together = geometry.in_features + geometry.out_features
+    return too_long(geometry) is not None or together > MOST_TOGETHER
 
 
 def ridges(geometry: Geometry) -> tuple[float, ...]:

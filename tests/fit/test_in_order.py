@@ -15,7 +15,7 @@ from compress.fit import regression
 from compress.fit.frontier import Environment, Frontier, Pair
 from compress.fit.in_order import _InOrder, refit
 from compress.fit.lockstep import Lockstep, residual_partner
-from compress.fit.regression import RIDGES, ROWS, most_rows, ridges
+from compress.fit.regression import RIDGES, ROWS, most_rows, ridges, too_large
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.linalg.geometry import Geometry, output_rows, patch_rows
 from compress.network.baseline import Network, prepare
@@ -253,6 +253,21 @@ def test_long_patches_are_fitted_to_fewer_rows_at_fewer_strengths() -> None:
     assert most_rows(patch(512)) == 8 * 4608
     assert most_rows(patch(150)) == int(ROWS * (1200 / 1350) ** 2)
     assert set(ridges(patch(256))) < set(RIDGES)
+
+
+def test_layers_that_are_too_large_are_left_to_the_joint_refit(
+    network: Network, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not too_large(Geometry("linear", 9216, 4096))
+    assert too_large(Geometry("linear", 25088, 4096))
+    assert too_large(Geometry("conv2d", 1024, 64, (3, 3)))
+    factors = factors_of(network, images[:36], RANKS)
+    given = RefitImages(labelled(images[:36]), labelled(images[36:]))
+    assert set(refit(traced_of(network), factors, given)[1]) == set(factors)
+    monkeypatch.setattr(regression, "MOST_TOGETHER", 8)
+    found, outcome = refit(traced_of(network), factors, given)
+    assert outcome == {}
+    assert all(found[name] is factors[name] for name in factors)
 
 
 def test_a_long_patch_is_fitted_as_well_as_a_short_one(
