@@ -1,5 +1,6 @@
 """From a data spec to images: reading, checking, splitting and batching them."""
 
+from compress.data.datasets import Arity
 from compress.data.images import ImageSet, Source, check_channels, check_labels
 from compress.data.loading import (
     Batches,
@@ -16,6 +17,7 @@ from compress.vision.preprocessing import Preprocessing
 
 __all__ = [
     "DATA_FORMS",
+    "Arity",
     "Batches",
     "Given",
     "ImageSet",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,19 @@ _SAMPLED_ITEMS = 1000  # how many items a fingerprint looks at
 _TARGETS = ("label", "labels", "target", "targets")
 
 
+@dataclass(frozen=True)
+class Arity:
+    """How many inputs a network's forward takes by position.
+
+    Attributes:
+        needed: Those that it cannot do without, at least one.
+        most: With those whose default is None.
+    """
+
+    needed: int = 1
+    most: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetSource:
     """Items of a ``torch.utils.data.Dataset``, or the batches of a ``DataLoader``'s collate.
@@ -41,19 +55,21 @@ class DatasetSource:
     size: int
     channels: int | None
     transformed: bool = True
-    arity: int = 1
+    arity: Arity = Arity()
     collate: Callable[[list[Any]], Any] | None = None
 
     @classmethod
-    def of(cls, dataset: Any, spec: str, channels: int | None, arity: int = 1) -> DatasetSource:
+    def of(
+        cls, dataset: Any, spec: str, channels: int | None, arity: Arity = Arity()
+    ) -> DatasetSource:
         """Check that a dataset has a length and usable items.
 
         Args:
             dataset: The dataset, or a ``DataLoader`` of one.
             spec: What the user named it by.
             channels: 1 or 3 where PIL images are to be converted; None leaves grey images grey.
-            arity: How many inputs the network's forward takes; so many of an item that is a tuple
-                are inputs.
+            arity: How many inputs the network's forward takes, which says what of an item that is
+                a tuple is an input.
 
         Raises:
             DataError: It has not.
@@ -134,14 +150,29 @@ class DatasetSource:
         if isinstance(item, Mapping):
             return self._parted_by_name(item, what)
         if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
-            inputs, rest = item[: self.arity], item[self.arity :]
-            if len(inputs) < self.arity:
-                raise DataError(
-                    f"{what} of {self.spec} has {len(inputs)} parts, and the network takes "
-                    f"{self.arity} inputs; give them all, and then the target."
-                )
-            return inputs[0] if self.arity == 1 else tuple(inputs), (rest or [UNLABELLED])[0]
+            count = self._inputs_in(item, what)
+            inputs, rest = item[:count], item[count:]
+            return inputs[0] if count == 1 else tuple(inputs), (rest or [UNLABELLED])[0]
         return item, UNLABELLED
+
+    def _inputs_in(self, item: Sequence[Any], what: str) -> int:
+        """How many parts of an item are inputs: those needed, or all but the last one."""
+        needed, most = self.arity.needed, self.arity.most
+        if len(item) < needed:
+            raise DataError(
+                f"{what} of {self.spec} has {len(item)} parts, and the network takes "
+                f"{needed} inputs; give them all, and then the target."
+            )
+        between = item[needed:-1]
+        if not between or len(item) - 1 > most:
+            return needed  # what follows the target is not looked at
+        if all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in between):
+            return len(item) - 1
+        raise DataError(
+            f"{what} of {self.spec} has {len(item)} parts, and the network takes {needed} to "
+            f"{'any number of' if most >= sys.maxsize else most} inputs, so that the target may be "
+            "any but the first: give a dict with the names of the forward's arguments and 'label'."
+        )
 
     def _parted_by_name(self, item: Mapping[str, Any], what: str) -> tuple[Any, Any]:
         if "image" in item:
@@ -155,18 +186,22 @@ class DatasetSource:
         return inputs, next((item[key] for key in _TARGETS if key in item), UNLABELLED)
 
     def image(self, index: int) -> Any:
-        """Return the item's inputs: PIL as L or RGB, arrays ``[H, W(, C)]`` as tensors."""
+        """Return the item's inputs: PIL as L or RGB, arrays as tensors.
+
+        Arrays of bytes ``[H, W(, C)]`` are pictures, whose channels come first after this.
+        """
         return self._usable(self._item(index)[0], f"Item {index}")
 
     def _usable(self, image: Any, what: str) -> Any:
         if isinstance(image, Image.Image):
             own = 1 if image.mode in ("1", "L", "I;16") else 3
             return convert_image(image, self.channels or own)
-        if isinstance(image, np.ndarray):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            # As pictures are read; other arrays are inputs already, as a DataLoader takes them.
             pixels = torch.from_numpy(image.copy())
-            if pixels.ndim not in (2, 3):
-                return pixels
-            return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+            if pixels.ndim == 3 and pixels.shape[-1] in (1, 3, 4):
+                return pixels.permute(2, 0, 1)
+            return pixels[None] if pixels.ndim == 2 else pixels
         found = mapped_arrays(image)
         if tensors(found):
             return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from compress.data.arrays import array_source, open_idx, open_tensors
-from compress.data.datasets import DatasetSource
+from compress.data.datasets import Arity, DatasetSource
 from compress.data.images import ImageSet, OneByOne, Source
 from compress.data.targets import UNLABELLED
 from compress.data.walking import Walk, entries
@@ -37,7 +37,7 @@ _END_BYTES = 4096
 
 
 def open_dataset(
-    spec: str, preprocessing: Preprocessing, class_map: str = "", arity: int = 1
+    spec: str, preprocessing: Preprocessing, class_map: str = "", arity: Arity = Arity()
 ) -> ImageSet:
     """Open the images that a spec names.
 
@@ -240,7 +240,7 @@ def _mapped(source: Source, path: Path) -> tuple[tuple[str, ...], tuple[int, ...
     return tuple(names), tuple(places[name] for name in source.classes)
 
 
-def as_images(images: Given, arity: int = 1) -> ImageSet:
+def as_images(images: Given, arity: Arity = Arity()) -> ImageSet:
     """Return what a program passes as an image set: inputs as the network takes them.
 
     Args:

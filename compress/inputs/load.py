@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from compress.config import RunConfig
-from compress.data import ImageSet, Preprocessing, Split, check_channels, open_dataset, split
+from compress.data import Arity, ImageSet, Preprocessing, Split, check_channels, open_dataset, split
 from compress.errors import CheckpointError, ConfigError, DataError, ModelError
 from compress.inputs.checkpoint.loading import load_into
 from compress.inputs.checkpoint.reading import (
@@ -283,15 +284,18 @@ def _image_channels(model: nn.Module) -> int | None:
     return None
 
 
-def arity_of(model: nn.Module) -> int:
-    """How many inputs a forward takes by position and cannot do without, at least one."""
+def arity_of(model: nn.Module) -> Arity:
+    """How many inputs a forward takes by position."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # a forward without a signature
-        return 1
+        return Arity()
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in by_position and p.default is p.empty]
-    return max(len(needed), 1)
+    needed = max(sum(p.kind in by_position and p.default is p.empty for p in parameters), 1)
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return Arity(needed, sys.maxsize)
+    optional = sum(p.kind in by_position and p.default is None for p in parameters)
+    return Arity(needed, needed + optional)
 
 
 def batch_size_for(config: RunConfig, example: Any) -> int:

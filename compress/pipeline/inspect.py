@@ -167,7 +167,7 @@ def inspect_checkpoint(
             f"The shape of an input of {config.model} is not known: pass --input-shape C,H,W or "
             "--data, or give the module an attribute input_shape."
         )
-    needed = arity_of(built.module)
+    needed = arity_of(built.module).needed
     if len(wanted) < needed:
         raise ConfigError(
             f"The forward of {config.model} takes {needed} inputs, and {len(wanted)} shape is "

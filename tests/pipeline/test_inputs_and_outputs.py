@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import compress
-from compress.data import batches, open_dataset
+from compress.data import as_images, batches, open_dataset
+from compress.data.targets import UNLABELLED
 from compress.errors import DataError, ModelError
+from compress.inputs.load import arity_of
 from compress.pipeline.outcome import Compressed
 from compress.pipeline.run import compress_model
 from compress.running.forward import run_model
@@ -249,6 +251,67 @@ def test_items_with_too_few_parts() -> None:
         done(Joined(), Items(lambda i: (picture(i),)))
     with pytest.raises(DataError, match="what the forward takes by name"):
         done(Joined(), Items(lambda i: {"label": i}))
+
+
+class Optional(nn.Module):
+    """A picture, and what may be left out."""
+
+    def forward(self, x: Tensor, domain: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return x.flatten(1)[:, :2] * scale if domain is None else domain
+
+
+class Many(nn.Module):
+    """As many inputs as there are."""
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "item", "inputs", "target"),
+    [
+        (Optional(), (torch.zeros(3, 4, 4), torch.ones(2), 5), 2, 5),
+        (Optional(), (torch.zeros(3, 4, 4), 5), 1, 5),
+        (Optional(), (torch.zeros(3, 4, 4),), 1, None),
+        (Optional(), (torch.zeros(3, 4, 4), 5, torch.ones(2), torch.ones(2)), 1, 5),
+        (Many(), (torch.zeros(2), torch.zeros(3), torch.zeros(4), 5), 3, 5),
+        (Many(), (torch.zeros(2), 5), 1, 5),
+        (AnySize(), (torch.zeros(3, 4, 4), 5, 6), 1, 5),
+    ],
+    ids=["all", "less", "alone", "more", "three", "one", "index"],
+)
+def test_what_of_an_item_is_an_input(
+    model: nn.Module, item: tuple[Any, ...], inputs: int, target: int | None
+) -> None:
+    images = as_images(Items(lambda _: item), arity_of(model))
+    found, _ = images.batch([0, 1])
+    assert len(tensors(found)) == inputs
+    assert images.source.target(0) == (UNLABELLED if target is None else target)
+
+
+def test_items_whose_parts_may_be_inputs_or_targets() -> None:
+    for model in (Optional(), Many()):
+        with pytest.raises(DataError, match=r"3 parts, .* give a dict"):
+            as_images(Items(lambda _: (torch.zeros(3, 4, 4), 5, 6)), arity_of(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        (np.zeros((4, 5, 3), np.uint8), (3, 4, 5)),
+        (np.zeros((4, 5), np.uint8), (1, 4, 5)),
+        (np.zeros((3, 4, 5), np.uint8), (3, 4, 5)),
+        (np.zeros((4, 5, 3), np.float32), (4, 5, 3)),
+        (np.zeros((2, 40), np.float32), (2, 40)),
+        (np.zeros((2, 40), np.int64), (2, 40)),
+    ],
+)
+def test_arrays_are_inputs_unless_they_are_pictures(
+    given: np.ndarray[Any, Any], shape: tuple[int, ...]
+) -> None:
+    """As a DataLoader collates them, which is how such a network was trained."""
+    found, _ = as_images(Items(lambda _: (given, 0))).batch([0, 1])
+    assert found.shape == (2, *shape)
 
 
 class Changing(nn.Module):
