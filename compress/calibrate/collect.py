@@ -29,6 +29,7 @@ from compress.linalg.schemes import scheme_named
 from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
 from compress.running.forward import (
+    backward,
     evaluation_mode,
     forward_hooks,
     frozen,
@@ -280,4 +281,4 @@ def _backward(value: Tensor) -> None:
             "or torch.inference_mode, or detaches what it computes. Take that out of the forward, "
             "or use --metric mse."
         )
-    torch.autograd.backward(value, inputs=None)
+    backward(value, ", or use --metric mse")

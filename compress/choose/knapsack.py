@@ -80,7 +80,8 @@ def allocate(
         For each layer the index of the chosen candidate.
 
     Raises:
-        UnreachableBudgetError: Even the cheapest candidates cost more than the budget.
+        UnreachableBudgetError: Even the cheapest candidates cost more than the budget, or nothing
+            may be chosen and the budget is negative.
         BudgetError: The budget is not a finite number.
         CalibrationError: A candidate's predicted loss is not finite.
         ValueError: A layer without candidates, or a cost that is negative or not finite.
@@ -88,11 +89,11 @@ def allocate(
     if not math.isfinite(budget):
         raise BudgetError(f"The budget {budget} is not a finite number; give the largest cost.")
     fronts = _fronts(options, cost)
-    if not fronts:
-        return []
     cheapest = math.fsum(front.cost[0] for front in fronts)
     if cheapest > budget:
         raise UnreachableBudgetError(budget, cheapest)
+    if not fronts:
+        return []
     chosen, multiplier = _relax(fronts, budget)
     chosen = _exchange(fronts, chosen, budget)
     if multiplier > 0:

@@ -24,6 +24,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 # All is kept unless outputs are so much farther from the original's than with less: few images
 # decide.
 CLEARLY_WORSE = 0.02
+# A network that is sure of everything comes this near, which is rounding.
+ROUNDING = 1e-12
 
 
 def divergences(
@@ -69,13 +71,13 @@ def best_share(apart: Sequence[float]) -> tuple[float, str]:
     shares = (0.0, *SHARES)
     finite = [distance for distance in apart if distance < math.inf]
     least, whole = min(finite, default=math.nan), apart[1]
-    if whole <= least * (1 + CLEARLY_WORSE):
+    if whole <= least * (1 + CLEARLY_WORSE) + ROUNDING:
         return 1.0, ""
     best = max((i for i, distance in enumerate(apart) if distance == least), default=0)
     if not whole < math.inf:
         left = "all of it left outputs on validation images that are not finite"
     else:
-        times = whole / max(least, 1e-30)
+        times = whole / max(least, ROUNDING)
         left = (
             "all of it left the outputs on validation images "
             f"{times:.3g} times as far from the original's"

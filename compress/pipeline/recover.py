@@ -132,7 +132,9 @@ def recover_result(config: RunConfig, request: Request, track: Track = silent) -
     state.forget()
     broken = [gate_sentence(gate) for gate in result.gates if not gate.passed]
     if broken:
-        raise GateError(f"{' '.join(broken)} No model was saved; the report is in {config.output}.")
+        raise GateError(
+            f"{'; '.join(broken)}. No model was saved; the report is in {config.output}."
+        )
     return result
 
 

@@ -199,7 +199,7 @@ def run(config: RunConfig, *, plan: Plan | None = None, track: Track = silent) -
         save_result(compressed, config, inputs.test)
     if compressed.failed_gates:
         raise GateError(
-            f"{' '.join(compressed.failed_gates)} No model was saved; the report is in "
+            f"{'; '.join(compressed.failed_gates)}. No model was saved; the report is in "
             f"{config.output}. Loosen the limit, or give the rule more room (a lower --threshold, "
             "a larger budget)."
         )
@@ -258,5 +258,5 @@ def compress_model(
         if config.output:
             save_result(compressed, config, inputs.test)
     if compressed.failed_gates:
-        raise GateError(" ".join(compressed.failed_gates))
+        raise GateError(f"{'; '.join(compressed.failed_gates)}.")
     return compressed

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader, check_labels
-from compress.errors import CompressError
+from compress.errors import CompressError, ConfigError
 from compress.inputs.functions import Metric, loss_function, metric_function
 from compress.inputs.load import Inputs
 from compress.measure.accuracy import custom_value, require_labels, require_ranked
 from compress.measure.by_task import ByTask, has_targets, require_targets
 from compress.network.baseline import Network
 from compress.rules.target_drop import TARGET_DROP
-from compress.running.forward import evaluation_mode, frozen, run_model
-from compress.running.structure import with_gradients
+from compress.running.forward import evaluation_mode, frozen, gradients_begin, run_model
+from compress.running.structure import floating, with_gradients
 from compress.tasks import TaskMeasure
 
 # Images that a measure of the user's own is tried on, spread over the set.
@@ -26,11 +28,15 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
     """Measure and take gradients as the run will, on a few images.
 
     Raises:
+        ConfigError: A limit is set on what only a test set tells, and there is none.
         ModelError: Accuracy cannot be measured, the user's own measure or loss fails, or what a
             task is measured by is not installed or does not fit the outputs.
         DataError: Targets cannot be put into one batch, or are not those of the task; or the test
             set's labels do not fit the outputs.
     """
+    for name, flag in (("max_drop", "--max-drop"), ("min_agreement", "--min-agreement")):
+        if inputs.test is None and getattr(config, name) is not None:
+            raise ConfigError(f"{flag} holds the result to a test set: pass one with --test.")
     metric = metric_function(config)
     if isinstance(metric, TaskMeasure):
         _try_task(ByTask(metric, loader, reading=network.reading), network, inputs, config)
@@ -84,6 +90,8 @@ def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Load
 def _try_loss(model: nn.Module, images: ImageSet, loader: Loader, config: RunConfig) -> None:
     own = loss_function(config)
     few = images.subset(range(min(len(images), loader.batch_size)))
-    with evaluation_mode(model), frozen(model), torch.enable_grad():
+    with evaluation_mode(model), frozen(model), torch.enable_grad(), ExitStack() as stack:
         for inputs, targets in loader.placed(few):
+            if not floating(inputs):
+                stack.enter_context(gradients_begin(model))
             own(run_model(model, with_gradients(inputs)), targets)

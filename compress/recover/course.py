@@ -23,7 +23,7 @@ from compress.recover.augment import MOVED, NONE, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import Division, Lessons, taught
 from compress.recover.steps import Steps
-from compress.running.forward import evaluation_mode, run_model
+from compress.running.forward import backward, evaluation_mode, run_model
 from compress.running.memory_format import put_in_format
 from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
@@ -260,7 +260,7 @@ class Course:
             loss = distance.training(right, run_model(self.model, inputs))
             if not bool(loss.isfinite()):
                 return False
-            loss.backward()
+            backward(loss)
         warm = min(1.0, (self._steps.taken + 1) / max(1, min(WARM_UP, state.planned // 10)))
         fall = 0.5 * (1 + math.cos(math.pi * state.way))
         if not self._steps.step(state.rate * warm * fall):

@@ -14,12 +14,23 @@ from compress.running.structure import floating
 
 
 def not_finite(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the names of the tensors that hold NaN or infinite values, in their order."""
+    """Return the names of the tensors that hold NaN or infinite values, in their order.
+
+    Masks are passed over: infinities beside a single other value, as attention adds them.
+    """
     return tuple(
         name
         for name, tensor in state.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(_widened(tensor)).all())
+        if tensor.is_floating_point() and not _finite_or_mask(_widened(tensor))
     )
+
+
+def _finite_or_mask(tensor: Tensor) -> bool:
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return True
+    rest = tensor[finite]
+    return bool(rest.numel()) and not bool(tensor.isnan().any()) and bool((rest == rest[0]).all())
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -96,6 +96,28 @@ def gradients_begin(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def backward(value: Tensor, instead: str = "") -> None:
+    """Take gradients of a value that a model's outputs give.
+
+    Args:
+        value: A single number.
+        instead: What else can be done where none come, for the error.
+
+    Raises:
+        ModelError: The forward changes a value in place that gradients need.
+    """
+    try:
+        value.backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ModelError(
+            "Gradients do not come through the model's forward: it changes a value in place that "
+            "they need, such as y[..., :2] = ... after y = x.sigmoid(). Let it change a clone"
+            f"{instead}."
+        ) from error
+
+
 def run_model(model: nn.Module, inputs: Any) -> Any:
     """Run the model and return all that its forward returns.
 

@@ -67,7 +67,8 @@ class Part:
             found = yes + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
         else:
             found = (p - q).square() * (self.weight / 2)
-        return found.flatten(1).sum(1) if found.dim() > 1 else found
+        # What rounding leaves of two equal distributions may be less than nothing.
+        return (found.flatten(1).sum(1) if found.dim() > 1 else found).clamp_min(0.0)
 
 
 @dataclass(frozen=True)

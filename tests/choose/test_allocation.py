@@ -54,6 +54,12 @@ layers = st.lists(
 )
 
 
+def test_nothing_to_choose_from() -> None:
+    assert allocate([], 0, macs) == []
+    with pytest.raises(UnreachableBudgetError, match="costs at most -1"):
+        allocate([], -1, macs)
+
+
 @settings(derandomize=True, deadline=None, max_examples=250)
 @given(layers, st.integers(0, 120))
 def test_allocate_is_optimal_on_small_problems(options: Any, budget: Any) -> None:

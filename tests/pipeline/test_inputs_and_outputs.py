@@ -164,6 +164,35 @@ def test_a_collate_function_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     assert set(given) == {6}
 
 
+def test_a_loss_of_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(result: Tensor, targets: Tensor) -> Tensor:
+        return (result[:, 0] - targets).square().sum()
+
+    monkeypatch.setitem(globals(), "own_loss", loss)
+    data = Items(lambda i: ((torch.arange(8) + i) % 20, float(i)))
+    made = done(Words(), data, loss_fn=f"{__name__}:own_loss")
+    assert made.result.refit_path == "graph"
+
+
+class Decoding(nn.Module):
+    """Changes what its activation gave in place, as detectors decode boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.more(self.body(x).relu()).sigmoid()
+        y[:, :2] = y[:, :2] * 2 - 0.5
+        return y
+
+
+def test_values_changed_in_place_that_gradients_need() -> None:
+    with pytest.raises(ModelError, match=r"changes a value in place .* --metric mse"):
+        done(Decoding(), Items(picture))
+    done(Decoding(), Items(picture), metric="mse")
+
+
 def test_all_outputs_are_compared() -> None:
     made = done(Heads(), Items(picture))
     metric = made.result.validation

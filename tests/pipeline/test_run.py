@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from workbench import SPEC, Workbench, made_images, trained
 
 import compress
-from compress.errors import ArtefactError, ConfigError, GateError, ModelError
+from compress.errors import ArtefactError, BudgetError, ConfigError, GateError, ModelError
 from compress.pipeline.run import compress_model
 
 NETWORK = trained()
@@ -54,6 +54,21 @@ def test_one_call_does_what_the_command_does(bench: Workbench) -> None:
     assert made.failed_gates == ()
     plan = json.loads((bench.output("api") / "plan.json").read_text())
     assert [c["ranks"] for c in plan["choices"]] == [[3], [4], []]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"macs": 0.6, "keep": ("*",)}, BudgetError, "smallest reachable fraction is 1"),
+        ({"macs": 0.6, "max_drop": 1.0}, ConfigError, "--max-drop holds .* pass one with --test"),
+        ({"macs": 0.6, "min_agreement": 0.9}, ConfigError, "--min-agreement holds"),
+    ],
+)
+def test_what_cannot_be_held_is_an_error(
+    settings: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        compress.compress_model(NETWORK, images(24, 1), **settings)
 
 
 def test_the_users_model_and_the_random_state_stay_as_they_were() -> None:
