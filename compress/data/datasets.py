@@ -76,8 +76,8 @@ class DatasetSource:
         """
         collate = None
         if isinstance(dataset, DataLoader):
-            own = dataset.collate_fn
-            collate = None if own is default_collate else own
+            own, alone = dataset.collate_fn, dataset.batch_size is None
+            collate = None if own is default_collate or alone else own
             dataset = dataset.dataset
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
@@ -204,7 +204,7 @@ class DatasetSource:
             return pixels[None] if pixels.ndim == 2 else pixels
         found = mapped_arrays(image)
         if tensors(found):
-            return found
+            return mapped(found, lambda tensor: tensor.detach())
         raise DataError(
             f"{what} of {self.spec} is a {type(image).__name__}; it must be a tensor, a PIL image "
             "or an array, or a tuple or dict of them."

@@ -246,8 +246,8 @@ def _warnings(rewritten: Rewritten, layers: tuple[LayerResult, ...]) -> Iterator
         samples, worst = min(few)
         yield (
             f"{len(few)} layer(s) have fewer than {FEW_SAMPLES} samples a dimension (least: "
-            f"{worst} with {samples:.2g}); their statistics were shrunk. Use more "
-            "--calibration-images."
+            f"{worst or 'the model itself'} with {samples:.2g}); their statistics were shrunk. Use "
+            "more --calibration-images."
         )
     latency = rewritten.cost.latency
     for timed in latency:

@@ -18,6 +18,7 @@ from compress.artefact.manifest import Manifest, Replacement, versions
 from compress.calibrate.removal import group_widths
 from compress.calibrate.statistics import Source
 from compress.config import Role, RunConfig, settings_of
+from compress.inputs.checkpoint.reading import listed
 from compress.measure.assess import Assessment, Rewritten
 from compress.network.baking import copied
 from compress.network.baseline import Network
@@ -132,6 +133,18 @@ class Record:
             return manifest
         return replace(manifest, verified=verified_by(result))
 
+    def _other_ways(self) -> tuple[str, ...]:
+        """Warn where channels are gone that a way through the forward may need that was not run."""
+        cut = self.rewritten.replaced.cut
+        unseen = [site.name for site in self.job.network.sites if not site.calls]
+        if cut is None or not cut.widths or not unseen:
+            return ()
+        return (
+            "Channels were taken out of the network as calibration ran it. Ways through its "
+            f"forward that were not taken, such as one to {listed(unseen)}, may not fit it any "
+            "more; use --schemes without narrow and slice where you need them.",
+        )
+
     def result(self, clock: Clock) -> Result:
         """Put everything measured into one record, held to the configuration's limits."""
         job, assessed, plan = self.job, self.assessed, self.rewritten.plan
@@ -159,6 +172,7 @@ class Record:
                 *inputs.warnings,
                 *network.warnings,
                 *self.rewritten.cost.refused,
+                *self._other_ways(),
                 *assessed.warnings,
             ),
             folded=tuple(pair.norm for pair in network.folded),

@@ -343,6 +343,15 @@ def test_arrays_are_inputs_unless_they_are_pictures(
     assert found.shape == (2, *shape)
 
 
+def test_a_loader_that_does_not_batch_gives_its_items() -> None:
+    items = Items(lambda i: (picture(i).requires_grad_(), i))
+    found = as_images(DataLoader(items, batch_size=None))
+    inputs, _ = found.batch([0, 3])
+    assert torch.equal(inputs, torch.stack([picture(0), picture(3)]))
+    assert not inputs.requires_grad
+    assert found.source.target(3) == 3
+
+
 class Changing(nn.Module):
     """Returns something else where its input is bright."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,30 @@ def test_a_tuple_that_carries_everything_on() -> None:
     found = run(model, 3, 8, 8, macs=0.7)
     assert found.result.refit_path == "graph"
     assert found.result.cost.compressed.macs <= 0.7 * found.result.cost.folded.macs
+
+
+class WithAuxiliary(nn.Module):
+    """A second head that only a flag switches on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 16), conv(16, 16)
+        self.auxiliary, self.wanted = conv(16, 4), False
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        between = self.first(x).relu()
+        scores = self.head(self.second(between).relu().mean((2, 3)))
+        return (scores, self.auxiliary(between)) if self.wanted else scores
+
+
+@pytest.mark.parametrize(("schemes", "warned"), [(("narrow",), True), (("output",), False)])
+def test_channels_that_another_way_through_the_forward_may_need(
+    schemes: tuple[str, ...], warned: bool
+) -> None:
+    found = run(WithAuxiliary().eval(), 3, 8, 8, macs=0.6, schemes=schemes)
+    said = [w for w in found.result.warnings if "such as one to auxiliary" in w]
+    assert bool(said) == warned
 
 
 class Careful(nn.Module):
