@@ -33,7 +33,7 @@ from compress.network.narrowing import resized
 from compress.network.norms import after_norm
 from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
-from compress.running.modules import replace_module
+from compress.running.modules import cast, replace_module
 from compress.trust import require_trusted_model
 from compress.untrusted import Unreadable
 from compress.untrusted.tensors import read_tensors
@@ -158,7 +158,7 @@ def _filled(model: nn.Module, manifest: Manifest, file: Path) -> nn.Module:
             f"{file} does not fit the architecture it was given ({error}); pass the one that was "
             "compressed, with the same arguments."
         ) from error
-    model = model.to(getattr(torch, manifest.dtype))
+    model = cast(model, getattr(torch, manifest.dtype))
     for name, source in manifest.tied.items():
         if source in state:
             state[name] = state[source]

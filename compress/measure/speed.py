@@ -18,6 +18,7 @@ from compress.measure.cost import model_cost
 from compress.measure.runtimes import on_runtimes
 from compress.network.baseline import Network
 from compress.result import CostSummary, Latency
+from compress.running.modules import cast
 from compress.running.structure import expanded, like_weights
 from compress.timing.networks import Timing, time_network_formats
 from compress.timing.turns import Pace
@@ -80,7 +81,7 @@ def costs(
     example = network.example
     size = torch.empty((), dtype=dtype).element_size()
     images = like_weights(example, next(final.parameters()))
-    models = {"dense": copy.deepcopy(network.model).to(dtype), "compressed": final}
+    models = {"dense": cast(copy.deepcopy(network.model), dtype), "compressed": final}
     timings = _timings(models, images, network.memory_formats, stopwatch)
     formats = stopwatch.memory_formats or network.memory_formats
     chosen = "contiguous" if "contiguous" in formats else formats[0]

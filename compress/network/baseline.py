@@ -24,6 +24,7 @@ from compress.network.tracing import ends_in_sigmoid, trace
 from compress.running.finite import check_finite
 from compress.running.formats import formats_of
 from compress.running.forward import evaluation_mode, require_parameters, run_model
+from compress.running.modules import cast
 from compress.running.outputs import Reading, read_outputs
 from compress.running.structure import floating, like_weights, main_tensor
 from compress.tasks import TASKS, read_for
@@ -221,7 +222,7 @@ def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
         return
     name = str(dtype).removeprefix("torch.")
     remedy = "convert the checkpoint to float32"
-    converted = copied(model).to(dtype)
+    converted = cast(copied(model), dtype)
     given = like_weights(example, next(converted.parameters()))
     try:
         output = _output(converted, given)

@@ -14,7 +14,7 @@ from compress.linalg.geometry import Geometry
 from compress.linalg.schemes import Ranks, scheme_named
 from compress.network.sites import LayerSite
 from compress.plan import NARROW
-from compress.running.modules import replace_module
+from compress.running.modules import cast, replace_module
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def as_saved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Kernels are chosen by strides, and those of an axis of length 1 (rank 1) outlive
     ``contiguous()`` but not a file: the same numbers would then give outputs that round otherwise.
     """
-    copied = copy.deepcopy(model).to(dtype)
+    copied = cast(copy.deepcopy(model), dtype)
     for tensor in (*copied.parameters(), *copied.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return copied

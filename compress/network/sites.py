@@ -184,6 +184,8 @@ def _site(
         skip = skip or "it carries forward hooks, which a rewrite would lose"
     else:
         skip = skip or kind.unsupported(module)
+        if next(module.parameters()).is_complex():
+            skip = skip or "its weights are complex numbers"
         if geometry.out_features > MOST_OUTPUTS:
             skip = skip or (
                 f"its {geometry.out_features:,} outputs are more than {MOST_OUTPUTS:,}, too many "

@@ -29,6 +29,7 @@ from compress.measure.speed import most_seconds
 from compress.pipeline.places import check_runtime
 from compress.progress import Track, silent
 from compress.result import Cost, CustomMetric
+from compress.running.modules import cast
 from compress.running.outputs import read_outputs
 from compress.running.structure import batched, expanded, like_weights
 from compress.tasks import TaskMeasure
@@ -142,7 +143,7 @@ def finished(config: RunConfig, *, trust_code: bool) -> tuple[Finished, Preproce
     if not config.model:
         raise ConfigError("No model given (how the network is built); pass --model SPEC.")
     module, _, dtype, preprocessing = load_model(config)
-    return Finished(module.to(dtype).to(config.device), config.model), preprocessing
+    return Finished(cast(module, dtype).to(config.device), config.model), preprocessing
 
 
 def measured(

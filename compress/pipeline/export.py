@@ -44,6 +44,7 @@ from compress.pipeline.verify import with_model
 from compress.progress import Track, silent
 from compress.result import EndMetric
 from compress.running.memory_format import put_in_format
+from compress.running.modules import cast
 from compress.running.structure import batched, concatenated, like_weights
 from compress.tasks import TaskMeasure
 from compress.timing.runtimes import RuntimeSeconds, time_runtimes
@@ -306,7 +307,7 @@ def _original(given: _Given) -> dict[str, nn.Module]:
     asked = config.replace(checkpoint=request.original)
     found = with_model(asked, manifest, ("model",), trust_code=request.trust_code)
     model, _, dtype, _ = load_model(found)
-    model = prepare(model, given.example).model.to(dtype)
+    model = cast(prepare(model, given.example).model, dtype)
     networks, _ = make_file(model, given.batch, request.form, {}).on_runtimes()
     return {TORCH: model, **networks}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
@@ -45,6 +48,14 @@ def swapped(
     finally:
         for name, module in before.items():
             replace_module(model, name, module)
+
+
+def cast(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """Convert a model's real numbers in place; ``nn.Module.to`` makes complex ones real too."""
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )
+    return model
 
 
 def dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:

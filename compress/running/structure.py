@@ -118,8 +118,11 @@ def placed(
 
 
 def like_weights(inputs: Any, reference: Tensor) -> Any:
-    """Return inputs on the device and, real numbers, in the type of some weights."""
-    return placed(inputs, reference.device, dtype=reference.dtype)
+    """Return inputs on the device and, real numbers, in the type of some weights.
+
+    Where those are complex it is that of their real parts.
+    """
+    return placed(inputs, reference.device, dtype=reference.dtype.to_real())
 
 
 def batched(inputs: Any) -> Any:

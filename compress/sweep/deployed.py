@@ -23,7 +23,7 @@ from compress.pipeline.job import Job
 from compress.pipeline.parity import compare_outputs
 from compress.result import Deployed, EndMetric, SweepPoint
 from compress.running.memory_format import in_memory_format
-from compress.running.modules import dtype_of
+from compress.running.modules import cast, dtype_of
 from compress.running.structure import expanded, like_weights
 from compress.sweep.evaluate import Judge
 from compress.timing.networks import time_network
@@ -129,7 +129,7 @@ class Deployer:
     @cached_property
     def _dense(self) -> _Loaded:
         model = copy.deepcopy(self.job.network.model)
-        return self._loaded(model.to(self.job.inputs.dtype), ())
+        return self._loaded(cast(model, self.job.inputs.dtype), ())
 
     def _inputs(self, count: int) -> Any:
         return like_weights(

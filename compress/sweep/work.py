@@ -25,6 +25,7 @@ from compress.pipeline.promised import PromisedBudgets
 from compress.plan import Plan
 from compress.progress import Track, silent
 from compress.result import Cost, Deployed, SweepPoint, SweepResult
+from compress.running.modules import cast
 from compress.running.structure import like_weights
 from compress.sweep.deployed import Deployer, runtime_of, with_fronts
 from compress.sweep.evaluate import Judge
@@ -196,7 +197,7 @@ class SweepWork:
             if (other.schemes, other.ranks, other.widths) == (schemes, ranks, widths):
                 return dataclasses.replace(other, value=value, seconds=time.perf_counter() - start)
         replaced = self.job.fitter.carry_out(plan, self.calibration)
-        model = replaced.model.to(self.inputs.dtype)
+        model = cast(replaced.model, self.inputs.dtype)
         cost = model_cost(model, like_weights(self.network.example, next(model.parameters())))
         measured = {name: judge(model) for name, judge in self.judges.items()}
         chains = [choice.name for choice in plan.choices if choice.factored]

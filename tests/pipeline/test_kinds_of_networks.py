@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from stopwatch import stop_the_clock
 from torch import Tensor, nn
 
+import compress
 from compress import compress_model
 from compress.errors import BudgetError
 from compress.pipeline.outcome import Compressed
@@ -72,6 +74,36 @@ def test_a_tuple_that_carries_everything_on() -> None:
     found = run(model, 3, 8, 8, macs=0.7)
     assert found.result.refit_path == "graph"
     assert found.result.cost.compressed.macs <= 0.7 * found.result.cost.folded.macs
+
+
+class Fourier(nn.Module):
+    """A spectral convolution (Li et al., 2021) and a complex one beside plain layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(16, 16, 4, 4, dtype=torch.complex64) / 16)
+        self.lift, self.mixed = nn.Conv2d(3, 16, 1), conv(16, 16)
+        self.complex = nn.Conv2d(16, 16, 1, dtype=torch.complex64)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        waves = torch.einsum("nihw,iohw->nohw", torch.fft.rfft2(x)[..., :4, :4], self.spectrum)
+        x = torch.fft.irfft2(self.complex(waves), s=x.shape[-2:]) + self.mixed(x)
+        return self.head(x.relu().mean((2, 3)))
+
+
+def test_complex_weights_are_kept(tmp_path: Path) -> None:
+    model = Fourier().eval()
+    settings = {"rank": {"mixed": "4"}, "scheme": {"mixed": "output"}, "force_rank": True}
+    found = run(model, 3, 8, 8, output=str(tmp_path / "out"), **settings)
+    kept = {layer.name: layer.reason for layer in found.result.layers if layer.scheme == "dense"}
+    assert "complex" in kept["complex"]
+    again = compress.load(tmp_path / "out", model=Fourier())
+    assert torch.equal(again.spectrum, model.spectrum)
+    with torch.no_grad():
+        x = torch.rand(2, 3, 8, 8)
+        torch.testing.assert_close(again(x), found.model(x))
 
 
 class WithAuxiliary(nn.Module):
