@@ -29,13 +29,18 @@ KEPT_BYTES = 1 << 29
 IMAGES_BESIDE = 256
 
 
-def require_ranked(reading: Reading) -> None:
-    """Raise `ModelError` for outputs that accuracy cannot be measured by."""
+OWN_METRIC = (
+    "Pass --metric-fn package.module:function, which takes the model and the batches and returns a "
+    "number (higher is better)."
+)
+
+
+def require_ranked(reading: Reading, instead: str = OWN_METRIC) -> None:
+    """Raise `ModelError` for outputs that accuracy cannot be measured by, saying what to do."""
     if not reading.ranked:
         raise ModelError(
             f"The model's outputs are no logits of one class an image ({reading.why}), so accuracy "
-            "cannot be measured. Pass --metric-fn package.module:function, which takes the model "
-            "and the batches and returns a number (higher is better)."
+            f"cannot be measured. {instead}"
         )
 
 

@@ -13,6 +13,7 @@ from compress.measure.accuracy import Yardstick, require_labels, require_ranked
 from compress.measure.by_task import require_targets
 from compress.pipeline.job import Job
 from compress.pipeline.promised import PromisedBudgets
+from compress.pipeline.trials import SEARCHED
 from compress.plan import Choice, Plan
 from compress.rules.macs import BY_MACS
 from compress.tasks import TaskMeasure
@@ -59,7 +60,7 @@ def _yardstick(job: Job, images: ImageSet) -> Yardstick:
         require_targets(metric.task, images)
         return job.yardstick
     require_labels(images)
-    require_ranked(job.network.reading)
+    require_ranked(job.network.reading, SEARCHED)
     return Yardstick(job.loader, track=job.track, reading=job.network.reading)
 
 

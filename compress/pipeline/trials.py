@@ -20,6 +20,11 @@ from compress.running.forward import evaluation_mode, frozen, gradients_begin, r
 from compress.running.structure import floating, with_gradients
 from compress.tasks import TaskMeasure
 
+# What to do where the accuracy of a search cannot be measured.
+SEARCHED = (
+    "--target-drop goes by it, whatever --metric-fn measures: name a --task, or give a budget such "
+    "as --macs and hold the result to --max-drop."
+)
 # Images that a measure of the user's own is tried on, spread over the set.
 TRIED = 32
 
@@ -38,6 +43,8 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
         if inputs.test is None and getattr(config, name) is not None:
             raise ConfigError(f"{flag} holds the result to a test set: pass one with --test.")
     metric = metric_function(config)
+    if config.rule == TARGET_DROP.name and not isinstance(metric, TaskMeasure):
+        require_ranked(network.reading, SEARCHED)
     if isinstance(metric, TaskMeasure):
         _try_task(ByTask(metric, loader, reading=network.reading), network, inputs, config)
     elif metric is not None:

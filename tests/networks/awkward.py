@@ -192,6 +192,10 @@ def scripted() -> nn.Module:
     return torch.jit.script(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)))
 
 
+def scripted_inside() -> nn.Module:
+    return nn.Sequential(torch.jit.script(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(144, 3))
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.Linear(144, 3))
 

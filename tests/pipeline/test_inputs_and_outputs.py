@@ -174,6 +174,13 @@ def test_a_loss_of_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.result.refit_path == "graph"
 
 
+def test_a_search_by_accuracy_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "own_metric", lambda *_: 1.0)
+    data = Items(lambda i: ((torch.arange(8) + i) % 20, float(i)))
+    with pytest.raises(ModelError, match="whatever --metric-fn measures"):
+        compress_model(Words(), data, target_drop=1.0, metric_fn=f"{__name__}:own_metric")
+
+
 class Decoding(nn.Module):
     """Changes what its activation gave in place, as detectors decode boxes."""
 
