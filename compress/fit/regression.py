@@ -36,8 +36,9 @@ ROWS = 1 << 16
 # weakest ridge is ten times the rounding.
 LONG_PATCH = 1200
 ROWS_PER_NUMBER = 8
-# Moments of longer patches with their targets would take more than two gigabytes, and that twice.
-MOST_TOGETHER = 1 << 14
+# Moments of longer patches with their targets take more than a gigabyte, twice, and a fit to them
+# several times that.
+MOST_TOGETHER = 3 << 12
 # Numbers of patches that are unfolded for their lowest frequencies: images beyond these, but at
 # least so many, are only looked at by position.
 LOWEST_NUMBERS = 1 << 28
