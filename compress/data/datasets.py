@@ -142,21 +142,27 @@ class DatasetSource:
             raise DataError(
                 f"The collate function of {self.spec} raised {what_raised(error)}."
             ) from error
-        inputs, targets = self._parted(batch, "A batch")
+        inputs, targets = self._parted(batch, "A batch", 2)
         return self._usable(inputs, "A batch"), targets
 
-    def _parted(self, item: Any, what: str) -> tuple[Any, Any]:
-        """Part an item into inputs and target."""
+    def _parted(self, item: Any, what: str, axes: int = 1) -> tuple[Any, Any]:
+        """Part an item, or a batch, into inputs and target; ``axes`` as `_inputs_in`."""
         if isinstance(item, Mapping):
             return self._parted_by_name(item, what)
         if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
-            count = self._inputs_in(item, what)
+            count = self._inputs_in(item, what, axes)
             inputs, rest = item[:count], item[count:]
             return inputs[0] if count == 1 else tuple(inputs), (rest or [UNLABELLED])[0]
         return item, UNLABELLED
 
-    def _inputs_in(self, item: Sequence[Any], what: str) -> int:
-        """How many parts of an item are inputs: those needed, or all but the last one."""
+    def _inputs_in(self, item: Sequence[Any], what: str, axes: int) -> int:
+        """How many parts of an item are inputs: those needed, or all but the last one.
+
+        Args:
+            item: Its parts, at least those that are needed.
+            what: What it is, for messages.
+            axes: A part with fewer is a single number an image, and may well be a target.
+        """
         needed, most = self.arity.needed, self.arity.most
         if len(item) < needed:
             raise DataError(
@@ -166,7 +172,7 @@ class DatasetSource:
         between = item[needed:-1]
         if not between or len(item) - 1 > most:
             return needed  # what follows the target is not looked at
-        if all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in between):
+        if all(isinstance(part, Tensor | np.ndarray) and part.ndim >= axes for part in between):
             return len(item) - 1
         raise DataError(
             f"{what} of {self.spec} has {len(item)} parts, and the network takes {needed} to "

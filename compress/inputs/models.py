@@ -95,19 +95,12 @@ def _check_plain(module: nn.Module, head: str) -> None:
     """Refuse networks that have no layers to look at.
 
     Raises:
-        ModelError: It or a part of it is compiled to TorchScript, or has lazy layers.
+        ModelError: It is compiled to TorchScript, or has lazy layers.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
             f"The factory {head} returned a TorchScript module, whose layers cannot be replaced; "
             "let it return the network before torch.jit.script or torch.jit.trace."
-        )
-    scripted = [n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    if scripted:
-        raise ModelError(
-            f"The factory {head} returned a network with TorchScript modules in it "
-            f"({', '.join(scripted[:5])}), which cannot be copied layer by layer; let it return "
-            "these before torch.jit.script or torch.jit.trace too."
         )
     lazy = [n for n, m in module.named_modules() if isinstance(m, LazyModuleMixin)]
     if lazy:

@@ -236,6 +236,13 @@ def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    modules = model.named_modules()
+    scripted = [name or "all" for name, m in modules if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelError(
+            f"The model holds TorchScript modules ({', '.join(scripted[:5])}), whose layers cannot "
+            "be looked at; pass it as it was before torch.jit.script or torch.jit.trace."
+        )
     try:
         return copied(model)
     except KeyboardInterrupt:

@@ -156,8 +156,7 @@ def _tied(model: nn.Module) -> dict[nn.Module, str]:
     """Modules whose weight is another module's too, with the reason to keep them."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for name, module in model.named_modules():
-        # Not all modules have parameters of their own: scripted ones show a view of theirs.
-        weight = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get("weight")
+        weight = module._parameters.get("weight")
         if weight is not None:
             owners[weight.data_ptr() if weight.numel() else id(weight)].append((module, name))
     reasons = {}

@@ -213,6 +213,7 @@ def test_how_far_outputs_are_apart() -> None:
         ((1.0, 1.5, 1.2, 1.1, 1.015), 0.0, "1.5 times as far"),
         ((1.0, 1.0, 1.0), 1.0, ""),
         ((0.0, 0.0), 1.0, ""),
+        ((0.0, 3e-15, 0.0), 1.0, ""),  # rounding of a network that is sure of everything
         ((0.0, 1.0), 0.0, "times as far"),
         ((1.0, math.nan, math.inf), 0.0, "not finite"),
         ((1.0, math.nan, 0.5), 0.75, "not finite"),

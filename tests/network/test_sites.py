@@ -130,13 +130,6 @@ def test_a_layer_of_very_many_outputs_is_kept() -> None:
     assert "its 8,193 outputs are more than 8,192" in many.skip
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_scripted_module_is_no_layer() -> None:
-    scripted = torch.jit.script(nn.Conv2d(4, 4, 3))
-    sites = find_sites(nn.Sequential(nn.Conv2d(3, 4, 3), scripted), torch.randn(1, 3, 9, 9))
-    assert [site.name for site in sites] == ["0"]
-
-
 def test_the_callers_reasons_come_first() -> None:
     model, x = Network(), torch.randn(1, 3, 9, 9)
     sites = find_sites(model, x, keep=lambda module: "mine" if module is model.stem else None)

@@ -122,7 +122,7 @@ def test_a_users_model_is_left_as_it_was(bench: Workbench) -> None:
     [
         ("RaisesKeyError", ["forward failed", "KeyError: 'logit'"]),
         ("scripted", ["TorchScript module", "before torch.jit.script"]),
-        ("scripted_inside", ["TorchScript modules in it (0)"]),
+        ("scripted_inside", ["TorchScript modules (0)", "before torch.jit.script"]),
         ("lazy", ["wait for their first input (0)"]),
         ("without_parameters", ["has no parameters"]),
         ("holding_a_lock", ["cannot be copied", "lock"]),

@@ -325,6 +325,16 @@ def test_what_of_an_item_is_an_input(
     assert images.source.target(0) == (UNLABELLED if target is None else target)
 
 
+def test_numbers_in_a_batch_of_the_users_are_no_inputs_either() -> None:
+    def collate(items: list[Any]) -> Any:
+        return torch.zeros(len(items), 3, 4, 4), torch.arange(len(items)), torch.ones(len(items))
+
+    loader = DataLoader(Items(picture), 4, collate_fn=collate)
+    with pytest.raises(DataError, match=r"A batch .* 3 parts, .* give a dict"):
+        as_images(loader, arity_of(Optional()))
+    assert as_images(loader, arity_of(AnySize())).source.target(1) == 0
+
+
 def test_items_whose_parts_may_be_inputs_or_targets() -> None:
     for model in (Optional(), Many()):
         with pytest.raises(DataError, match=r"3 parts, .* give a dict"):
