@@ -11,6 +11,7 @@
     └── InputError                3   a file, model or dataset that cannot be used
         ├── CheckpointError       3   unreadable, truncated, code-carrying or wrong checkpoint
         ├── ModelError            3   a model spec that builds nothing, a forward that fails
+        ├── GradientError         3   a forward or a loss that no gradients come through
         ├── DataError             3   an empty, corrupt or mislabelled dataset
         ├── CalibrationError      3   NaN or infinite activations, statistics that do not fit
         └── ArtefactError         3   a tampered, truncated or newer result; an unwritable output
@@ -75,6 +76,19 @@ class CheckpointError(InputError):
 
 class ModelError(InputError):
     """A model spec that builds nothing, or a model whose forward fails."""
+
+
+class GradientError(InputError):
+    """A forward or a loss that no gradients come through.
+
+    Args:
+        problem: What is wrong, as a sentence.
+        remedy: What to do about it, as another.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem} {remedy}")
+        self.problem = problem
 
 
 class DataError(InputError):

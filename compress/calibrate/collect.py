@@ -21,7 +21,7 @@ from compress.calibrate.fisher import Objective
 from compress.calibrate.pooled import Pool, channel_sketch, recentre
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Calibration, LayerStatistics, Source
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, GradientError
 from compress.layers import registered_kind
 from compress.linalg.geometry import output_rows, patch_rows
 from compress.linalg.moments import Moments
@@ -35,6 +35,7 @@ from compress.running.forward import (
     frozen,
     gradients_begin,
     run_model,
+    run_with_gradients,
 )
 from compress.running.memory_format import in_memory_format
 from compress.running.structure import count, floating, placed, with_gradients
@@ -46,6 +47,11 @@ FREE_OUTPUTS = 1 << 13
 
 WHEN = "on the calibration images"
 REMEDY = "check the checkpoint and the normalisation (--mean, --std)"
+INSTEAD = ", or use --metric mse"
+NO_EFFECT = (
+    "The gradients of the loss are zero at every layer, so they do not tell what an error costs: "
+    "what the loss is computed of is rounded, compared or reduced to an index."
+)
 
 
 def wants_patches(site: LayerSite, recipe: Recipe) -> bool:
@@ -127,19 +133,19 @@ class _Collector:
             )
         taken = self._taken(y)
         moments, geometry = self.statistics, self.site.geometry
-        with torch.no_grad():
-            if moments.inputs is not None:
-                moments.inputs.update(patch_rows(self.kind.images(inputs[0]), geometry, taken))
-            elif moments.outputs is not None:
-                moments.outputs.update(output_rows(y, geometry, taken))
+        if moments.inputs is not None:
+            rows = self.kind.images(inputs[0].detach())
+            moments.inputs.update(patch_rows(rows, geometry, taken))
+        elif moments.outputs is not None:
+            moments.outputs.update(output_rows(y.detach(), geometry, taken))
         if moments.weighting is not None and output.requires_grad:
-            rows = None
+            kept = None
             if moments.pooled is not None and y.shape[0] % self.batch == 0:
                 # A copy: what is changed in place later must not reach the gradient's hook.
-                rows = (inputs[0] if moments.inputs is not None else output).detach().clone()
+                kept = (inputs[0] if moments.inputs is not None else output).detach().clone()
                 if self.pool is not None and self.pool.reference is None:
                     self.pool.reference = moments.rows.mean
-            self._watch(output, moments.weighting, taken, rows)
+            self._watch(output, moments.weighting, taken, kept)
         self.call += 1
 
     def finish(self) -> LayerStatistics:
@@ -189,6 +195,7 @@ def calibrate(
 
     Raises:
         CalibrationError: An activation is NaN or infinite; the layer is named.
+        GradientError: No gradient comes back, or only zeros.
     """
     collectors = _collectors(model, sites, source.images, recipe)
     stream(model, collectors, batches, source, recipe)
@@ -217,7 +224,8 @@ def stream(
     """Run images through a model under hooks, and gradients back; arguments as `calibrate`.
 
     Raises:
-        CalibrationError: An activation is NaN or infinite, or no gradient comes back.
+        CalibrationError: An activation is NaN or infinite.
+        GradientError: No gradient comes back.
     """
     seen = 0
     with (
@@ -237,9 +245,9 @@ def stream(
                 stack.enter_context(gradients_begin(model))
             if recipe.weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
-                result = run_model(model, with_gradients(inputs))
+                result = run_with_gradients(model, with_gradients(inputs))
                 check_finite(model, inputs, result, WHEN, REMEDY)
-                _backward(objective(result, targets))
+                backward(objective(result, targets), INSTEAD)
             else:
                 with torch.no_grad():
                     run_model(model, inputs)
@@ -272,13 +280,6 @@ def _check_moments(statistics: Mapping[str, LayerStatistics]) -> None:
                     "images: the loss has no finite gradient there, or squares overflow. Check the "
                     "checkpoint and the normalisation (--mean, --std), or use --metric mse."
                 )
-
-
-def _backward(value: Tensor) -> None:
-    if not value.requires_grad:
-        raise CalibrationError(
-            "No gradient comes back from the model's output: its forward runs under torch.no_grad "
-            "or torch.inference_mode, or detaches what it computes. Take that out of the forward, "
-            "or use --metric mse."
-        )
-    backward(value, ", or use --metric mse")
+    weighted = [found.weighting for found in statistics.values() if found.weighting is not None]
+    if weighted and not any(moments.any() for moments in weighted):
+        raise GradientError(NO_EFFECT, f"Pass one that changes with the outputs{INSTEAD}.")

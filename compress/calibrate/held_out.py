@@ -87,9 +87,8 @@ class _Watcher:
         if output.shape[0] % self.batch:
             self.odd = True
             return
-        with torch.no_grad():
-            found = self.layer(self.cut.inputs_of(self.name, inputs[0].detach()))
-            error = found - self.cut.outputs_of(self.name, output.detach())
+        found = self.layer(self.cut.inputs_of(self.name, inputs[0].detach())).detach()
+        error = found - self.cut.outputs_of(self.name, output.detach())
         into = self.losses[-1]
         if not self.weigh:
             into += self._summed(error.square())

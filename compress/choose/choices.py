@@ -89,9 +89,6 @@ def make_choice(  # noqa: PLR0913 - what a record holds
     """Record a choice; ``limit`` is the break-even rank, ``width`` as `Choice`."""
     narrow = site if width is None else narrowed_site(site, width)
     cost = scheme_cost(narrow, scheme, ranks)
-    full = site.geometry.full_rank
-    if scheme not in (DENSE, *NARROWER):
-        full = scheme_named(scheme).full_ranks(site.geometry)[0]
     return Choice(
         name=site.name,
         kind=site.kind,
@@ -104,9 +101,16 @@ def make_choice(  # noqa: PLR0913 - what a record holds
         dense_macs=site.macs,
         dense_params=site.params,
         break_even=limit,
-        full_rank=full,
+        full_rank=lossless_rank(site, scheme),
         width=width,
     )
+
+
+def lossless_rank(site: LayerSite, scheme: str) -> int:
+    """The first rank at which a scheme loses nothing; the weight matrix's for one without ranks."""
+    if scheme in (DENSE, *NARROWER):
+        return site.geometry.full_rank
+    return scheme_named(scheme).full_ranks(site.geometry)[0]
 
 
 def rounded_up(rank: int, multiple: int | None, full: int) -> int:

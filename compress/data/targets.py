@@ -36,7 +36,11 @@ def as_target(given: Any) -> Any:
 
 
 def class_number(target: Any) -> int:
-    """Return the class that a target names, -1 where it names none."""
+    """Return the class that a target names or marks (one-hot), -1 where it does neither."""
+    if isinstance(target, Tensor) and target.dim() == 1 and len(target) > 1:
+        marked = (target == 1).nonzero()
+        only = len(marked) == 1 and int((target != 0).sum()) == 1
+        return int(marked[0, 0]) if only else UNLABELLED
     if isinstance(target, int | float) and float(target).is_integer():
         return int(target)
     return UNLABELLED

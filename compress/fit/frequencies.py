@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import registered_kind
-from compress.running.forward import ForwardHook, forward_hooks, run_model
+from compress.running.forward import ForwardHook, forward_hooks, run_with_gradients
 from compress.running.structure import count, with_gradients
 
 # Frequencies along each axis that have a power of their own.
@@ -101,7 +101,7 @@ def measured(
         for inputs, targets in batches:
             outputs.clear()
             with torch.enable_grad():
-                total = loss(run_model(model, with_gradients(inputs)), targets)
+                total = loss(run_with_gradients(model, with_gradients(inputs)), targets)
                 reached = {n: o for n, o in outputs.items() if o.requires_grad}
                 if not reached:  # no layer at all, or none that the loss depends on
                     continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compress.config import RunConfig
 from compress.data import Batches
 from compress.errors import ModelError, what_raised
+from compress.running.structure import tensors
 from compress.specs import import_function
 from compress.tasks import TASKS, TaskMeasure
 
@@ -36,7 +37,10 @@ def loss_function(config: RunConfig) -> Any:
                 f"--loss-fn {config.loss_fn} raised {what_raised(error)}; it is called with the "
                 "outputs and labels of a batch, and returns their summed loss."
             ) from error
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        # Where the network's outputs have none the loss is not to blame.
+        given = any(output.requires_grad for output in tensors(result).values())
+        lost = given and isinstance(value, Tensor) and not value.requires_grad
+        if not isinstance(value, Tensor) or value.numel() != 1 or lost:
             raise ModelError(
                 "--loss-fn must return one number, the summed loss, as a tensor that gradients "
                 f"can be taken of; it gave {type(value).__name__}"

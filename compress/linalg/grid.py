@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.linalg.alternation import Alternation
 from compress.linalg.problem import Problem, Split, cholesky_psd
 from compress.linalg.schemes import Ranks, scheme_named
-from compress.linalg.spectrum import eigenbasis
+from compress.linalg.spectrum import tail_of
 
 _SECOND_RANKS = 24
 
@@ -51,7 +51,7 @@ def grid_losses(
     """
     made = scheme_named(scheme)
     if made.closed_form:
-        tail = problem.spectrum.tail()
+        tail = tail_of(problem.eigenvalues)
         return {(r,): float(tail[r]) for r in ranks}
     if not ranks:  # no rank of a small layer saves
         return {}
@@ -63,7 +63,7 @@ def grid_losses(
         if not made.cored:
             losses[(rank,)] = base
             continue
-        tail = eigenbasis(explained).tail()
+        tail = tail_of(torch.linalg.eigvalsh(explained).flip(-1).clamp_min(0.0))
         for second in rank_grid(limits[1], _SECOND_RANKS):
             losses[(rank, second)] = base + float(tail[second])
     return losses

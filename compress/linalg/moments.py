@@ -101,6 +101,10 @@ class Moments:
         """Whether everything seen so far was finite."""
         return bool(torch.isfinite(self.scatter.sum()) and torch.isfinite(self.mean.sum()))
 
+    def any(self) -> bool:
+        """Whether anything seen so far was not zero."""
+        return bool(self.scatter.any() or self.mean.any())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as tensors, for safetensors."""
         return {

@@ -20,16 +20,17 @@ class Spectrum:
     eigenvalues: Tensor
     eigenvectors: Tensor
 
-    def tail(self) -> Tensor:
-        """Sum of the eigenvalues beyond each rank: ``[n + 1]``, summed over groups."""
-        total = self.eigenvalues.sum(0)
-        return torch.cat([total.flip(0).cumsum(0).flip(0), total.new_zeros(1)])
-
 
 def eigenbasis(matrix: Tensor) -> Spectrum:
     """Decompose symmetric positive semi-definite matrices ``[groups, n, n]``."""
     values, vectors = torch.linalg.eigh(matrix)
     return Spectrum(values.flip(-1).clamp_min(0.0), vectors.flip(-1))
+
+
+def tail_of(eigenvalues: Tensor) -> Tensor:
+    """Sum of all groups' descending eigenvalues ``[groups, n]`` beyond each rank, ``[n + 1]``."""
+    total = eigenvalues.sum(0)
+    return torch.cat([total.flip(0).cumsum(0).flip(0), total.new_zeros(1)])
 
 
 def regularise(weighting: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -129,22 +129,19 @@ def find_sites(
     types = tuple(kind.module_type for kind in registered())
     layers = [module for module in names if isinstance(module, types)]
     calls: dict[nn.Module, list[Call]] = {}
-    by_keyword: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         del output
         kind = kind_of(module)
         seen = calls.setdefault(module, [])
-        if not inputs:
-            by_keyword[module] = "it is called by keyword, where its input cannot be watched"
-        elif kind is not None:
+        if kind is not None:
             images = kind.images(inputs[0])
             repeats = Fraction(images.shape[0], count(example))
             seen.append(Call(tuple(images.shape[2:]), repeats))
 
     with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):
         run_model(model, example)
-    reasons = {**_tied(model), **by_keyword}
+    reasons = _tied(model)
     ordered = list(calls) + [m for m in layers if m not in calls]
     return tuple(
         _site(module, names[module], calls.get(module), keep(module) or reasons.get(module))

@@ -253,6 +253,8 @@ class _Tracer(fx.Tracer):
         """Call a module: as a node, or through its forward."""
         if self.running:
             return forward(*args, **kwargs)
+        if not args and len(kwargs) == 1 and self.is_leaf_module(m, ""):
+            args, kwargs = (*kwargs.values(),), {}  # what reads the graph finds the input there
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

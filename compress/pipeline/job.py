@@ -24,7 +24,7 @@ from compress.inputs.load import Inputs, batch_size_for
 from compress.measure.accuracy import Yardstick
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
-from compress.pipeline.trials import try_out
+from compress.pipeline.trials import try_out, weighing
 from compress.plan import NARROWER
 from compress.progress import Track, silent
 from compress.running.structure import placed
@@ -65,6 +65,16 @@ class Job:
         )
         try_out(network, inputs, loader, config)
         return cls(inputs, config, network, loader, track)
+
+    def weighed(self) -> Job:
+        """Return the job with errors weighed plainly where no gradients tell what they cost.
+
+        Raises:
+            ModelError: The user's own loss fails.
+            GradientError: It has no gradients.
+        """
+        network, config = weighing(self.network, self.inputs, self.loader, self.config)
+        return dataclasses.replace(self, network=network, config=config)
 
     def with_images(self) -> Job:
         """Return the job with its images decoded and held, as far as memory is set aside for them.

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from compress.calibrate.collect import INSTEAD, NO_EFFECT
+from compress.calibrate.fisher import Objective
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader, check_labels
-from compress.errors import CompressError, ConfigError
+from compress.errors import CompressError, ConfigError, GradientError
 from compress.inputs.functions import Metric, loss_function, metric_function
 from compress.inputs.load import Inputs
 from compress.measure.accuracy import custom_value, require_labels, require_ranked
 from compress.measure.by_task import ByTask, has_targets, require_targets
 from compress.network.baseline import Network
 from compress.rules.target_drop import TARGET_DROP
-from compress.running.forward import evaluation_mode, frozen, gradients_begin, run_model
+from compress.running.forward import (
+    backward,
+    evaluation_mode,
+    forward_hooks,
+    frozen,
+    gradients_begin,
+    run_with_gradients,
+)
 from compress.running.structure import floating, with_gradients
 from compress.tasks import TaskMeasure
 
@@ -55,8 +66,30 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
         if inputs.test is not None:
             require_labels(inputs.test)
             check_labels(inputs.test, network.reading.scores(network.result).shape[1])
-    if config.metric == "loss" and loss_function(config) is not None:
-        _try_loss(network.model, inputs.split.fit, loader, config)
+
+
+def weighing(
+    network: Network, inputs: Inputs, loader: Loader, config: RunConfig
+) -> tuple[Network, RunConfig]:
+    """Weigh errors plainly, with a warning, where no gradients tell what they cost.
+
+    Raises:
+        ModelError: The user's own loss fails.
+        GradientError: It has no gradients.
+    """
+    if config.metric != "loss":
+        return network, config
+    own = bool(config.loss_fn)
+    try:
+        problem = _try_loss(network, inputs.split.fit, loader, config)
+    except GradientError as error:
+        if own:
+            raise
+        problem = error.problem
+    if own or not problem:  # one's own may be without effect on a few images
+        return network, config
+    warning = f"{problem} Errors were weighed plainly instead, as with --metric mse."
+    return replace(network, warnings=(*network.warnings, warning)), config.replace(metric="mse")
 
 
 def _try_task(by_task: ByTask, network: Network, inputs: Inputs, config: RunConfig) -> None:
@@ -94,11 +127,25 @@ def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Load
         custom_value(metric, model, loader.batches(images))
 
 
-def _try_loss(model: nn.Module, images: ImageSet, loader: Loader, config: RunConfig) -> None:
-    own = loss_function(config)
+def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunConfig) -> str:
+    """Take the gradients of the loss on a few images; say what is wrong with them, if anything."""
+    model = network.model
     few = images.subset(range(min(len(images), loader.batch_size)))
-    with evaluation_mode(model), frozen(model), torch.enable_grad(), ExitStack() as stack:
+    objective = Objective(len(few), config.seed, loss_function(config), network.reading)
+    layers = [model.get_submodule(site.name) for site in network.sites if site.skip is None]
+    sums: list[float] = []
+
+    def watch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: sums.append(float(g.double().abs().sum())))
+
+    hooks = forward_hooks(dict.fromkeys(layers, watch))
+    with evaluation_mode(model), frozen(model), hooks, torch.enable_grad(), ExitStack() as stack:
         for inputs, targets in loader.placed(few):
             if not floating(inputs):
                 stack.enter_context(gradients_begin(model))
-            own(run_model(model, with_gradients(inputs)), targets)
+            result = run_with_gradients(model, with_gradients(inputs))
+            backward(objective(result, targets), INSTEAD)
+    if not all(map(math.isfinite, sums)):
+        return "The gradients of the loss are NaN or infinite."
+    return "" if any(sums) or not layers else NO_EFFECT

@@ -14,7 +14,7 @@ from compress.artefact.manifest import Manifest, read_manifest
 from compress.artefact.model import rebuilt
 from compress.artefact.runtime import Runtime, read_runtime
 from compress.choose import scheme_cost
-from compress.choose.choices import narrowed_site
+from compress.choose.choices import lossless_rank, narrowed_site
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold
@@ -203,7 +203,7 @@ def verified_layers(
                 shape=site.shape,
                 scheme=scheme,
                 ranks=ranks,
-                full_rank=site.geometry.full_rank,
+                full_rank=lossless_rank(site, scheme),
                 reason="" if found or width else site.skip or "kept by the run",
                 dense_macs=site.macs,
                 macs=cost.macs,

@@ -23,7 +23,7 @@ from compress.recover.augment import MOVED, NONE, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import Division, Lessons, taught
 from compress.recover.steps import Steps
-from compress.running.forward import backward, evaluation_mode, run_model
+from compress.running.forward import backward, evaluation_mode, run_model, run_with_gradients
 from compress.running.memory_format import put_in_format
 from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
@@ -257,7 +257,7 @@ class Course:
         for weight in self.weights.values():
             weight.grad = None
         with torch.enable_grad(), evaluation_mode(self.model):
-            loss = distance.training(right, run_model(self.model, inputs))
+            loss = distance.training(right, run_with_gradients(self.model, inputs))
             if not bool(loss.isfinite()):
                 return False
             backward(loss)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from compress.errors import CompressError, ModelError, what_raised
+from compress.errors import CompressError, GradientError, ModelError, one_line, what_raised
 from compress.running.attributes import kept_attributes
 from compress.running.structure import arguments, cloned, shapes, tensors
 
@@ -41,6 +43,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+# How torch says that a layer and its input are of different types.
+_TYPES_DIFFER = re.compile(r"type.*(double|half|bfloat16|float64)|mixed dtype", re.IGNORECASE)
+
+
 ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
 
 
@@ -48,11 +54,21 @@ ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
 def forward_hooks(
     hooks: dict[nn.Module, ForwardHook],
 ) -> Iterator[None]:
-    """Attach forward hooks and remove them whatever happens."""
+    """Attach forward hooks and remove them whatever happens.
+
+    They see a module's inputs in the order of the call, also those that are passed by keyword.
+    """
+
+    def seeing_all(hook: ForwardHook) -> Callable[..., object]:
+        def called(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> object:
+            return hook(module, (*args, *kwargs.values()), output)
+
+        return called
+
     handles = []
     try:
         for module, hook in hooks.items():
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(seeing_all(hook), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -104,18 +120,54 @@ def backward(value: Tensor, instead: str = "") -> None:
         instead: What else can be done where none come, for the error.
 
     Raises:
-        ModelError: The forward changes a value in place that gradients need.
+        GradientError: No gradients come back; or the forward changes a value in place that they
+            need, or computes what has no derivative.
     """
+    if not value.requires_grad:
+        raise GradientError(
+            "No gradient comes back from the model's output: its forward runs under "
+            "torch.inference_mode, or detaches or rounds what it computes.",
+            f"Take that out of the forward{instead}.",
+        )
     try:
         value.backward()
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
-            raise
-        raise ModelError(
+            raise GradientError(
+                f"Gradients do not come through the model's forward: {one_line(error)}.",
+                f"Let it compute what has derivatives{instead}.",
+            ) from error
+        raise GradientError(
             "Gradients do not come through the model's forward: it changes a value in place that "
-            "they need, such as y[..., :2] = ... after y = x.sigmoid(). Let it change a clone"
-            f"{instead}."
+            "they need, such as y[..., :2] = ... after y = x.sigmoid().",
+            f"Let it change a clone{instead}.",
         ) from error
+
+
+class _GradientsEverywhere(TorchFunctionMode):
+    """Leave gradients on where code asks to switch them off, as ``torch.no_grad`` does."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch._C._set_grad_enabled and not args[0]:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def run_with_gradients(model: nn.Module, inputs: Any) -> Any:
+    """Run the model so that gradients can be taken; otherwise as `run_model`.
+
+    A part of the network may run under ``torch.no_grad`` because it was not trained with the rest.
+    What its errors cost is asked for nevertheless, so that has no effect here. Hooks that run
+    meanwhile have to detach what they keep: it has no effect in them either.
+    """
+    with torch.enable_grad(), _GradientsEverywhere():
+        return run_model(model, inputs)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -166,6 +218,12 @@ def _explained(text: str, inputs: Any) -> str:
             "torchvision's compiled operators, such as the one that drops overlapping boxes, "
             "cannot be loaded beside this torch. Install a torch and a torchvision of the same "
             "build, both for the CPU or both for the same CUDA."
+        )
+    if _TYPES_DIFFER.search(text):
+        return (
+            f"{text.removesuffix('.')}. compress runs the network in one number type, and part of "
+            "its forward makes another: let it convert to the type of the layer that follows, as "
+            "in x.to(self.conv.weight.dtype)."
         )
     return f"{text.removesuffix('.')}. {_advice(inputs)}"
 

@@ -147,15 +147,15 @@ def read_outputs(result: Any, targets: Sequence[Any] = (), *, sigmoid: bool = Fa
 
 def _single(path: str, output: Tensor, targets: Sequence[Any], *, sigmoid: bool) -> Reading:
     what = f"the output {path}" if path else "the output"
-    classes = _class_numbers(output, targets)
-    if _are_yes_or_no(output, targets) or (sigmoid and classes is None):
+    one_hot = _are_one_hot(output, targets)
+    numbered = _class_numbers(output, targets) is not None or (one_hot and output.dim() == 2)
+    if _are_yes_or_no(output, targets) or (sigmoid and not numbered):
         why = "a sigmoid gives it" if sigmoid else "each image has as many yes-or-no labels"
         return Reading((Part(path, "answers", sigmoid),), f"{what}: answers, as {why}", False)
-    if (output.dim() > 2 and classes is not None) or _are_one_hot(output, targets):
-        each = "image" if output.dim() == 2 else "position"
-        why = f"{what}: logits of classes, as every {each} has a class for a label"
+    if output.dim() > 2 and (numbered or one_hot):
+        why = f"{what}: logits of classes, as every position has a class for a label"
         return Reading((Part(path, "classes", are_probabilities(output)),), why, False)
-    if not are_class_scores(output) or (targets and not _are_class_numbers(targets)):
+    if not are_class_scores(output) or not (numbered or _are_class_numbers(targets)):
         why = (
             f"its shape {list(output.shape)} is no classifier's"
             if not are_class_scores(output)

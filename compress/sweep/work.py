@@ -96,7 +96,7 @@ class SweepWork:
         config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
-        return Job.open(self.inputs, config, self.options.track)
+        return Job.open(self.inputs, config, self.options.track).weighed()
 
     @cached_property
     def job(self) -> Job:
@@ -139,10 +139,10 @@ class SweepWork:
             return Chooser.of(network, calibration, config)
 
         if currency is None:
-            return lambda value: chooser(self.grid.at(self.config, value)).plan()
+            return lambda value: chooser(self.grid.at(self.prepared.config, value)).plan()
         # The candidates do not depend on the budget, and they are what costs time.
         budgets = chooser(self.prepared.config).budgets(currency)
-        metric, slices = self.config.metric, self.config.slices
+        metric, slices = self.prepared.config.metric, self.config.slices
         job = dataclasses.replace(self.job, network=network)
 
         def plan(value: float) -> Plan:

@@ -18,7 +18,7 @@ from compress.calibrate.fisher import RandomSigns
 from compress.calibrate.problems import absorbed_bias, layer_problem
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Calibration, LayerStatistics, Source
-from compress.errors import CalibrationError, ModelError
+from compress.errors import CalibrationError, GradientError, ModelError
 from compress.linalg.fit import fit
 from compress.linalg.moments import Moments
 from compress.network.chains import Chain, rewrite
@@ -420,9 +420,49 @@ class Detaching(nn.Module):
         return y.detach()
 
 
+class Frozen(nn.Module):
+    """Runs one of two branches, or rounds them, as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.side, self.main, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 2)
+        self.how = how
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.how == "rounded":
+            return self.side(x).round()
+        if self.how == "not trained":
+            with torch.no_grad():
+                return self.side(x).relu()
+        return self.side(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(torch.cat([self.features(x), self.main(x).relu()], 1))
+        return y.round() if self.how == "rounded" else y
+
+
+def test_parts_that_run_without_gradients_are_weighed_like_the_rest() -> None:
+    """The weights that they have are those of the same network without ``torch.no_grad``."""
+    x = images(40, 3)
+    found, wanted = (run(Frozen(how).double(), x) for how in ("not trained", "trained"))
+    for name in ("side", "main", "head"):
+        assert_same(found.statistics[name], wanted.statistics[name])
+    weighting = found.statistics["side"].weighting
+    assert weighting is not None
+    assert weighting.any()
+    assert torch.is_grad_enabled()
+
+
+def test_a_gradient_of_zero_everywhere_is_said() -> None:
+    with pytest.raises(GradientError, match="are zero at every layer"):
+        run(Frozen("rounded").double(), images(6, 3))
+    assert run(Frozen("rounded").double(), images(6, 3), weigh=False).statistics["side"].samples
+
+
 def test_outputs_without_gradients_are_said() -> None:
     model, x = Detaching("detached"), torch.randn(6, 4)
-    with pytest.raises(CalibrationError, match="No gradient comes back"):
+    with pytest.raises(GradientError, match="No gradient comes back"):
         run(model, x)
     assert run(model, x, weigh=False).statistics["layer"].samples == 6
 

@@ -149,16 +149,16 @@ def test_a_sketch_of_the_channels_is_right_on_average(monkeypatch: pytest.Monkey
 
 
 def test_without_any_gradient_the_plain_metric_is_left() -> None:
-    layer = nn.Conv2d(3, 4, 3).double()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)).double()
+    layer = model[0]
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    (site,) = find_sites(layer, x[:1])
-    found = calibrate(
-        layer,
-        (site,),
-        [(x, torch.zeros(4))],
-        Source(4),
-        Recipe(schemes=SCHEME_NAMES, pool=True, loss=lambda output, _: (0 * output).sum()),
-    ).statistics[""]
+    with torch.no_grad():
+        model[1].weight.zero_()  # what the first layer gives has no effect
+    site, other = find_sites(model, x[:1])
+    recipe = Recipe(schemes=SCHEME_NAMES, pool=True, loss=lambda output, _: output.sum())
+    found = calibrate(model, (site, other), [(x, torch.zeros(4))], Source(4), recipe).statistics[
+        "0"
+    ]
     plain, problem = layer_problem(site, layer, found), fit_problem(site, layer, found)
     assert problem.input_covariance is not None
     assert plain.input_covariance is not None

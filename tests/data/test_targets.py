@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[list[Any], Any]] = {
     "floats": ([0.9, 0.5, 1.0, 2.0, 3.5], torch.tensor([0.9, 0.5, 1.0, 2.0, 3.5])),
     "float tensors": ([torch.tensor([k, 0.5]) for k in range(5)],
                       torch.tensor([[k, 0.5] for k in range(5)])),
+    "one-hot": (list(torch.eye(5)), torch.eye(5)),
     "masks": (MASKS, torch.stack(MASKS)),
     "arrays": ([m.numpy() for m in MASKS], torch.stack(MASKS)),
     "dicts": ([{"mask": m, "age": k / 2} for k, m in enumerate(MASKS)],
@@ -90,9 +91,15 @@ def test_targets_come_in_batches_as_they_are(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "labels"),
-    [("class numbers", (0, 1, 2, 0, 1)), ("floats", (-1, -1, 1, 2, -1)), ("masks", (-1,) * 5)],
+    [
+        ("class numbers", (0, 1, 2, 0, 1)),
+        ("floats", (-1, -1, 1, 2, -1)),
+        ("float tensors", (-1,) * 5),
+        ("one-hot", (0, 1, 2, 3, 4)),
+        ("masks", (-1,) * 5),
+    ],
 )
-def test_only_whole_numbers_are_classes(kind: str, labels: tuple[int, ...]) -> None:
+def test_whole_numbers_and_single_marks_are_classes(kind: str, labels: tuple[int, ...]) -> None:
     assert images_of(KINDS[kind][0]).labels == labels
 
 

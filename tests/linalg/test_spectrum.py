@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.linalg.problem import roots_of
-from compress.linalg.spectrum import eigenbasis, regularise, shrink, shrinkage
+from compress.linalg.spectrum import eigenbasis, regularise, shrink, shrinkage, tail_of
 
 
 def positive(groups: int, n: int, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -30,7 +30,7 @@ def test_eigenvalues_descend_and_rebuild_the_matrix() -> None:
 def test_eigenvalues_are_never_negative_and_tails_add_up() -> None:
     found = eigenbasis(positive(2, 6, rank=2))
     assert float(found.eigenvalues.min()) >= 0
-    tail = found.tail()
+    tail = tail_of(found.eigenvalues)
     assert tail.shape == (7,)
     for rank in range(7):
         assert float(tail[rank]) == pytest.approx(float(found.eigenvalues[:, rank:].sum()))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import ModelError
 from compress.network.sites import Call, LayerSite, find_sites
+from compress.network.tracing import trace
 from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
 from compress.running.modules import module_names
 
@@ -255,17 +256,23 @@ def test_a_forward_that_fails_says_what_it_was_given() -> None:
         find_sites(Network(), torch.zeros(1, 2, 8, 8))
 
 
-def test_a_layer_called_by_keyword_is_kept() -> None:
+def test_a_layer_called_by_keyword_is_one_like_any_other() -> None:
     class ByKeyword(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
             self.head = nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.conv(input=x).mean((2, 3)))
+            return self.head(input=self.norm(input=self.conv(input=x)).mean((2, 3)))
 
-    conv, head = find_sites(ByKeyword(), torch.randn(1, 3, 8, 8))
-    assert conv.skip is not None
-    assert "keyword" in conv.skip
-    assert head.skip is None
+    model, x = ByKeyword().eval(), torch.randn(1, 3, 8, 8)
+    conv, head = find_sites(model, x)
+    assert conv.skip is head.skip is None
+    assert (conv.macs, head.macs) == (36 * 4 * 27, 8)
+    graph = trace(model, x)
+    assert graph is not None
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    assert [len(node.args) for node in called] == [1, 1, 1]
+    assert not any(node.kwargs for node in called)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import compress
 from compress.data import as_images, batches, open_dataset
 from compress.data.targets import UNLABELLED
-from compress.errors import DataError, ModelError
+from compress.errors import DataError, GradientError, ModelError
 from compress.inputs.load import arity_of
 from compress.pipeline.outcome import Compressed
 from compress.pipeline.run import compress_model
@@ -181,23 +181,41 @@ def test_a_search_by_accuracy_where_there_is_none(monkeypatch: pytest.MonkeyPatc
         compress_model(Words(), data, target_drop=1.0, metric_fn=f"{__name__}:own_metric")
 
 
-class Decoding(nn.Module):
-    """Changes what its activation gave in place, as detectors decode boxes."""
+class Ending(nn.Module):
+    """Ends in a way that no gradients come through; in place, as detectors decode boxes."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.body, self.more = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.body, self.more, self.how = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), how
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.more(self.body(x).relu()).sigmoid()
-        y[:, :2] = y[:, :2] * 2 - 0.5
-        return y
+        if self.how == "in place":
+            y[:, :2] = y[:, :2] * 2 - 0.5
+        return {"in place": y, "detached": y.detach(), "rounded": (9 * y).round()}[self.how]
 
 
-def test_values_changed_in_place_that_gradients_need() -> None:
-    with pytest.raises(ModelError, match=r"changes a value in place .* --metric mse"):
-        done(Decoding(), Items(picture))
-    done(Decoding(), Items(picture), metric="mse")
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("in place", "changes a value in place that they need"),
+        ("detached", "No gradient comes back"),
+        ("rounded", "zero at every layer"),
+    ],
+)
+def test_a_network_that_no_gradients_come_through(
+    monkeypatch: pytest.MonkeyPatch, how: str, problem: str
+) -> None:
+    """Its errors are weighed plainly, with a warning; a loss of one's own would have no effect."""
+    made = done(Ending(how), Items(picture))
+    (warning,) = (w for w in made.result.warnings if "weighed plainly" in w)
+    assert problem in warning
+    assert made.plan.metric == "mse"
+    plainly = done(Ending(how), Items(picture), metric="mse")
+    assert made.plan.choices == plainly.plan.choices
+    monkeypatch.setitem(globals(), "own_loss", lambda result, _: result.square().sum())
+    with pytest.raises(GradientError, match=problem):
+        done(Ending(how), Items(picture), loss_fn=f"{__name__}:own_loss")
 
 
 def test_all_outputs_are_compared() -> None:

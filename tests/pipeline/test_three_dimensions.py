@@ -58,7 +58,10 @@ def test_a_network_is_compressed_reloaded_and_verified(
         "verify", str(out), "--checkpoint", checkpoint, *DATA[2:], "--trust-code", "--json"
     )
     assert verified.exit_code == 0, verified.stderr
-    assert json.loads(verified.stdout)
+    again = json.loads(verified.stdout)["result"]["layers"]
+    assert {x["name"]: x["full_rank"] for x in again} == {
+        name: x["full_rank"] for name, x in layers.items()
+    }
 
 
 def test_norms_are_folded_and_factors_refitted_in_order_and_jointly() -> None:

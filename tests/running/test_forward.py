@@ -32,6 +32,24 @@ def test_missing_operators_of_torchvision_are_not_blamed_on_the_images(text: str
     assert "--resize" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 4, 3), nn.Linear(8, 4)])
+def test_a_number_type_of_the_forwards_own_is_not_blamed_on_the_images(
+    layer: nn.Module, dtype: torch.dtype
+) -> None:
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.to(dtype))
+
+    with pytest.raises(ModelError, match="to the type of the layer that follows") as caught:
+        run_model(Converting().eval(), torch.rand(1, 2, 8))
+    assert "Check" not in str(caught.value)
+
+
 def test_other_failures_name_the_shape_and_what_to_check() -> None:
     with pytest.raises(ModelError, match=r"\(1, 3, 8, 8\): too small\. Check .*--resize"):
         run_model(Failing("too small.\nand more"), torch.zeros(1, 3, 8, 8))

@@ -48,7 +48,7 @@ ONE_HOT = list(torch.eye(4)[[0, 1, 2, 3, 0, 1]])
         (LOGITS, (), [("", "classes", True)]),
         (LOGITS, [0, 1, 2, 3, 0, -1], [("", "classes", True)]),
         (LOGITS, MANY, [("", "answers", False)]),
-        (LOGITS, ONE_HOT, [("", "classes", False)]),
+        (LOGITS, ONE_HOT, [("", "classes", True)]),
         (LOGITS, [torch.rand(3)] * 6, [("", "values", False)]),
         (LOGITS, [{"boxes": torch.rand(3, 4)}] * 6, [("", "values", False)]),
         (LOGITS[:, :1], [0, 1, 1, 0, 1, 0], [("", "values", False)]),
