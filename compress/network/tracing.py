@@ -10,6 +10,7 @@ images of the example's size. A forward that decides by what its images hold has
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
                 node.target = str(node.target).removeprefix("model.")
         for node in reversed(graph.nodes):
             # Shapes that the forward only looked at.
-            if node.target in (getattr, operator.getitem) and not node.users:
+            if node.target in (getattr, int, operator.getitem) and not node.users:
                 graph.erase_node(node)
         graph.lint()
         return graph if _holds(model, graph, (example, *others)) else None
@@ -190,7 +191,18 @@ class _Valued(fx.Proxy):
         return len(self.value)
 
     def __int__(self) -> int:
-        return int(self._looked_at())
+        value = int(self._looked_at())
+        self.tracer.taken(self, value)  # type: ignore[attr-defined]  # a tracer of ours
+        return value
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
 
     def __index__(self) -> int:
         return operator.index(self._looked_at())
@@ -228,6 +240,7 @@ class _Tracer(fx.Tracer):
         self.images, self.norms = images, norms
         self.count = len(main_tensor(images))
         self.running = False
+        self.whole: dict[int, fx.Node] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module."""
@@ -251,7 +264,8 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call a module: as a node, or through its forward."""
-        if self.running:
+        # Paddings and the like may be made in the forward, and belong to no network.
+        if self.running or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         if not args and len(kwargs) == 1 and self.is_leaf_module(m, ""):
             args, kwargs = (*kwargs.values(),), {}  # what reads the graph finds the input there
@@ -266,7 +280,18 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into what a node holds."""
         # First of all, because values claim the class of what they stand for.
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        return self.whole[a] if type(a) is int and a in self.whole else super().create_arg(a)
+
+    def taken(self, proxy: fx.Proxy, value: int) -> None:
+        """Note that the forward made a plain number of one that counts images, by ``int``.
+
+        Python lets nothing but a plain number come of that. Where the forward hands this number on,
+        as in ``x.view(int(windows / per_image), ...)``, the graph computes it.
+        """
+        if not self.running and self._counts_images(value):
+            self.whole[value] = self.create_node("call_function", int, (proxy.node,), {})
 
     def create_proxy(
         self,

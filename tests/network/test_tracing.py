@@ -158,9 +158,31 @@ class Assigns(Base):
         return self.b(y)
 
 
+class MakesModules(Base):
+    """Makes modules without parameters where it needs them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.ReplicationPad2d((0, 4 - x.shape[3] % 4, 0, 1))(self.a(x))
+        return nn.Softmax(dim=1)(self.b(nn.Sequential(nn.ReLU(), nn.AvgPool2d(2))(y)))
+
+
+class Windows(Base):
+    """Cuts images into windows, and counts images by dividing how many windows there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        height, width = y.shape[2:]
+        windows = y.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12, 4, 4)
+        images = int(windows.shape[0] / (height * width / 4 / 4))
+        assert images == round(windows.shape[0] / 6) == math.floor(windows.shape[0] / 6)
+        windows = windows.view(images, height // 4, width // 4, 12, 4, 4)
+        whole = windows.permute(0, 3, 1, 4, 2, 5).reshape(images, 12, height, width)
+        return self.b(whole).flatten(1).view(math.ceil(windows.shape[0] / 1.0), -1)
+
+
 TRACED: list[Callable[[], nn.Module]] = [
     ChecksSize, Chunks, Unpacks, Resizes, Tokens, Loops, Nested, Structured, Parameter, Attention,
-    OwnFunction, Assigns,
+    OwnFunction, Assigns, Windows, MakesModules,
 ]  # fmt: skip
 
 
