@@ -30,6 +30,7 @@ from compress.network.sites import LayerSite
 from compress.running.finite import check_finite
 from compress.running.forward import (
     backward,
+    changes_allowed,
     evaluation_mode,
     forward_hooks,
     frozen,
@@ -245,9 +246,10 @@ def stream(
                 stack.enter_context(gradients_begin(model))
             if recipe.weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.
-                result = run_with_gradients(model, with_gradients(inputs))
-                check_finite(model, inputs, result, WHEN, REMEDY)
-                backward(objective(result, targets), INSTEAD)
+                with changes_allowed(in_place=recipe.in_place):
+                    result = run_with_gradients(model, with_gradients(inputs))
+                    check_finite(model, inputs, result, WHEN, REMEDY)
+                    backward(objective(result, targets), INSTEAD)
             else:
                 with torch.no_grad():
                     run_model(model, inputs)

@@ -21,6 +21,7 @@ class Recipe:
         seed: Decides the random signs and positions.
         reading: What the network's outputs stand for; by default what the first ones look like.
         readers: Names of layers whose patches are accumulated whatever the schemes.
+        in_place: Whether the forward changes values in place that gradients need.
     """
 
     schemes: tuple[str, ...] = (OUTPUT.name,)
@@ -31,3 +32,4 @@ class Recipe:
     seed: int = 0
     reading: Reading | None = None
     readers: frozenset[str] = frozenset()
+    in_place: bool = False

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import registered_kind
-from compress.running.forward import ForwardHook, forward_hooks, run_with_gradients
+from compress.running.forward import ForwardHook, changes_allowed, forward_hooks, run_with_gradients
 from compress.running.structure import count, with_gradients
 
 # Frequencies along each axis that have a power of their own.
@@ -77,7 +77,12 @@ def lowest_of_rows(rows: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def measured(
-    model: nn.Module, names: Collection[str], batches: Iterable[tuple[Any, Any]], loss: Loss
+    model: nn.Module,
+    names: Collection[str],
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    *,
+    in_place: bool = False,
 ) -> dict[str, Frequencies]:
     """The power of gradients at the outputs of layers that are called once.
 
@@ -86,6 +91,7 @@ def measured(
         names: Those by which it calls the layers.
         batches: Inputs and targets.
         loss: ``(result, targets) -> summed loss``.
+        in_place: Whether the forward changes values in place that gradients need.
     """
     powers = {name: Power() for name in names}
     modules = {name: model.get_submodule(name) for name in names}
@@ -100,7 +106,7 @@ def measured(
     with forward_hooks({module: noted(name) for name, module in modules.items()}):
         for inputs, targets in batches:
             outputs.clear()
-            with torch.enable_grad():
+            with torch.enable_grad(), changes_allowed(in_place=in_place):
                 total = loss(run_with_gradients(model, with_gradients(inputs)), targets)
                 reached = {n: o for n, o in outputs.items() if o.requires_grad}
                 if not reached:  # no layer at all, or none that the loss depends on

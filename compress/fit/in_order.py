@@ -98,7 +98,9 @@ class _InOrder(Walk):
             batches.append((self.frontier.look(batch)[first].dense, self.labels[batch]))
             images += self.sizes[batch]
         objective = Objective(images, settings.seed, settings.loss, settings.reading)
-        found = measured(self.traced.model, list(by_alias), batches, objective)
+        found = measured(
+            self.traced.model, list(by_alias), batches, objective, in_place=settings.in_place
+        )
         return {by_alias[alias]: frequencies for alias, frequencies in found.items()}
 
     def advance(self, node: fx.Node, site: LayerSite, seed: int) -> Rows:

@@ -290,8 +290,9 @@ class Fitter:
         network, recipe = self.network, self.recipe
         sites = self._cut(fitted).sites
         settings = RefitSettings(
-            seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading
-        )
+            seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading,
+            in_place=recipe.in_place,
+        )  # fmt: skip
 
         def images() -> RefitImages:
             sets = (self.split.fit, self.split.validation)

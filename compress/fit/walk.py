@@ -71,6 +71,7 @@ class RefitSettings:
         iterations: Rounds of alternation for the factors before the last.
         cache_bytes: Memory for activations; what exceeds it goes to disk.
         reading: What the network's outputs stand for; by default what the first ones look like.
+        in_place: Whether the network's forward changes values in place that gradients need.
     """
 
     seed: int = 0
@@ -79,6 +80,7 @@ class RefitSettings:
     iterations: int = 6
     cache_bytes: int = 1 << 30
     reading: Reading | None = None
+    in_place: bool = False
 
 
 class Walk:

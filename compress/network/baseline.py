@@ -52,6 +52,8 @@ class Network:
         macs: Of the whole baseline, per image.
         elsewhere: MACs of what is none of the layers, by module.
         recurrent: Its recurrent layers, which are kept.
+        in_place: Whether its forward changes values in place that gradients need, as found out by
+            taking some.
     """
 
     original: nn.Module
@@ -69,6 +71,7 @@ class Network:
     macs: int = 0
     elsewhere: Mapping[str, int] = field(default_factory=dict)
     recurrent: tuple[RecurrentLayer, ...] = ()
+    in_place: bool = False
 
     @cached_property
     def channels(self) -> ChannelMap:

@@ -67,7 +67,7 @@ class Job:
         return cls(inputs, config, network, loader, track)
 
     def weighed(self) -> Job:
-        """Return the job with errors weighed plainly where no gradients tell what they cost.
+        """Return the job with errors weighed as far as gradients tell what they cost.
 
         Raises:
             ModelError: The user's own loss fails.
@@ -100,6 +100,7 @@ class Job:
             seed=config.seed,
             reading=self.network.reading,
             readers=readers_of(self.network) if set(schemes) & set(NARROWER) else frozenset(),
+            in_place=self.network.in_place,
         )
 
     @property

@@ -63,7 +63,10 @@ def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") 
     function = loss_function(config.replace(loss_fn=goal, task="")) if goal else None
     distance = Distance(network.reading, function=function)
     distance.held_out(distance.taught(network.result), network.result)  # before any work
-    return Task(network.model, division, job.loader, distance, kept, config.seed, job.track)
+    return Task(
+        network.model, division, job.loader, distance, kept, config.seed, job.track,
+        network.in_place,
+    )  # fmt: skip
 
 
 def check_recoverable(job: Job) -> None:

@@ -22,6 +22,7 @@ from compress.network.baseline import Network
 from compress.rules.target_drop import TARGET_DROP
 from compress.running.forward import (
     backward,
+    changes_allowed,
     evaluation_mode,
     forward_hooks,
     frozen,
@@ -71,7 +72,7 @@ def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig)
 def weighing(
     network: Network, inputs: Inputs, loader: Loader, config: RunConfig
 ) -> tuple[Network, RunConfig]:
-    """Weigh errors plainly, with a warning, where no gradients tell what they cost.
+    """Find out how gradients come; weigh errors plainly, with a warning, where none do.
 
     Raises:
         ModelError: The user's own loss fails.
@@ -79,13 +80,17 @@ def weighing(
     """
     if config.metric != "loss":
         return network, config
-    own = bool(config.loss_fn)
+    own, images = bool(config.loss_fn), inputs.split.fit
     try:
-        problem = _try_loss(network, inputs.split.fit, loader, config)
-    except GradientError as error:
-        if own:
-            raise
-        problem = error.problem
+        problem = _try_loss(network, images, loader, config)
+    except GradientError:
+        network = replace(network, in_place=True)
+        try:
+            problem = _try_loss(network, images, loader, config)
+        except GradientError as error:
+            if own:
+                raise
+            problem, network = error.problem, replace(network, in_place=False)
     if own or not problem:  # one's own may be without effect on a few images
         return network, config
     warning = f"{problem} Errors were weighed plainly instead, as with --metric mse."
@@ -144,8 +149,9 @@ def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunCon
         for inputs, targets in loader.placed(few):
             if not floating(inputs):
                 stack.enter_context(gradients_begin(model))
-            result = run_with_gradients(model, with_gradients(inputs))
-            backward(objective(result, targets), INSTEAD)
+            with changes_allowed(in_place=network.in_place):
+                result = run_with_gradients(model, with_gradients(inputs))
+                backward(objective(result, targets), INSTEAD)
     if not all(map(math.isfinite, sums)):
         return "The gradients of the loss are NaN or infinite."
     return "" if any(sums) or not layers else NO_EFFECT

@@ -23,7 +23,13 @@ from compress.recover.augment import MOVED, NONE, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import Division, Lessons, taught
 from compress.recover.steps import Steps
-from compress.running.forward import backward, evaluation_mode, run_model, run_with_gradients
+from compress.running.forward import (
+    backward,
+    changes_allowed,
+    evaluation_mode,
+    run_model,
+    run_with_gradients,
+)
 from compress.running.memory_format import put_in_format
 from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
@@ -50,6 +56,7 @@ class Task:
         keep: Names of modules whose parameters stay as they are.
         seed: Decides all that is drawn.
         track: Progress.
+        in_place: As `compress.network.baseline.Network`.
     """
 
     original: nn.Module
@@ -59,6 +66,7 @@ class Task:
     keep: frozenset[str] = frozenset()
     seed: int = 0
     track: Track = silent
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +264,8 @@ class Course:
         state, distance = self.state, self.task.distance
         for weight in self.weights.values():
             weight.grad = None
-        with torch.enable_grad(), evaluation_mode(self.model):
+        allowed = changes_allowed(in_place=self.task.in_place)
+        with torch.enable_grad(), evaluation_mode(self.model), allowed:
             loss = distance.training(right, run_with_gradients(self.model, inputs))
             if not bool(loss.isfinite()):
                 return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError, GradientError, ModelError, one_line, what_raised
@@ -157,6 +158,15 @@ class _GradientsEverywhere(TorchFunctionMode):
         if func is torch._C._set_grad_enabled and not args[0]:
             return None
         return func(*args, **(kwargs or {}))
+
+
+def changes_allowed(*, in_place: bool) -> AbstractContextManager[object]:
+    """Within this, gradients come through values that a forward changes in place, if wished.
+
+    What they need is copied before it changes; watching for that takes a tenth of the time or more.
+    Forward and backward passes have to lie within the same context.
+    """
+    return allow_mutation_on_saved_tensors() if in_place else nullcontext()
 
 
 def run_with_gradients(model: nn.Module, inputs: Any) -> Any:

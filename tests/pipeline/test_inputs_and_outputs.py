@@ -182,23 +182,43 @@ def test_a_search_by_accuracy_where_there_is_none(monkeypatch: pytest.MonkeyPatc
 
 
 class Ending(nn.Module):
-    """Ends in a way that no gradients come through; in place, as detectors decode boxes."""
+    """Ends as detectors decode boxes, in place or not, or so that no gradients come through."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.body, self.more, self.how = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), how
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.more(self.body(x).relu()).sigmoid()
         if self.how == "in place":
             y[:, :2] = y[:, :2] * 2 - 0.5
-        return {"in place": y, "detached": y.detach(), "rounded": (9 * y).round()}[self.how]
+            y[:, 2:].mul_(0.5).add_(y[:, :1])
+        if self.how == "new":
+            first = y[:, :2] * 2 - 0.5
+            return torch.cat([first, y[:, 2:] * 0.5 + first[:, :1]], 1)
+        return {"detached": y.detach(), "rounded": (9 * y).round()}.get(self.how, y)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_come_through_values_changed_in_place(
+    monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """The plan and the network are those of the same network that makes new values."""
+    monkeypatch.setitem(globals(), "own_loss", lambda result, _: result.square().sum())
+    given = {"loss_fn": f"{__name__}:own_loss"} if own else {}
+    found, wanted = (done(Ending(how), Items(picture), **given) for how in ("in place", "new"))
+    assert found.plan.metric == "loss"
+    assert found.plan.choices == wanted.plan.choices
+    states = found.model.state_dict(), wanted.model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name])
 
 
 @pytest.mark.parametrize(
     ("how", "problem"),
     [
-        ("in place", "changes a value in place that they need"),
         ("detached", "No gradient comes back"),
         ("rounded", "zero at every layer"),
     ],
