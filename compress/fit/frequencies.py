@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.layers import registered_kind
-from compress.running.forward import ForwardHook, changes_allowed, forward_hooks, run_with_gradients
+from compress.running.forward import (
+    ForwardHook,
+    changes_allowed,
+    evaluation_mode,
+    forward_hooks,
+    run_with_gradients,
+)
 from compress.running.structure import count, with_gradients
 
 # Frequencies along each axis that have a power of their own.
@@ -87,7 +93,7 @@ def measured(
     """The power of gradients at the outputs of layers that are called once.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network; left as it was.
         names: Those by which it calls the layers.
         batches: Inputs and targets.
         loss: ``(result, targets) -> summed loss``.
@@ -103,7 +109,8 @@ def measured(
 
         return hook
 
-    with forward_hooks({module: noted(name) for name, module in modules.items()}):
+    hooks = forward_hooks({module: noted(name) for name, module in modules.items()})
+    with evaluation_mode(model), hooks:
         for inputs, targets in batches:
             outputs.clear()
             with torch.enable_grad(), changes_allowed(in_place=in_place):

@@ -116,6 +116,9 @@ class Lockstep:
                 values[node.name] = call_node(node, lambda source: values[source.name], modules)
             if holds_numbers(values[node.name]):
                 numbers[node.name] = values[node.name]
+        for buffer in self.model.buffers():
+            if buffer.grad_fn is not None:  # what was written into it must not hold these images
+                buffer.detach_()
         return values[self.nodes[end].name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from compress.calibrate.fisher import Objective
 from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
+from compress.errors import GradientError
 from compress.fit.cuts import NUMBERS, Segment
 from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import holds_numbers
@@ -22,6 +24,7 @@ from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
+from compress.running.forward import backward, changes_allowed
 from compress.running.structure import cloned, concatenated, count, part, rebuilt, with_gradients
 
 EPOCHS = 12
@@ -115,10 +118,11 @@ class StretchWalk(Walk):
         images = sum(self.sizes[batch] for batch in fitted)
         objective = Objective(images, settings.seed, settings.loss, settings.reading)
         for batch in fitted:
-            for end, gradient in self._gradients(batch, segments, objective):
+            found = self._gradients(batch, segments, objective, in_place=settings.in_place)
+            for end, gradient in found:
                 rows = channel_rows(gradient)
-                found = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
-                found.update(rows.unsqueeze(0))
+                into = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
+                into.update(rows.unsqueeze(0))
         return {
             end: roots_of(regularise(self._kept(end, found.second_moment)))[0][0].float()
             for end, found in moments.items()
@@ -132,20 +136,21 @@ class StretchWalk(Walk):
         return self.cut.nodes[name][1].of_matrix(weighting)
 
     def _gradients(
-        self, batch: int, segments: list[Segment], objective: Objective
+        self, batch: int, segments: list[Segment], objective: Objective, *, in_place: bool
     ) -> Iterator[tuple[int, Tensor]]:
         """Gradients of a batch's loss at the ends that have channels."""
         nodes = self.lockstep.nodes
         value = with_gradients(self.frontier.look(batch)[nodes[0].name].dense)
         ends, at = {}, 0
-        for segment in segments:
-            value = self.across(batch, value, at, segment.end, compressed=False)
-            if not value.requires_grad:  # nothing before it is a real number, such as words
-                value = value.detach().requires_grad_()
-            ends[segment.end], at = value, segment.end
-        outputs = self.across(batch, value, at, self.lockstep.result, compressed=False)
-        total = objective(rebuilt(self.traced.result, outputs), self.labels[batch])
-        gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
+        with changes_allowed(in_place=in_place):
+            for segment in segments:
+                value = self.across(batch, value, at, segment.end, compressed=False)
+                if not value.requires_grad:  # nothing before it is a real number, such as words
+                    value = value.detach().requires_grad_()
+                ends[segment.end], at = value, segment.end
+            outputs = self.across(batch, value, at, self.lockstep.result, compressed=False)
+            total = objective(rebuilt(self.traced.result, outputs), self.labels[batch])
+            gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
         for end, gradient in zip(ends, gradients, strict=True):
             if gradient is not None and gradient.dim() in (2, 4):
                 yield end, gradient
@@ -207,6 +212,9 @@ class Stretch:
     def train(self, scale: float, seed: int) -> None:
         """Run Adam with a falling step over the fit images, in a seeded order.
 
+        Layers that no gradient reaches from the stretch's end, as where the forward detaches what
+        lies between, stay as they are.
+
         Args:
             scale: What errors are divided by, of their order.
             seed: Of the order.
@@ -214,11 +222,16 @@ class Stretch:
         parameters = self.parameters()
         for parameter in parameters:
             parameter.requires_grad_()
-        self._train(parameters, scale, seed)
+        for in_place in (False, True):  # copying what gradients need takes time
+            with contextlib.suppress(GradientError):
+                self._train(parameters, scale, seed, in_place=in_place)
+                break
         for parameter in parameters:
             parameter.requires_grad_(False)
 
-    def _train(self, parameters: list[nn.Parameter], scale: float, seed: int) -> None:
+    def _train(
+        self, parameters: list[nn.Parameter], scale: float, seed: int, *, in_place: bool
+    ) -> None:
         sizes, batches = self.walk.sizes, self.walk.batches(held_out=False)
         each = max(STEP_IMAGES // sizes[0], 1)
         steps = [batches[i : i + each] for i in range(0, len(batches), each)]
@@ -239,8 +252,9 @@ class Stretch:
                 parts = _drawn([(b, sizes[b]) for b in steps[index]], most, generator)
                 images = sum(end - start for _, start, end in parts)
                 for batch, start, end in parts:
-                    error, count = self._loss(batch, start, end)
-                    torch.autograd.backward(error * (count / images / scale))
+                    with changes_allowed(in_place=in_place):
+                        error, count = self._loss(batch, start, end)
+                        backward(error * (count / images / scale))
                 nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
                 adam.step()
                 schedule.step()

@@ -21,6 +21,7 @@ from compress.network.recurrent import RecurrentLayer, recurrent_layers
 from compress.network.sites import LayerSite, find_sites
 from compress.network.standin import without_read_layers
 from compress.network.tracing import ends_in_sigmoid, trace
+from compress.network.trial_cuts import without_noticed
 from compress.running.finite import check_finite
 from compress.running.formats import formats_of
 from compress.running.forward import evaluation_mode, require_parameters, run_model
@@ -76,7 +77,8 @@ class Network:
     @cached_property
     def channels(self) -> ChannelMap:
         """Its channels, as far as they can be taken out."""
-        return read_channels(self.model, self.graph, self.sites, self.example)
+        found = read_channels(self.model, self.graph, self.sites, self.example)
+        return without_noticed(self.model, self.graph, self.sites, found, self.example)
 
     @property
     def params(self) -> int:

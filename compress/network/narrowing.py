@@ -424,12 +424,13 @@ class _Within(nn.Module):
         super().__init__()
         self.cut, self.name, self.whole, self.narrow = cut, name, whole, narrow
 
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.narrow(self.cut.inputs_of(self.name, x))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch's own layers name it
+        """Give what the whole network's next layers expect."""
+        found: Tensor = self.narrow(self.cut.inputs_of(self.name, input))
         kept = self.cut.kept[self.name]
         if kept.outputs is None:
             return found
-        whole: Tensor = self.whole(x)
+        whole: Tensor = self.whole(input)
         return kept.outputs.within(whole, found, self.cut.axis(self.name, whole))
 
 

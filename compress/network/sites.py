@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from compress.layers import kind_of, registered
 from compress.linalg.geometry import Geometry, Sizes
@@ -129,19 +130,21 @@ def find_sites(
     types = tuple(kind.module_type for kind in registered())
     layers = [module for module in names if isinstance(module, types)]
     calls: dict[nn.Module, list[Call]] = {}
+    transformed: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        del output
         kind = kind_of(module)
         seen = calls.setdefault(module, [])
-        if kind is not None:
+        if is_functorch_wrapped_tensor(output):
+            transformed[module] = "it runs within torch.vmap or torch.func"
+        elif kind is not None:
             images = kind.images(inputs[0])
             repeats = Fraction(images.shape[0], count(example))
             seen.append(Call(tuple(images.shape[2:]), repeats))
 
     with evaluation_mode(model), torch.no_grad(), forward_hooks(dict.fromkeys(layers, record)):
         run_model(model, example)
-    reasons = _tied(model)
+    reasons = {**_tied(model), **transformed}
     ordered = list(calls) + [m for m in layers if m not in calls]
     return tuple(
         _site(module, names[module], calls.get(module), keep(module) or reasons.get(module))

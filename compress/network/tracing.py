@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import apis, eager_transforms
 
 from compress.network.norms import NORMS, after_norm
 from compress.running.forward import evaluation_mode, run_model, same_outputs
@@ -60,7 +61,7 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
                 node.target = str(node.target).removeprefix("model.")
         for node in reversed(graph.nodes):
             # Shapes that the forward only looked at.
-            if node.target in (getattr, int, operator.getitem) and not node.users:
+            if node.target in (getattr, int, len, operator.getitem) and not node.users:
                 graph.erase_node(node)
         graph.lint()
         return graph if _holds(model, graph, (example, *others)) else None
@@ -188,11 +189,13 @@ class _Valued(fx.Proxy):
         return bool(self._looked_at())
 
     def __len__(self) -> int:
-        return len(self.value)
+        value = len(self.value)
+        self.tracer.taken(self, len, value)  # type: ignore[attr-defined]  # a tracer of ours
+        return value
 
     def __int__(self) -> int:
         value = int(self._looked_at())
-        self.tracer.taken(self, value)  # type: ignore[attr-defined]  # a tracer of ours
+        self.tracer.taken(self, int, value)  # type: ignore[attr-defined]  # a tracer of ours
         return value
 
     def __round__(self, digits: int | None = None) -> Any:
@@ -244,7 +247,7 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module."""
-        with _factories(self):
+        with _factories(self), _no_transforms():
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -284,14 +287,14 @@ class _Tracer(fx.Tracer):
             return a.node
         return self.whole[a] if type(a) is int and a in self.whole else super().create_arg(a)
 
-    def taken(self, proxy: fx.Proxy, value: int) -> None:
-        """Note that the forward made a plain number of one that counts images, by ``int``.
+    def taken(self, proxy: fx.Proxy, by: Callable[..., int], value: int) -> None:
+        """Note that the forward got a plain number that counts images, by ``int`` or ``len``.
 
         Python lets nothing but a plain number come of that. Where the forward hands this number on,
         as in ``x.view(int(windows / per_image), ...)``, the graph computes it.
         """
         if not self.running and self._counts_images(value):
-            self.whole[value] = self.create_node("call_function", int, (proxy.node,), {})
+            self.whole[value] = self.create_node("call_function", by, (proxy.node,), {})
 
     def create_proxy(
         self,
@@ -404,6 +407,29 @@ def _own_functions(wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) 
         yield
     finally:
         setattr(parent, "apply", original)  # noqa: B010
+
+
+@contextmanager
+def _no_transforms() -> Iterator[None]:
+    """Let no proxies into `torch.vmap` and `torch.func`, whose C++ would crash on them."""
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _holds_proxy((args, kwargs)):
+                raise _DependsOnData
+            return function(*args, **kwargs)
+
+        return call
+
+    entries = [(apis, "vmap_impl"), (eager_transforms, "_create_differentiable")]
+    originals = [(home, name, getattr(home, name)) for home, name in entries]
+    try:
+        for home, name, function in originals:
+            setattr(home, name, refusing(function))
+        yield
+    finally:
+        for home, name, function in originals:
+            setattr(home, name, function)
 
 
 def _holds_proxy(values: Any) -> bool:

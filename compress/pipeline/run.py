@@ -11,9 +11,10 @@ from compress.calibrate.statistics import without_unseen
 from compress.choose import check_plan
 from compress.config import WAYS, RunConfig, make_config
 from compress.data import Given, as_images, split
-from compress.errors import ConfigError, GateError, PlanError
+from compress.errors import ConfigError, GateError, ModelError, PlanError
 from compress.files import check_apart, check_output
 from compress.fit.layers import Replaced
+from compress.inputs.checkpoint.reading import listed
 from compress.inputs.load import (
     Inputs,
     arity_of,
@@ -25,8 +26,10 @@ from compress.inputs.load import (
 from compress.measure.assess import Assessment, Rewritten, assess
 from compress.measure.progressive import Replacing, measure_progressive
 from compress.measure.speed import Stopwatch, costs
-from compress.network.baseline import check_runs_in
+from compress.network.baseline import Network, check_runs_in
 from compress.network.chains import as_saved
+from compress.network.narrowing import Cut
+from compress.network.trial_cuts import is_faithful
 from compress.pipeline.folder import save_result
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import Compressed, Record
@@ -82,6 +85,7 @@ def compress_network(
     work.plan, source = plan, calibration.source
     with clock.stage("fit"):
         fitted = job.fitter.with_held_out(job.fitter.fit(plan, calibration), calibration)
+        check_faithful(job.network, fitted.narrowed)
         # Covariances may take as much memory as the refit does, and are not needed any more.
         del calibration
         work.before_refit()
@@ -107,6 +111,21 @@ def compress_network(
     if made.failed_gates:
         work.model = None  # not to be saved, whatever happens from here on
     return made
+
+
+def check_faithful(network: Network, narrowed: Cut) -> None:
+    """Raise `ModelError` where the forward does something else at the widths that were chosen."""
+    graph = network.graph
+    if graph is None or not narrowed.widths:
+        return
+    if is_faithful(narrowed.model, graph, network.example):
+        return
+    changed = listed([width.name for width in narrowed.widths])
+    raise ModelError(
+        f"The model's forward does something else once {changed} have fewer channels: it asks how "
+        "many there are. Choose without taking out channels (--schemes output,input,two_sided,"
+        "spatial), or leave those layers (--keep)."
+    )
 
 
 def _schemes(config: RunConfig, plan: Plan | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from compress.calibrate.collect import INSTEAD, NO_EFFECT
 from compress.calibrate.fisher import Objective
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader, check_labels
-from compress.errors import CompressError, ConfigError, GradientError
+from compress.errors import CompressError, ConfigError, GradientError, ModelError
 from compress.inputs.functions import Metric, loss_function, metric_function
 from compress.inputs.load import Inputs
 from compress.measure.accuracy import custom_value, require_labels, require_ranked
@@ -83,14 +83,16 @@ def weighing(
     own, images = bool(config.loss_fn), inputs.split.fit
     try:
         problem = _try_loss(network, images, loader, config)
-    except GradientError:
+    except (GradientError, ModelError):
         network = replace(network, in_place=True)
         try:
             problem = _try_loss(network, images, loader, config)
-        except GradientError as error:
+        except (GradientError, ModelError) as error:
             if own:
                 raise
-            problem, network = error.problem, replace(network, in_place=False)
+            # A forward that fails without gradients too does so again, and ends the run.
+            problem = error.problem if isinstance(error, GradientError) else str(error)
+            network = replace(network, in_place=False)
     if own or not problem:  # one's own may be without effect on a few images
         return network, config
     warning = f"{problem} Errors were weighed plainly instead, as with --metric mse."
@@ -136,7 +138,8 @@ def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunCon
     """Take the gradients of the loss on a few images; say what is wrong with them, if anything."""
     model = network.model
     few = images.subset(range(min(len(images), loader.batch_size)))
-    objective = Objective(len(few), config.seed, loss_function(config), network.reading)
+    batches = list(loader.placed(few)) * 2  # what stays of one may be in the way of the next
+    objective = Objective(2 * len(few), config.seed, loss_function(config), network.reading)
     layers = [model.get_submodule(site.name) for site in network.sites if site.skip is None]
     sums: list[float] = []
 
@@ -146,7 +149,7 @@ def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunCon
 
     hooks = forward_hooks(dict.fromkeys(layers, watch))
     with evaluation_mode(model), frozen(model), hooks, torch.enable_grad(), ExitStack() as stack:
-        for inputs, targets in loader.placed(few):
+        for inputs, targets in batches:
             if not floating(inputs):
                 stack.enter_context(gradients_begin(model))
             with changes_allowed(in_place=network.in_place):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -145,8 +146,25 @@ def backward(value: Tensor, instead: str = "") -> None:
         ) from error
 
 
+_WRITES = frozenset((
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__",
+))  # fmt: skip
+
+
 class _GradientsEverywhere(TorchFunctionMode):
-    """Leave gradients on where code asks to switch them off, as ``torch.no_grad`` does."""
+    """Leave gradients on where code asks to switch them off, as ``torch.no_grad`` does.
+
+    What it writes there into parameters and buffers, such as an average of what it has seen, stays
+    without them, or one batch's graph would hang on to the next.
+
+    Args:
+        kept: The parameters and buffers.
+    """
+
+    def __init__(self, kept: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.depth = 0  # of contexts within each other
+        self.kept = {id(tensor) for tensor in kept}
 
     def __torch_function__(
         self,
@@ -155,9 +173,21 @@ class _GradientsEverywhere(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch._C._set_grad_enabled and not args[0]:
-            return None
-        return func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            self.depth = max(self.depth + (-1 if args[0] else 1), 0)
+            return func(*args) if args[0] else None
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        into = kwargs.get("out", args[0] if writes and args else None)
+        if self.depth and isinstance(into, Tensor) and self._stays(into):
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _stays(self, tensor: Tensor) -> bool:
+        base = tensor if tensor._base is None else tensor._base
+        return id(base) in self.kept or (base.is_leaf and base.requires_grad)
 
 
 def changes_allowed(*, in_place: bool) -> AbstractContextManager[object]:
@@ -176,7 +206,8 @@ def run_with_gradients(model: nn.Module, inputs: Any) -> Any:
     What its errors cost is asked for nevertheless, so that has no effect here. Hooks that run
     meanwhile have to detach what they keep: it has no effect in them either.
     """
-    with torch.enable_grad(), _GradientsEverywhere():
+    kept = itertools.chain(model.parameters(), model.buffers())
+    with torch.enable_grad(), _GradientsEverywhere(kept):
         return run_model(model, inputs)
 
 

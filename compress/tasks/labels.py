@@ -24,6 +24,8 @@ class _Scorer(Scorer):
 
     def add(self, result: Any, targets: Any) -> None:
         output = self.setup.output(result)
+        if isinstance(targets, Tensor) and targets.dim() == 1 and output.shape[1:] == (1,):
+            targets = targets.unsqueeze(1)  # one label, given as a number
         if not isinstance(targets, Tensor) or targets.shape != output.shape:
             shape = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise MULTILABEL.misfit(
@@ -53,7 +55,7 @@ class _Scorer(Scorer):
             validate_args=False,
         )
         with quiet():  # of labels that no image has, to which it gives nothing, and counts that
-            shares = metric(scores, labels)
+            shares = metric(scores, labels).reshape(-1)  # one label's is a number
         known = (labels == 1).any(0)
         if not bool(known.any()):
             raise DataError("No image has any of the labels, so --task multilabel has no measure.")
@@ -101,11 +103,14 @@ def average_precision(scores: Tensor, positive: Tensor, counts: Tensor) -> Tenso
 
 
 def _accepts(target: Any) -> bool:
-    return isinstance(target, Tensor) and target.dim() == 1
+    if isinstance(target, Tensor):
+        return target.dim() == 1
+    return isinstance(target, int | float) and target in (0, 1)
 
 
 def _fits(output: Tensor, target: Any) -> bool:
-    return output.dim() == 2 and (target is None or output.shape[1] == len(target))
+    labels = len(target) if isinstance(target, Tensor) else 1
+    return output.dim() == 2 and (target is None or output.shape[1] == labels)
 
 
 def _read(path: str, output: Tensor, *, sigmoid: bool) -> Part:
@@ -115,7 +120,7 @@ def _read(path: str, output: Tensor, *, sigmoid: bool) -> Part:
 MULTILABEL = Task(
     name="multilabel",
     measures=(Measure("mAP", "fraction"),),
-    targets="a tensor [labels] of zeros and ones for each image",
+    targets="a tensor [labels] of zeros and ones for each image, or one such number",
     accepts=_accepts,
     looks_for="an output [batch, labels]",
     fits=_fits,

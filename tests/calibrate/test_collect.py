@@ -454,6 +454,35 @@ def test_parts_that_run_without_gradients_are_weighed_like_the_rest() -> None:
     assert torch.is_grad_enabled()
 
 
+class Writes(nn.Module):
+    """Keeps an average, bounds a weight and makes a layer, all under ``torch.no_grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).relu()
+        with torch.no_grad():
+            self.average.mul_(0.9).add_(y.mean(0), alpha=0.1)
+            self.average[0] += 1
+            self.head.weight.clamp_(-2, 2)
+            halving = nn.Linear(4, 4, bias=False).to(x)
+            halving.weight.copy_(torch.eye(4) / 2)
+        return self.head(halving(y - self.average))
+
+
+def test_what_is_written_without_gradients_stays_without() -> None:
+    model, x = Writes().double(), images(40, 3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = run(model, x, [10, 10, 20]).statistics
+    assert all(moments.weighting is not None for moments in found.values())
+    assert not model.average.requires_grad
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
 def test_a_gradient_of_zero_everywhere_is_said() -> None:
     with pytest.raises(GradientError, match="are zero at every layer"):
         run(Frozen("rounded").double(), images(6, 3))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from compress.modules.attention import unpack_attention
+from compress.network.sites import find_sites
 from compress.network.tracing import ends_in_sigmoid, trace
 
 
@@ -269,6 +270,18 @@ class AssignsToView(Base):
         part = y[:, :3]
         part[:, 1] = 0.0
         return self.b(y)
+
+
+def test_functions_mapped_over_images_have_no_graph() -> None:
+    """Their C++ would crash on what the forward is traced with."""
+
+    class Mapped(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda image: self.b(self.a(image[None]))[0])(x)
+
+    assert trace(Mapped().eval(), torch.rand(1, 3, 8, 8)) is None
+    a, b = find_sites(Mapped().eval(), torch.rand(1, 3, 8, 8))
+    assert a.skip == b.skip == "it runs within torch.vmap or torch.func"
 
 
 def test_writing_into_shared_memory_has_no_graph() -> None:

@@ -238,6 +238,33 @@ def test_a_network_that_no_gradients_come_through(
         done(Ending(how), Items(picture), loss_fn=f"{__name__}:own_loss")
 
 
+class Interrupted(nn.Module):
+    """No gradient reaches its first layers from the end, or only through values that change."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3)
+        self.head, self.how = nn.Linear(16, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "detached":
+            y = self.b(self.a(x).relu())
+            return self.head(self.c((y + (y.sign() - y).detach()).relu()).mean((2, 3)).detach())
+        with torch.no_grad():
+            y = nn.functional.relu_(self.a(x))
+            y.sub_(y.mean())
+            y = self.b(input=y).clamp_(0)
+        return self.head(input=self.c(input=y).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["detached", "in place"])
+def test_the_joint_refit_leaves_what_no_gradient_reaches(how: str) -> None:
+    made = done(Interrupted(how), Items(picture), schemes=("output", "spatial", "narrow"))
+    assert made.result.refit_path == "graph"
+    assert made.result.cost.compressed.macs <= 0.7 * made.result.cost.folded.macs
+
+
 def test_all_outputs_are_compared() -> None:
     made = done(Heads(), Items(picture))
     metric = made.result.validation

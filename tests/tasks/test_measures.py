@@ -182,6 +182,17 @@ class TestMultilabel:
         ]
         assert found.values()[0] == pytest.approx(np.mean(expected), abs=1e-6)
 
+    @pytest.mark.parametrize("shape", [(20,), (20, 1)])
+    def test_a_single_label_as_numbers_or_in_rows(self, shape: tuple[int, ...]) -> None:
+        scores, labels = drawn(20, 1), (drawn(20, seed=3) > 0.4).long()
+        rows = labels.reshape(shape)
+        targets = [int(row) if row.dim() == 0 else row for row in rows]
+        assert all(map(TASKS["multilabel"].accepts, targets))
+        assert read_for(TASKS["multilabel"], scores, targets).parts[0].kind == "answers"
+        found = in_batches(scorer("multilabel", Part("", "answers"), labels), scores, rows, 7)
+        expected = naive_precision(scores[:, 0].numpy(), labels.numpy())
+        assert found.values()[0] == pytest.approx(expected, abs=1e-6)
+
     def test_other_numbers_are_refused(self) -> None:
         found = scorer("multilabel", Part("", "answers"), [])
         with pytest.raises(DataError, match="other numbers than 0, 1"):
