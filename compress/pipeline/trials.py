@@ -39,6 +39,8 @@ SEARCHED = (
 )
 # Images that a measure of the user's own is tried on, spread over the set.
 TRIED = 32
+# Images that the gradients of the outputs' own loss are tried on.
+TRIED_FOR_GRADIENTS = 8
 
 
 def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig) -> None:
@@ -137,7 +139,9 @@ def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Load
 def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunConfig) -> str:
     """Take the gradients of the loss on a few images; say what is wrong with them, if anything."""
     model = network.model
-    few = images.subset(range(min(len(images), loader.batch_size)))
+    # A loss of one's own may ask something of whole batches.
+    most = loader.batch_size if config.loss_fn or images.source.collates else TRIED_FOR_GRADIENTS
+    few = images.subset(range(min(len(images), most)))
     batches = list(loader.placed(few)) * 2  # what stays of one may be in the way of the next
     objective = Objective(2 * len(few), config.seed, loss_function(config), network.reading)
     layers = [model.get_submodule(site.name) for site in network.sites if site.skip is None]
