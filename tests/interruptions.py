@@ -6,6 +6,7 @@ itself the signal at the n-th one below a folder. Nothing is left to luck.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -33,9 +34,14 @@ def signalled(
     Returns:
         Whether there was an n-th change.
     """
+    # What earlier tests left must not be collected in the child: a session of ONNX Runtime would
+    # wait there for its threads, which are the parent's.
+    gc.collect()
+    gc.freeze()
     child = os.fork()
     if child == 0:
         os._exit(_child(work, folder, (n + 1, sys.maxsize if again else n + 1), sent))
+    gc.unfreeze()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == sent

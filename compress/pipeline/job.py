@@ -64,7 +64,8 @@ class Job:
             batch_size_for(config, example), config.workers, network.device, network.memory_format
         )
         try_out(network, inputs, loader, config)
-        return cls(inputs, config, network, loader, track)
+        job = cls(inputs, config, network, loader, track)
+        return job.weighed() if config.loss_fn else job  # the user's own may fail
 
     def weighed(self) -> Job:
         """Return the job with errors weighed as far as gradients tell what they cost.
@@ -84,9 +85,10 @@ class Job:
         """
         split = hold_split(self.inputs.split, self.loader, self.track)
         test = self.inputs.test and hold(self.inputs.test, self.loader, self.track)
-        return dataclasses.replace(
+        job = dataclasses.replace(
             self, inputs=dataclasses.replace(self.inputs, split=split, test=test)
         )
+        return job if self.config.loss_fn else job.weighed()
 
     def recipe(self, schemes: tuple[str, ...]) -> Recipe:
         """Which statistics the configuration asks for, with some schemes in play."""

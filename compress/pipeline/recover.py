@@ -172,7 +172,7 @@ def _opened(config: RunConfig, request: Request, track: Track) -> _Opened:
         test=test,
         images=images,
     )
-    job = Job.open(inputs, config, track).weighed().with_images()
+    job = Job.open(inputs, config, track).with_images()
     return _Opened(job, manifest, compressed.float().to(config.device), request)
 
 

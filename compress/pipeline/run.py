@@ -67,7 +67,7 @@ def compress_network(
     work = work or Work()
     clock = work.clock
     with clock.stage("prepare"):
-        job = Job.open(inputs, config, track).weighed()
+        job = Job.open(inputs, config, track)
         check_runs_in(job.network.original, job.network.example, inputs.dtype)
         if plan is not None:
             applied(plan, job)  # before any work that it might be in vain
@@ -179,7 +179,7 @@ def choose_plan(config: RunConfig, *, track: Track = silent) -> tuple[Plan, tupl
         CompressError: As `run`.
     """
     check_files(config)
-    job = Job.open(load_network(config), config, track).weighed().with_images()
+    job = Job.open(load_network(config), config, track).with_images()
     calibration = job.calibrate(config.schemes_in_play)
     job = dataclasses.replace(job, network=without_unseen(job.network, calibration))
     warnings = (*job.inputs.warnings, *job.network.warnings)

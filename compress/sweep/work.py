@@ -96,7 +96,7 @@ class SweepWork:
         config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
-        return Job.open(self.inputs, config, self.options.track).weighed()
+        return Job.open(self.inputs, config, self.options.track)
 
     @cached_property
     def job(self) -> Job:
@@ -106,7 +106,7 @@ class SweepWork:
     @property
     def network(self) -> Network:
         """The dense baseline."""
-        return self.prepared.network
+        return self.job.network
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
@@ -132,17 +132,17 @@ class SweepWork:
     @cached_property
     def planner(self) -> Callable[[float], Plan]:
         """From a value of the rule to the plan that ``compress run`` would make."""
-        network, calibration = without_unseen(self.network, self.calibration), self.calibration
+        network, calibration = without_unseen(self.job.network, self.calibration), self.calibration
         rule, currency = self.grid.rule, self.grid.currency
 
         def chooser(config: RunConfig) -> Chooser:
             return Chooser.of(network, calibration, config)
 
         if currency is None:
-            return lambda value: chooser(self.grid.at(self.prepared.config, value)).plan()
+            return lambda value: chooser(self.grid.at(self.job.config, value)).plan()
         # The candidates do not depend on the budget, and they are what costs time.
-        budgets = chooser(self.prepared.config).budgets(currency)
-        metric, slices = self.prepared.config.metric, self.config.slices
+        budgets = chooser(self.job.config).budgets(currency)
+        metric, slices = self.job.config.metric, self.config.slices
         job = dataclasses.replace(self.job, network=network)
 
         def plan(value: float) -> Plan:
