@@ -105,8 +105,8 @@ class SweepWork:
 
     @property
     def network(self) -> Network:
-        """The dense baseline."""
-        return self.job.network
+        """The dense baseline, with what is known of it so far; no image is read for it."""
+        return (self.job if "job" in self.__dict__ else self.prepared).network
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
