@@ -7,7 +7,7 @@ network than its graph says, and all that is predicted of it is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,8 +48,11 @@ def without_noticed(
 
     def unnoticed(names: Sequence[str]) -> bool:
         sizes = {name: channels.group(name).size for name in names}
-        tried = ({n: max(1, int(size * share)) for n, size in sizes.items()} for share in SHARES)
-        return all(_holds_at(model, graph, sites, channels, example, w) for w in tried)
+        for share in SHARES:
+            parts = {n: Part(torch.arange(max(1, int(size * share)))) for n, size in sizes.items()}
+            if not is_faithful(cut(model, sites, channels, parts, {}).model, graph, example):
+                return False
+        return True
 
     names = [group.name for group in channels.groups]
     if unnoticed(names):
@@ -73,6 +76,8 @@ def without_noticed(
 def is_faithful(model: nn.Module, graph: fx.Graph, example: Any) -> bool:
     """Whether a network's forward computes what a graph does, at every module that it calls.
 
+    Where one of them fails, as at a number of channels that does not fit, it does not.
+
     Args:
         model: The network, or a narrower one that has modules of the same names.
         graph: Its graph.
@@ -81,8 +86,11 @@ def is_faithful(model: nn.Module, graph: fx.Graph, example: Any) -> bool:
     images = concatenated([example, example])
     traced = fx.GraphModule(model, graph)
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    first = _seen(model, called, lambda: tensors(run_model(model, images)).values())
-    second = _seen(model, called, lambda: traced.forward(cloned(images)))
+    try:
+        first = _seen(model, called, lambda: tensors(run_model(model, images)).values())
+        second = _seen(model, called, lambda: traced.forward(cloned(images)))
+    except Exception:  # the user's forward may raise anything
+        return False
     return len(first) == len(second) and all(map(_same, first, second))
 
 
@@ -108,19 +116,3 @@ def _same(first: Tensor, second: Tensor) -> bool:
     near = (first - second).abs() <= ROUNDING * float(finite.abs().max() if len(finite) else 0)
     same = (first == second) | (first.isnan() & second.isnan())  # a mask may hold infinities
     return bool((near | same).all())
-
-
-def _holds_at(  # noqa: PLR0913 - a network and what is known of it
-    model: nn.Module,
-    graph: fx.Graph,
-    sites: Sequence[LayerSite],
-    channels: ChannelMap,
-    example: Any,
-    widths: Mapping[str, int],
-) -> bool:
-    """Whether the graph computes what the forward does once groups have some widths."""
-    parts = {name: Part(torch.arange(width)) for name, width in widths.items()}
-    try:
-        return is_faithful(cut(model, sites, channels, parts, {}).model, graph, example)
-    except Exception:  # the user's forward may raise anything where a number does not fit
-        return False

@@ -65,9 +65,14 @@ class Job:
         )
         try_out(network, inputs, loader, config)
         job = cls(inputs, config, network, loader, track)
-        return job.weighed() if config.loss_fn else job  # the user's own may fail
+        return job._weighed() if job._asks_for_targets else job
 
-    def weighed(self) -> Job:
+    @property
+    def _asks_for_targets(self) -> bool:
+        """Whether the loss may fail at the targets, which is to be known before images are read."""
+        return loss_function(self.config) is not None
+
+    def _weighed(self) -> Job:
         """Return the job with errors weighed as far as gradients tell what they cost.
 
         Raises:
@@ -88,7 +93,7 @@ class Job:
         job = dataclasses.replace(
             self, inputs=dataclasses.replace(self.inputs, split=split, test=test)
         )
-        return job if self.config.loss_fn else job.weighed()
+        return job if job._asks_for_targets else job._weighed()
 
     def recipe(self, schemes: tuple[str, ...]) -> Recipe:
         """Which statistics the configuration asks for, with some schemes in play."""

@@ -44,12 +44,12 @@ TRIED_FOR_GRADIENTS = 8
 
 
 def try_out(network: Network, inputs: Inputs, loader: Loader, config: RunConfig) -> None:
-    """Measure and take gradients as the run will, on a few images.
+    """Measure as the run will, on a few images.
 
     Raises:
         ConfigError: A limit is set on what only a test set tells, and there is none.
-        ModelError: Accuracy cannot be measured, the user's own measure or loss fails, or what a
-            task is measured by is not installed or does not fit the outputs.
+        ModelError: Accuracy cannot be measured, the user's own measure fails, or what a task is
+            measured by is not installed or does not fit the outputs.
         DataError: Targets cannot be put into one batch, or are not those of the task; or the test
             set's labels do not fit the outputs.
     """
@@ -139,11 +139,13 @@ def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Load
 def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunConfig) -> str:
     """Take the gradients of the loss on a few images; say what is wrong with them, if anything."""
     model = network.model
-    # A loss of one's own may ask something of whole batches.
-    most = loader.batch_size if config.loss_fn or images.source.collates else TRIED_FOR_GRADIENTS
+    loss = loss_function(config)
+    # A loss of targets asks something of whole batches.
+    whole = loss is not None or images.source.collates
+    most = loader.batch_size if whole else TRIED_FOR_GRADIENTS
     few = images.subset(range(min(len(images), most)))
     batches = list(loader.placed(few)) * 2  # what stays of one may be in the way of the next
-    objective = Objective(2 * len(few), config.seed, loss_function(config), network.reading)
+    objective = Objective(2 * len(few), config.seed, loss, network.reading)
     layers = [model.get_submodule(site.name) for site in network.sites if site.skip is None]
     sums: list[float] = []
 

@@ -45,10 +45,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-# How torch says that a layer and its input are of different types.
-_TYPES_DIFFER = re.compile(r"type.*(double|half|bfloat16|float64)|mixed dtype", re.IGNORECASE)
-
-
 ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], object]
 
 
@@ -146,6 +142,7 @@ def backward(value: Tensor, instead: str = "") -> None:
         ) from error
 
 
+# Functions that write into their first argument, beside those whose names end in one underscore.
 _WRITES = frozenset((
     "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__",
 ))  # fmt: skip
@@ -249,6 +246,10 @@ def _shapes_in_words(inputs: Any) -> str:
     if len(found) == 1:
         return f"an input of shape {next(iter(found.values()))}"
     return f"inputs of shapes {', '.join(f'{name} {shape}' for name, shape in found.items())}"
+
+
+# How torch says that a layer and its input are of different types.
+_TYPES_DIFFER = re.compile(r"type.*(double|half|bfloat16|float64)|mixed dtype", re.IGNORECASE)
 
 
 def _explained(text: str, inputs: Any) -> str:
