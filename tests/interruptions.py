@@ -36,7 +36,6 @@ def signalled(
     """
     # What earlier tests left must not be collected in the child: a session of ONNX Runtime would
     # wait there for its threads, which are the parent's.
-    gc.collect()
     gc.freeze()
     child = os.fork()
     if child == 0:

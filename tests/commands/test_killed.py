@@ -127,6 +127,8 @@ def test_a_sweep_killed_anywhere_repeats_no_finished_point(bench: Workbench) -> 
         finished = {p.name: p.stat().st_mtime_ns for p in points.glob("[!.]*.json")}
         done = sweep(bench, "--resume")
         assert done.exit_code == 0, (n, done.stderr)
+        kept = [row for row in done.stdout.splitlines() if row.split()[-1:] == ["kept"]]
+        assert len(kept) == len(finished), n
         assert contents(bench.output()) == whole, n
         assert {name: (points / name).stat().st_mtime_ns for name in finished} == finished, n
         n += STRIDE

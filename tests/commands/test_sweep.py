@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from places import ROOT
 from workbench import SPEC, Workbench, command, paragraph
 
-from compress.demo_data import network as demo_network
 from compress.report.schema import report_schema
 
 
@@ -119,39 +111,3 @@ def test_the_rules_of_a_single_run_are_no_flags_of_a_sweep(bench: Workbench) -> 
     assert "--target-drop" not in shown
     assert shown.count("--macs GRID") == 1
     assert "No such option" in sweep(bench, "--energy", "0.9").stderr
-
-
-def test_killed_and_resumed_it_redoes_no_finished_point(tmp_path: Path) -> None:
-    """As a process, with the signal that no program can catch, on the embedded network."""
-    data = Path(demo_network.__file__).parent
-    line = [
-        sys.executable, "-m", "compress.commands", "sweep",
-        str(data / "digits-width32.safetensors"),
-        "--model", "compress.demo_data.network:width32",
-        "--data", f"tensors:{data / 'digits-train.npz'}", "--resize", "28",
-        "--calibration-images", "40", "--no-refit", "--thresholds", "1e-3:0.3:4",
-        "--output", str(tmp_path / "sweep"),
-    ]  # fmt: skip
-    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    points = tmp_path / "sweep" / "sweep.points"
-    process = subprocess.Popen(
-        line, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        while process.poll() is None and not (points.is_dir() and list(points.glob("*.json"))):
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finished = {path.name: path.stat().st_mtime_ns for path in points.glob("*.json")}
-    assert finished
-    done = subprocess.run(
-        [*line, "--resume"], env=surroundings, capture_output=True, text=True, check=True
-    )
-    rows = done.stdout.splitlines()[1:5]
-    assert [row.split()[-1] == "kept" for row in rows] == [
-        i < len(finished) for i in range(4)
-    ]  # fmt: skip
-    assert {name: (points / name).stat().st_mtime_ns for name in finished} == finished
-    assert len(list(points.glob("*.json"))) == 4
-    assert not list((tmp_path / "sweep").glob("sweep.calibration*"))

@@ -68,8 +68,8 @@ def test_norms_are_folded_and_factors_refitted_in_order_and_jointly() -> None:
     network = prepare(video(), clips()[0][0][None])
     assert [pair.layer for pair in network.folded] == ["stem"]
     assert network.graph is not None
-    images = torch.stack([clips(48)[k][0] for k in range(48)])
-    labels = torch.tensor(clips(48).targets)
+    images = torch.stack([clips(24)[k][0] for k in range(24)])
+    labels = torch.tensor(clips(24).targets)
     settings = {"spec": "", "rank": {"*": "3"}, "force_rank": True, "metric": "mse"}
     errors = []
     for refit in (False, True):
