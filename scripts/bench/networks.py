@@ -440,6 +440,8 @@ CASES = (
     Case("segmentation", "segmentation-models-pytorch, FPN with MobileNetV2",
          "smp:FPN?encoder=mobilenet_v2&classes=4&decoder_pyramid_channels=64"
          "&decoder_segmentation_channels=32", segmented, "mean_iou", "mIoU, %", loss="pixels"),
+    Case("segmentation", "segmentation-models-pytorch, U-Net with ResNet-18",
+         "smp:Unet?encoder=resnet18&classes=4", segmented, "mean_iou", "mIoU, %", loss="pixels"),
     Case("detection", "facenet-pytorch, R-Net of MTCNN", f"{HERE}:mtcnn?stage=RNet", crops(24),
          "agreement", "variance explained, %", weights="facenet_pytorch/data/rnet.pt"),
     Case("detection", "facenet-pytorch, O-Net of MTCNN", f"{HERE}:mtcnn?stage=ONet", crops(48),
