@@ -99,9 +99,19 @@ class Chooser:
         total = max(float(currency.size(self.whole)), layers) if self.whole else layers
         return Budgets(
             self.sites, overrides, found, currency, total, fixed + total - layers,
-            elsewhere=self.elsewhere if currency.name == "macs" else {},
+            elsewhere=self.elsewhere if currency.name == "macs" else self._params_elsewhere(),
             widths=self.widths(overrides, found, Counted(currency)),
         )  # fmt: skip
+
+    def _params_elsewhere(self) -> dict[str, int]:
+        """Parameters of what is none of the layers, by module."""
+        layers = {alias for site in self.sites for alias in site.aliases}
+        own = {
+            name: sum(p.numel() for p in module.parameters(recurse=False))
+            for name, module in self.model.named_modules()
+            if name not in layers
+        }
+        return {name: count for name, count in own.items() if count}
 
     def narrower(self) -> Narrower | None:
         """What takes channels out; None where nothing may."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx, nn
 
@@ -49,7 +50,7 @@ def find_segments(
     cuts = [cut for cut in _cuts(nodes, set(carried)) if positions[cut] > 0]
     segments = []
     start = cuts[0] if cuts else 0
-    for cut, following in zip(cuts[1:], [*cuts[2:], len(nodes)], strict=True):
+    for cut, following in pairwise([*cuts[1:], len(nodes)]):
         inside = [str(n.target) for n in nodes[start + 1 : cut + 1] if n.op == "call_module"]
         layers = tuple(dict.fromkeys(refitted[t] for t in inside if t in refitted))
         if not layers:

@@ -210,3 +210,53 @@ def test_a_budget_is_a_share_of_the_whole_network() -> None:
     share = f"{100 * stem / whole:.0f}%"
     with pytest.raises(BudgetError, match=rf"cannot be rewritten: stem \({share}\)"):
         compress_model(Video().eval(), images, calibration_images=40, macs=0.5)
+
+
+class Kept(nn.Module):
+    """Takes what it predicts from its picture, which is needed to the end: nothing cuts the graph.
+
+    Both the picture without the noise and the noise are its outputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        noise = self.body(x)
+        return x - noise, noise
+
+
+def test_a_picture_that_is_needed_to_the_end() -> None:
+    torch.manual_seed(0)
+    found = compress_model(Kept().eval(), Images(3, 8, 8), calibration_images=40, macs=0.6)
+    assert found.result.refit_path == "graph"
+    assert found.result.cost.compressed.macs <= 0.6 * found.result.cost.folded.macs
+    assert any(layer.refitted for layer in found.result.layers)
+
+
+def test_a_layer_of_one_output_reads_fewer_channels_and_fewer_taps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 1)).eval()
+    images = Images(3, 8, 8)
+    found = compress_model(model, images, calibration_images=40, macs=0.4)
+    last = next(layer for layer in found.result.layers if layer.name == "4")
+    assert last.width is not None
+    assert last.width[0] < 16
+    model = nn.Sequential(conv(3, 1)).eval()
+    (only,) = compress_model(model, images, calibration_images=40, macs=0.6).result.layers
+    assert (only.scheme, only.macs) in {("spatial", (9 + 3) * 64), ("input", (3 + 9) * 64)}
+
+
+def test_what_holds_the_parameters_is_named() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rnn, self.head = nn.Linear(8, 16), nn.GRU(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(torch.relu(self.first(x)))[0][:, -1])
+
+    torch.manual_seed(0)
+    with pytest.raises(BudgetError, match=r"cannot be rewritten: rnn \(95%\)"):
+        run(Recurrent().eval(), 6, 8, params=0.5)

@@ -186,8 +186,9 @@ def _check_usable(tensors: Mapping[str, Tensor], path: Path, size: int) -> None:
     broken = not_finite(tensors)
     if broken:
         raise CheckpointError(
-            f"The checkpoint {path} holds NaN or infinite values in {listed(broken)}; training "
-            "had diverged when it was saved: pass an earlier one."
+            f"The checkpoint {path} holds NaN or infinite values in {listed(broken)}. "
+            "Training may have diverged when it was saved: pass an earlier one. If the network "
+            "never reads these values, set them to zero."
         )
 
 
