@@ -117,6 +117,7 @@ CASES: tuple[Case, ...] = (
     _case("linear", _linear(7, 5), 90, 7),
     _case("linear-wide", _linear(4, 9, bias=False), 60, 4),
     _case("linear-tokens", _linear(6, 5), 5, 14, 6),
+    _case("one-output", _conv(3, 1, 3), 8, 3, 9, 9),
 )  # fmt: skip
 
 # What is found but kept, with a word of the reason.
@@ -127,8 +128,6 @@ KEPT: tuple[tuple[Case, str], ...] = (
     (_case("depthwise-up", _up(4, 4, 2, stride=2, groups=4), 2, 4, 6, 6), "depthwise"),
     (_case("depthwise-3d", _conv3(3, 6, 2, groups=3), 2, 3, 4, 4, 4), "depthwise"),
     (_case("depthwise-up-3d", _up3(3, 3, 2, groups=3), 2, 3, 3, 3, 3), "depthwise"),
-    (_case("one-output", _conv(3, 1, 3), 2, 3, 6, 6), "rank 1"),
-    (_case("linear-one-input", _linear(1, 4), 8, 1), "rank 1"),
 )
 
 
