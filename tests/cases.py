@@ -118,6 +118,7 @@ CASES: tuple[Case, ...] = (
     _case("linear-wide", _linear(4, 9, bias=False), 60, 4),
     _case("linear-tokens", _linear(6, 5), 5, 14, 6),
     _case("one-output", _conv(3, 1, 3), 8, 3, 9, 9),
+    _case("one-output-a-group", _conv(6, 3, 3, groups=3), 6, 6, 9, 9),
 )  # fmt: skip
 
 # What is found but kept, with a word of the reason.

@@ -162,7 +162,8 @@ class Budgets:
         if site.geometry.full_rank > 1:
             limit = break_even(site, by_scheme, self.currency.size)
         if candidate.scheme == DENSE:
-            why += f": every rewrite costs more accuracy than it saves {self.currency.saved}"
+            costly = f"{why}: every rewrite costs more accuracy than it saves {self.currency.saved}"
+            why = self.overrides.unsuited(site) or costly
         return make_choice(site, candidate.scheme, candidate.ranks, why, limit)
 
     def _unreachable(self, fraction: float, least: float) -> BudgetError:

@@ -104,6 +104,12 @@ class Overrides:
         allowed = self.config.ways if asked is None else (asked,)
         return tuple(s for s in site.schemes if s in allowed)
 
+    def unsuited(self, site: LayerSite) -> str | None:
+        """Why no scheme in play can stand for a layer; None where one can."""
+        if self.schemes(site):
+            return None
+        return OUTPUT.unavailable(site.geometry) or "none of the schemes in play suits it"
+
     def latitude(self, site: LayerSite) -> Latitude:
         """What a budget may choose from for a layer."""
         return Latitude(self.schemes(site), self.ranks(site), self.config.round_to)

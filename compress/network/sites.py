@@ -190,8 +190,6 @@ def _site(
                 f"its {geometry.out_features:,} outputs are more than {MOST_OUTPUTS:,}, too many "
                 "to tell what an error in each costs"
             )
-        if geometry.full_rank < 2 and geometry.groups > 1:
-            skip = skip or "its weight has rank 1 in each group already"
     return LayerSite(
         name=names[0],
         aliases=names,

@@ -79,12 +79,13 @@ def by_task(name: str, seconds: float) -> Made:
         networks.FIT = networks.PICTURES - networks.TEST
         (case,) = (case for case in networks.CASES if case.name == name)
         networks.prepare(case, shared, folder, seconds)
-        found = [
+        # Without a loss of its own: predictions would be in that loss's units, and what is measured
+        # in those of the outputs.
+        return [
             str(folder / "weights.safetensors"), "--model", case.spec,
             "--data", f"tensors:{folder / 'fit.npz'}", "--test", f"tensors:{folder / 'test.npz'}",
-            "--metric-fn", f"{HERE.with_name('networks.py')}:{case.metric}",
+            "--metric-fn", f"{networks.HERE}:{case.metric}",
         ]  # fmt: skip
-        return [*found, "--loss-fn", f"{networks.HERE}:{case.loss}"] if case.loss else found
 
     return made
 

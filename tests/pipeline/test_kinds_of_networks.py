@@ -248,6 +248,18 @@ def test_a_layer_of_one_output_reads_fewer_channels_and_fewer_taps() -> None:
     assert (only.scheme, only.macs) in {("spatial", (9 + 3) * 64), ("input", (3 + 9) * 64)}
 
 
+def test_what_no_scheme_can_stand_for_is_said_to_be_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 1)).eval()
+    for settings in ({"macs": 0.6, "schemes": ("output",)}, {"threshold": 1e-2}):
+        found = compress_model(model, Images(3, 8, 8), calibration_images=40, **settings)
+        assert "rank 1 already" in found.result.layers[-1].reason
+    model = nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 16), nn.Conv2d(16, 4, 1)).eval()
+    kept = compress_model(model, Images(3, 8, 8), calibration_images=40, macs=0.6,
+                          schemes=("spatial",)).result.layers[-1]  # fmt: skip
+    assert (kept.scheme, kept.reason) == ("dense", "none of the schemes in play suits it")
+
+
 def test_what_holds_the_parameters_is_named() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -72,8 +72,6 @@ class Scheme:
 
     def unavailable(self, geometry: Geometry) -> str | None:
         """Return why the scheme cannot stand for this layer exactly, or None where it can."""
-        if geometry.full_rank < 2 and geometry.groups > 1:
-            return "its weight has rank 1 in each group already"
         found = (None if self.closed_form else too_long(geometry)) or self.unsuited(geometry)
         if found is None and min(self.full_ranks(geometry)) < 2:
             return "its weight has rank 1 already"
