@@ -65,7 +65,7 @@ def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") 
     distance.held_out(distance.taught(network.result), network.result)  # before any work
     return Task(
         network.model, division, job.loader, distance, kept, config.seed, job.track,
-        network.in_place,
+        network.in_place, network.macs,
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ CHECKS = 20
 MOST_STEPS_BACK = 3
 # How many times the start's distance the held-out images may get to before a step back.
 LOST = 1.5
+# The share of the operations of learning from a batch that the choice of a direction may take.
+DIRECTION = 0.1
 # The original's results for the held-out images are kept up to so many bytes.
 HELD_BYTES = 1 << 28
 
@@ -57,6 +59,7 @@ class Task:
         seed: Decides all that is drawn.
         track: Progress.
         in_place: As `compress.network.baseline.Network`.
+        macs: Of the original, for an image.
     """
 
     original: nn.Module
@@ -67,6 +70,7 @@ class Task:
     seed: int = 0
     track: Track = silent
     in_place: bool = False
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Course:
     jury: Jury
 
     def __post_init__(self) -> None:
-        self._steps = Steps.begin(self.weights)
+        self._steps = self._first_steps()
         self._best = {name: w.detach().clone() for name, w in self.weights.items()}
 
     def run(self, length: Length, keep: Keep | None = None) -> None:
@@ -316,10 +320,16 @@ class Course:
         """Go on from the best state, in steps half as large."""
         self._load(self._best)
         sizes = self._steps.sizes
-        self._steps = Steps.begin(self.weights)
+        self._steps = self._first_steps()
         self._steps.sizes = sizes
         self.state.rate /= 2
         self.state.steps_back += 1
+
+    def _first_steps(self) -> Steps:
+        """Steps from the weights as they are."""
+        # Forward and backward take some six operations for each multiply-accumulate.
+        learning = 6 * self.task.macs * self.task.loader.batch_size
+        return Steps.begin(self.weights, DIRECTION * learning)
 
     def _replan(self, length: Length) -> None:
         """Fit the number of steps to the time that is left, where it is given."""

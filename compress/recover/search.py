@@ -3,7 +3,8 @@
 Every trial is a small course from the same start, and held-out images judge it. A short trial
 cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
 are used unless they are clearly in the way of the held-out images as they are. A course too short
-for trials leaves pictures as they are, since it is also too short to learn them by heart.
+to look for a rate takes a usual one, and leaves pictures as they are if it sees each only a few
+times.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ FARTHER = 0.25
 # Each trial takes this share of all steps, and so many.
 TRIAL_SHARE = 1 / 40
 SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
+# Courses of fewer steps are too short for any trial. Those too short for trials of the rate only
+# try changed pictures, and only if they see each so many times.
+SHORTEST_TRIED, BY_HEART = 100, 8
 # How much worse a trial with changed pictures may come out.
 WORTH = 0.1
 # How many steps are timed, and how many times as many as fit by that there may be.
@@ -58,8 +62,13 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         return _steps_in((length.seconds or 0.0) - (time.perf_counter() - begun), pace, task)
 
     steps, rate, kind = steps_left(), USUAL, NONE
-    if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL and jury.distance(model) > 0:
-        rate, kind = _chosen(_Trials(model, task, steps), suited)
+    if steps >= SHORTEST_TRIED and jury.distance(model) > 0:
+        trials = _Trials(model, task, steps)
+        passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
+        if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
+            rate, kind = _chosen(trials, suited)
+        elif passes >= BY_HEART:
+            kind = _suitable(trials, suited, rate, trials.after(rate, suited))
     if kind != NONE:
         jury = Jury(task, kind)
     start = jury.distance(model)
@@ -87,7 +96,7 @@ class _Trials:
 
     def after(self, rate: float, kind: str) -> nn.Module | None:
         """The network after a trial; None where it went astray."""
-        steps = min(int(self.steps * TRIAL_SHARE), LONGEST_TRIAL)
+        steps = min(max(int(self.steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
         state = State(rate, kind, steps, steps)
         course = _course(self.model, self.task, Jury(self.task), state)
         for inputs, right in course.lessons().begin(0):
@@ -105,12 +114,16 @@ def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
         found = trials.after(rate, kind)
         if found is not None and jury.distance(found) <= farthest:
             break
-    if kind != NONE:
-        jury, plain = Jury(trials.task), trials.after(rate, NONE)
-        best = math.inf if plain is None else jury.distance(plain)
-        if found is None or not jury.distance(found) <= best * (1 + WORTH):
-            kind = NONE
-    return rate, kind
+    return rate, _suitable(trials, kind, rate, found)
+
+
+def _suitable(trials: _Trials, kind: str, rate: float, found: nn.Module | None) -> str:
+    """The augmentation, if a trial with it was not clearly worse than one without; else none."""
+    if kind == NONE:
+        return NONE
+    jury, plain = Jury(trials.task), trials.after(rate, NONE)
+    best = math.inf if plain is None else jury.distance(plain)
+    return kind if found is not None and jury.distance(found) <= best * (1 + WORTH) else NONE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,17 @@ from compress.data import Loader, as_images
 from compress.data.held import hold
 from compress.recover import Course, Distance, Division, Length, State, Task, begin
 from compress.recover.course import MOST_STEPS_BACK, Jury, learner
-from compress.recover.steps import FIRST, SECOND, Steps
+from compress.recover.search import USUAL
+from compress.recover.steps import (
+    ALIKE,
+    FIRST,
+    MOMENTUM,
+    QUINTIC,
+    SECOND,
+    TURNS,
+    Steps,
+    orthogonal,
+)
 from compress.running.outputs import Part, Reading
 
 READING = Reading((Part("", "classes"),), "", True)
@@ -159,6 +169,61 @@ def test_steps_are_adams_relative_to_each_tensors_size() -> None:
         assert torch.allclose(weight, theirs[name], rtol=1e-4, atol=1e-6)
 
 
+def _by_singular_values(matrix: Tensor) -> Tensor:
+    """What orthogonalising makes of a matrix, worked out on its singular values one by one."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values /= values.norm()
+    a, b, c = QUINTIC
+    for _ in range(TURNS):
+        values = a * values + b * values**3 + c * values**5
+    return (left * values) @ right
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
+def test_orthogonalising_keeps_directions_and_makes_them_alike(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrix)
+    assert torch.allclose(found.double(), _by_singular_values(matrix), atol=1e-4)
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
+    assert torch.isfinite(orthogonal(torch.zeros(shape))).all()
+
+
+def test_steps_of_kernels_go_along_their_orthogonalised_momentum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 3, 2, 2, generator=generator)
+    slopes = torch.randn(4, *start.shape, generator=generator)
+    weight = nn.Parameter(start.clone())
+    steps = Steps.begin({"w": weight}, 1e9)
+    expected, momentum = start.double(), torch.zeros(start.shape, dtype=torch.float64)
+    for slope in slopes:
+        weight.grad = slope.clone()
+        assert steps.step(0.01)
+        momentum = MOMENTUM * momentum + slope
+        way = _by_singular_values((slope + MOMENTUM * momentum).flatten(1)).view_as(start)
+        size = float(start.square().mean().sqrt()) / float(way.square().mean().sqrt())
+        expected = expected - 0.01 * ALIKE * size * way
+    assert torch.allclose(weight.double(), expected, atol=1e-5)
+
+
+def test_only_matrices_that_cost_little_are_orthogonalised() -> None:
+    weights = {
+        "bias": nn.Parameter(torch.ones(8)),
+        "depthwise": nn.Parameter(torch.ones(8, 1, 3, 3)),
+        "scale": nn.Parameter(torch.ones(1, 8)),
+        "large": nn.Parameter(torch.ones(300, 200)),
+        "kernel": nn.Parameter(torch.ones(8, 4, 3, 3)),
+        "linear": nn.Parameter(torch.ones(10, 8)),
+    }
+    # Each turn multiplies a matrix by its transpose, that by itself, and it by the result.
+    kernel, linear = (2 * 5 * (2 * 8 * 8 * long + 8**3) for long in (36, 10))
+    assert Steps.begin(weights).matrices == frozenset()
+    assert Steps.begin(weights, linear - 1).matrices == frozenset()
+    assert Steps.begin(weights, kernel).matrices == {"linear"}
+    assert Steps.begin(weights, kernel + linear).matrices == {"linear", "kernel"}
+    assert Steps.begin(weights, 1e12).matrices == {"linear", "kernel", "large"}
+
+
 def test_a_long_gradient_is_cut_and_one_that_is_not_finite_refused() -> None:
     weight = nn.Parameter(torch.ones(3))
     steps = Steps.begin({"w": weight})
@@ -195,3 +260,17 @@ def test_half_of_the_pictures_held_out_are_moved_where_pictures_are_changed() ->
     shown.clear()
     plain.distance(seen)
     assert torch.equal(shown[0], pictures[8:16])
+
+
+@pytest.mark.parametrize(("images", "kind"), [(20, "pasted"), (600, "none")])
+def test_a_short_course_changes_few_pictures_and_leaves_many(images: int, kind: str) -> None:
+    pictures = torch.randn(images + 8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    loader = Loader(8)
+    sets = [hold(as_images(part), loader) for part in (pictures[:images], pictures[images:])]
+    original, model = (nn.Sequential(nn.Flatten(), network(i, 6)) for i in (0, 1))
+    for each in (original, model):
+        each[0] = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    job = Task(original, Division(*sets), loader, distance=Distance(READING))
+    found = begin(model, job, Length(steps=120))
+    assert found.state.augmentation == kind
+    assert found.state.rate == USUAL
