@@ -22,8 +22,9 @@ from compress.calibrate.recipe import Recipe
 from compress.calibrate.statistics import Source
 from compress.network.narrowing import Cut
 
-# How much more than predicted a layer may lose on held-out images.
-TOLERANCE = 2.0
+# How much more than predicted a layer may lose on held-out images: even two standard errors less,
+# and even one standard error less.
+TOLERANCES = (2.0, 2.0), (1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,18 @@ class HeldOutLoss:
     """What a layer loses on held-out images.
 
     Attributes:
-        mean: Increase of the objective per image, to second order.
+        mean: Increase of the objective per image.
         error: Standard error of the mean.
     """
 
     mean: float
     error: float
+
+    @classmethod
+    def of(cls, losses: Tensor) -> HeldOutLoss:
+        """What some images' losses say, ``[images]``; one image says nothing of the error."""
+        spread = float(losses.std()) if len(losses) > 1 else math.inf
+        return cls(float(losses.mean()), spread / math.sqrt(len(losses)))
 
 
 def held_out_losses(
@@ -105,26 +112,33 @@ class _Watcher:
     def finish(self) -> HeldOutLoss:
         """The mean over all images."""
         changes = torch.cat(self.losses)
-        each = 0.5 * (changes.square() if self.weigh else changes)
-        spread = float(each.std()) if len(each) > 1 else math.inf
-        return HeldOutLoss(float(each.mean()), spread / math.sqrt(len(each)))
+        return HeldOutLoss.of(0.5 * (changes.square() if self.weigh else changes))
 
 
-def ratios(predicted: Mapping[str, float], measured: Mapping[str, HeldOutLoss]) -> dict[str, float]:
+def ratios(
+    predicted: Mapping[str, float], *measured: Mapping[str, HeldOutLoss]
+) -> dict[str, float]:
     """How much more each layer loses than was predicted, where that is no accident.
 
-    A layer is taken at its measured loss if even two standard errors less is more than `TOLERANCE`
-    times what was predicted. A stricter check would punish those layers whose few images happened
-    to be hard ones, which costs more than it mends. A layer of which no loss was predicted,
-    because it only gives fewer outputs, is measured to lose what rounding makes of it, which says
-    nothing.
+    A layer is taken at its measured loss if even two standard errors less is more than twice what
+    was predicted, or one standard error less more than four times. A stricter check would punish
+    those layers whose few images happened to be hard ones, which costs more than it mends. A layer
+    of which no loss was predicted, because it only gives fewer outputs, is measured to lose what
+    rounding makes of it, which says nothing.
+
+    Args:
+        predicted: By layer.
+        measured: In one way or several; the worst counts.
 
     Returns:
         Factors above one, by layer; layers that keep what was promised are left out.
     """
-    found = {}
-    for name, loss in measured.items():
-        promised = predicted.get(name, 0.0)
-        if promised > 0 and loss.mean - 2 * loss.error > TOLERANCE * promised:
-            found[name] = loss.mean / promised
+    found: dict[str, float] = {}
+    for losses in measured:
+        for name, loss in losses.items():
+            promised = predicted.get(name, 0.0)
+            if promised > 0 and any(
+                loss.mean - errors * loss.error > times * promised for errors, times in TOLERANCES
+            ):
+                found[name] = max(loss.mean / promised, found.get(name, 1.0))
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate.held_out import HeldOutLoss
 from compress.calibrate.statistics import FEW_SAMPLES
 from compress.data import ImageSet, first_inputs
 from compress.fit.layers import Replaced
@@ -89,10 +90,10 @@ def assess(
         return measure_layers(network.model, replaced.model, names, tracked, replaced.cut)
 
     measured = _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
-    losses = _losses(network, replaced, names, validation if len(validation) else fit)
+    losses = losses_alone(network, replaced, names, validation if len(validation) else fit)
     element = next(rewritten.final.parameters()).element_size()
     layers = tuple(
-        _layer(choice, replaced, _Measured(found, losses.get(choice.name), element))
+        _layer(choice, replaced, _Measured(found, _mean(losses.get(choice.name)), element))
         for choice, found in measured
     )
 
@@ -197,16 +198,27 @@ def recurrent_result(layer: RecurrentLayer, element_size: int) -> LayerResult:
     )
 
 
-def _losses(
+def losses_alone(
     network: Network, replaced: Replaced, names: list[str], images: ImageSet
-) -> dict[str, float]:
-    """Measured loss of rewriting each layer by itself, where the outputs are logits."""
+) -> dict[str, HeldOutLoss]:
+    """Measured loss of rewriting each layer by itself, where the outputs can be compared.
+
+    Args:
+        network: The dense baseline.
+        replaced: What it became.
+        names: Of the rewritten layers.
+        images: Of which the first few count, since each layer takes a forward pass.
+    """
     if not names:
         return {}
     example = main_tensor(network.example)
     wanted = max(8, LOSS_PIXELS // max(1, math.prod(example.shape[-2:])))
     inputs = placed(first_inputs(images, wanted), network.device)
     return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
+
+
+def _mean(loss: HeldOutLoss | None) -> float | None:
+    return None if loss is None else loss.mean
 
 
 def comparable(network: Network, images: ImageSet, *, own: bool) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate.held_out import HeldOutLoss
 from compress.layers import registered_kind
 from compress.measure.spread import Spread, squared_error
 from compress.network.baseline import Network
@@ -105,7 +106,7 @@ def measured_losses(
     names: Iterable[str],
     inputs: Any,
     cut: Cut | None = None,
-) -> dict[str, float]:
+) -> dict[str, HeldOutLoss]:
     """Measure what each replaced layer alone costs, in the units of the prediction.
 
     Of classes, the increase of the negative log-likelihood under labels drawn from the original's
@@ -135,5 +136,6 @@ def measured_losses(
             if cut is not None:
                 layer = within(cut, name, model.get_submodule(name), layer)
             with swapped(model, dict.fromkeys(aliases, layer)):
-                losses[name] = float(reading.divergence(reference, run_model(model, inputs)).mean())
+                apart = reading.divergence(reference, run_model(model, inputs))
+            losses[name] = HeldOutLoss.of(apart.double().cpu())
     return losses

@@ -10,7 +10,7 @@ import torch
 from narrowable import NETWORKS, in_float64, narrower_of, prepared, recipe_of, smooth
 from torch import Tensor, nn
 
-from compress.calibrate.held_out import TOLERANCE, HeldOutLoss, held_out_losses, ratios
+from compress.calibrate.held_out import TOLERANCES, HeldOutLoss, held_out_losses, ratios
 from compress.calibrate.statistics import Source
 from compress.network.baseline import Network, prepare
 from compress.network.narrowing import Cut
@@ -136,9 +136,16 @@ def test_only_what_is_clearly_worse_than_promised_is_dearer() -> None:
         "noisy": HeldOutLoss(3.0, 2.0),
         "worse": HeldOutLoss(3.0, 0.1),
         "better": HeldOutLoss(0.2, 0.0),
-        "just": HeldOutLoss(TOLERANCE, 0.0),
+        "just": HeldOutLoss(TOLERANCES[0][1], 0.0),
+        "out of proportion": HeldOutLoss(60.0, 40.0),
+        "a single image": HeldOutLoss(60.0, math.inf),
     }
-    assert ratios(dict.fromkeys(losses, 1.0), losses) == {"worse": 3.0}
+    promised = dict.fromkeys(losses, 1.0)
+    assert ratios(promised, losses) == {"worse": 3.0, "out of proportion": 60.0}
+    again = {"worse": HeldOutLoss(5.0, 0.1), "noisy": HeldOutLoss(9.0, 0.1)}
+    assert ratios(promised, losses, again) == {
+        "worse": 5.0, "out of proportion": 60.0, "noisy": 9.0,
+    }  # fmt: skip
 
 
 def test_layers_that_only_give_less_promise_nothing_and_break_nothing() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from networks.narrow import settled, vgg
 from stopwatch import stop_the_clock
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from workbench import made_images
 
 import compress
@@ -40,9 +41,9 @@ class Watched:
 
     def __init__(self, *answers: dict[str, float]) -> None:
         self.answers = [*answers]
-        self.asked: list[tuple[dict[str, float], Losses]] = []
+        self.asked: list[tuple[dict[str, float], tuple[Losses, ...]]] = []
 
-    def __call__(self, predicted: Mapping[str, float], measured: Losses) -> dict[str, float]:
+    def __call__(self, predicted: Mapping[str, float], *measured: Losses) -> dict[str, float]:
         self.asked.append((dict(predicted), measured))
         return self.answers.pop(0) if self.answers else {}
 
@@ -59,7 +60,8 @@ def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.Monkey
     assert len(kept.asked) == 1
     predicted, measured = kept.asked[0]
     rewritten = {c.name for c in before.choices if c.rewritten}
-    assert predicted.keys() == measured.keys() == rewritten
+    second_order, alone = measured
+    assert predicted.keys() == second_order.keys() == alone.keys() == rewritten
     worst = max(predicted, key=lambda name: predicted[name])
     watched = Watched({worst: 1e6})
     monkeypatch.setattr(promised, "ratios", watched)
@@ -69,6 +71,45 @@ def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.Monkey
     assert losses.get(worst, 0.0) < 1e-3 * predicted[worst]
     assert sum(c.macs for c in after.choices) <= 0.6 * sum(c.dense_macs for c in after.choices)
     assert after["3"] != before["3"] or after["6"] != before["6"]
+
+
+def test_losses_alone_are_measured_where_they_are_in_the_units_of_the_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched()
+    monkeypatch.setattr(promised, "ratios", watched)
+    compress.compress_model(
+        settled(vgg()), images(48), macs=0.6, refit=False, no_latency=True, metric="mse"
+    )
+    ((_, measured),) = watched.asked
+    assert len(measured) == 1
+
+
+class Sure(nn.Module):
+    """Is sure of every image, so that its slopes are near zero but for a few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.scores = (nn.Linear(n, 8, bias=False) for n in (64, 8))
+        generator = torch.Generator().manual_seed(0)
+        for layer in (self.parts, self.scores):
+            nn.init.orthogonal_(layer.weight, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * self.scores(self.parts(x.flatten(1)))
+
+
+def test_losses_that_slopes_do_not_show_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched()
+    monkeypatch.setattr(promised, "ratios", watched)
+    shown = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = TensorDataset(shown, Sure()(shown).argmax(1))
+    compress.compress_model(
+        Sure(), given, macs=0.5, schemes=("output",), refit=False, no_latency=True
+    )
+    predicted, (second_order, alone) = watched.asked[0]
+    assert alone["parts"].mean > 2 * second_order["parts"].mean
+    assert alone["parts"].mean > 2 * predicted["parts"]
 
 
 def test_it_is_chosen_anew_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
