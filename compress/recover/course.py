@@ -328,7 +328,7 @@ class Course:
     def _first_steps(self) -> Steps:
         """Steps from the weights as they are."""
         # Forward and backward take some six operations for each multiply-accumulate.
-        learning = 6 * self.task.macs * self.task.loader.batch_size
+        learning = 6 * self.task.macs * self.lessons().batch_size
         return Steps.begin(self.weights, DIRECTION * learning)
 
     def _replan(self, length: Length) -> None:

@@ -65,13 +65,14 @@ class Steps:
         sizes = {name: float(w.detach().square().mean().sqrt()) for name, w in weights.items()}
         known = [size for size in sizes.values() if size > 0]
         mean = sum(known) / max(len(known), 1)
+        matrices = _affordable(weights, operations)
         return cls(
             weights,
             {name: size or mean for name, size in sizes.items()},
             {name: w.detach().clone() for name, w in weights.items()},
             {name: torch.zeros_like(w) for name, w in weights.items()},
-            {name: torch.zeros_like(w) for name, w in weights.items()},
-            _affordable(weights, operations),
+            {name: torch.zeros_like(w) for name, w in weights.items() if name not in matrices},
+            matrices,
         )
 
     def step(self, rate: float) -> bool:
@@ -95,13 +96,14 @@ class Steps:
         self.taken += 1
         early = 1 - FIRST**self.taken, 1 - SECOND**self.taken
         for name, slope in slopes.items():
-            weight, first, second = self.weights[name].data, self.first[name], self.second[name]
+            weight, first = self.weights[name].data, self.first[name]
             slope = slope * shorter
             if name in self.matrices:
                 first.mul_(MOMENTUM).add_(slope)
                 way = orthogonal(slope.add(first, alpha=MOMENTUM).flatten(1)).view_as(weight)
                 way *= ALIKE * way.numel() ** 0.5 / way.norm().clamp_min(_TINY)
             else:
+                second = self.second[name]
                 first.lerp_(slope, 1 - FIRST)
                 second.lerp_(slope.square(), 1 - SECOND)
                 way = first / (second / early[1]).sqrt_().add_(_TINY) / early[0]
@@ -159,9 +161,7 @@ def _affordable(weights: Mapping[str, Tensor], operations: float) -> frozenset[s
 
 def _is_matrix(weight: Tensor) -> bool:
     """Whether inputs meet outputs in a weight, as they do not in a depthwise kernel."""
-    if weight.dim() < 2 or weight.is_complex():
-        return False
-    return min(weight.shape[:2]) > 1
+    return weight.dim() > 1 and min(weight.shape[:2]) > 1
 
 
 def _operations(weight: Tensor) -> int:
