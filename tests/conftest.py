@@ -16,6 +16,12 @@ def _trained() -> torch.nn.Module:
     return trained()
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """Networks that a test makes are the same whatever ran before it in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
     """A workbench with the trained network, and networks timed without spending seconds on it."""
