@@ -90,10 +90,11 @@ def assess(
         return measure_layers(network.model, replaced.model, names, tracked, replaced.cut)
 
     measured = _joined(plan, errors(fit, "fit"), errors(validation, "validation"))
-    losses = losses_alone(network, replaced, names, validation if len(validation) else fit)
+    few = validation if len(validation) else fit
+    alone = {n: loss.mean for n, loss in losses_alone(network, replaced, names, few).items()}
     element = next(rewritten.final.parameters()).element_size()
     layers = tuple(
-        _layer(choice, replaced, _Measured(found, _mean(losses.get(choice.name)), element))
+        _layer(choice, replaced, _Measured(found, alone.get(choice.name), element))
         for choice, found in measured
     )
 
@@ -215,10 +216,6 @@ def losses_alone(
     wanted = max(8, LOSS_PIXELS // max(1, math.prod(example.shape[-2:])))
     inputs = placed(first_inputs(images, wanted), network.device)
     return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
-
-
-def _mean(loss: HeldOutLoss | None) -> float | None:
-    return None if loss is None else loss.mean
 
 
 def comparable(network: Network, images: ImageSet, *, own: bool) -> bool:

@@ -111,7 +111,7 @@ def measured_losses(
 
     Of classes, the increase of the negative log-likelihood under labels drawn from the original's
     own prediction is KL(original || with that layer replaced); of values, it is half the squared
-    error. Both as a mean over some images.
+    error. Both as a mean over some images, with its standard error.
 
     Args:
         network: The dense baseline; its layers are swapped in and out again.

@@ -67,7 +67,7 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
         if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
             rate, kind = _chosen(trials, suited)
-        elif passes >= BY_HEART:
+        elif suited != NONE and passes >= BY_HEART:
             kind = _suitable(trials, suited, rate, trials.after(rate, suited))
     if kind != NONE:
         jury = Jury(task, kind)

@@ -10,7 +10,6 @@ settings may be chosen by them; the test images judge once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -141,15 +140,6 @@ def train(shared: Path, output: Path, epochs: int) -> None:
     )
 
 
-def arguments(folder: Path, test: str = "test") -> Sequence[str]:
-    """What a command of ``compress`` is given, with the images of a folder that ``train`` made."""
-    mean, std = (",".join(map(str, values)) for values in (MEAN, STD))
-    return [
-        "--model", f"{HERE}:mobile", "--data", f"tensors:{folder / 'learnt.npz'}",
-        "--test", f"tensors:{folder / test}.npz", "--mean", mean, "--std", std,
-    ]  # fmt: skip
-
-
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/mobile"))
 @click.option("--macs", default="0.8,0.65,0.5", help="Budgets of MACs.")
@@ -159,10 +149,13 @@ def arguments(folder: Path, test: str = "test") -> Sequence[str]:
 def sweep(output: Path, macs: str, images: str, seed: str, test: str) -> None:
     """Compress it to each budget with the defaults."""
     result = output / f"sweep-{test}-{images}-{seed}"
+    mean, std = (",".join(map(str, values)) for values in (MEAN, STD))
     sys.exit(
         cli.main(
             [
-                "sweep", str(output / "weights.safetensors"), *arguments(output, test),
+                "sweep", str(output / "weights.safetensors"), "--model", f"{HERE}:mobile",
+                "--data", f"tensors:{output / 'learnt.npz'}",
+                "--test", f"tensors:{output / test}.npz", "--mean", mean, "--std", std,
                 "--calibration-images", images, "--seed", seed, "--macs", macs, "--no-latency",
                 "--output", str(result),
             ],
