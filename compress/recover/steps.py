@@ -143,7 +143,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(TURNS):
         square = found @ found.T
-        found = a * found + (b * square + c * square @ square) @ found
+        quartic = torch.addmm(square, square, square, beta=b, alpha=c)
+        found = torch.addmm(found, quartic, found, beta=a)
     return found.T if tall else found
 
 

@@ -1,18 +1,19 @@
 """Points lost before and after ``compress recover``: ResNet-20 on CIFAR-10, no labels.
 
-    python scripts/bench/recover.py --shared ../shared --macs 0.5,0.4,0.3,0.2 --seeds 3 --minutes 10
+    python scripts/bench/recover.py --shared ../shared --macs 0.3 --course "--minutes 10"
 
-For each seed and budget the network is compressed with the defaults and then recovered on all
-training images, whose labels nothing looks at; both are judged once on all test images.
+For each seed and budget the network is compressed with the defaults and then recovered on the
+training images, whose labels nothing looks at; both are judged once on all test images. Each
+course is a recovery of the same compressed network.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
-import sys
+import random
+import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,57 +50,63 @@ def lost(folder: Path) -> str:
     return f"{test['drop']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
-def drop(folder: Path) -> float:
-    """Points lost on the test images."""
-    return float(result_of(folder)["test"]["drop"])
+def row(before: Path, after: Path) -> str:
+    """A recovery as a row of the table."""
+    recovery = result_of(after)["recovery"]
+    spent = recovery["seconds"]
+    shares = ", ".join(
+        f"{what} {spent[what] / spent['all']:.0%}" for what in ("images", "original", "search")
+    )
+    return (
+        f"{lost(before)} | {lost(after)} | {recovery['steps']} of {recovery['batch_size']} "
+        f"| {spent['all']:.0f} | {shares} | {recovery['rate']:g}, {recovery['augmentation']}"
+    )
 
 
-def compared(root: Path, fraction: str, seed: int, length: Sequence[str]) -> tuple[float, float]:
-    """Points lost by one network before and after its recovery."""
-    data = [
-        "--data", f"imagefolder:{root / 'data/cifar10/train'}",
-        "--test", f"imagefolder:{root / 'data/cifar10/test'}",
-        "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--no-latency", "--quiet",
-        "--model", str(HERE / "tests/networks/resnet20.py:resnet20"),
-    ]  # fmt: skip
-    checkpoint = str(root / "checkpoints/resnet20-cifar10.safetensors")
-    with tempfile.TemporaryDirectory() as name:
-        before, after = Path(name) / "before", Path(name) / "after"
-        command("run", checkpoint, *data, "--macs", fraction, "--seed", str(seed),
-                "--output", str(before))  # fmt: skip
-        command("recover", str(before), "--checkpoint", checkpoint, *data, *length,
-                "--output", str(after))  # fmt: skip
-        recovery = result_of(after)["recovery"]
-        spent = recovery["seconds"]
-        shares = ", ".join(
-            f"{what} {spent[what] / spent['all']:.0%}" for what in ("images", "original", "search")
-        )
-        print(
-            f"seed {seed}, {fraction}: {lost(before)} -> {lost(after)} points lost; "
-            f"{recovery['steps']} steps of {recovery['batch_size']} in {spent['all']:.0f} s "
-            f"({shares}), rate {recovery['rate']:g}, pictures {recovery['augmentation']}",
-            file=sys.stderr,
-        )
-        return drop(before), drop(after)
+def some_of(folder: Path, count: int, seed: int, to: Path) -> Path:
+    """Copy so many images of a folder of classes, drawn by a seed."""
+    files = sorted(f for f in folder.glob("*/*") if f.is_file())
+    for file in random.Random(seed).sample(files, count):
+        target = to / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    return to
 
 
 @click.command()
 @click.option("--shared", default=str(HERE.parent / "shared"), help="Folder with the real data.")
 @click.option("--macs", default="0.5,0.4,0.3,0.2", help="Budgets of MACs.")
-@click.option("--seeds", default=3, help="Seeds 0, 1, ...")
-@click.option("--minutes", default="10", help="For each recovery; empty with --steps.")
-@click.option("--steps", default="", help="Steps in place of minutes.")
-def main(shared: str, macs: str, seeds: int, minutes: str, steps: str) -> None:
+@click.option("--seeds", default="0,1,2", help="Seeds.")
+@click.option("--images", default=0, help="So many of the images, in place of all.")
+@click.option(
+    "--course", "courses", default=["--minutes 10"], multiple=True, help="Options of a recovery."
+)
+def main(shared: str, macs: str, seeds: str, images: int, courses: tuple[str, ...]) -> None:
     """Measure recoveries of ResNet-20."""
-    length = ["--steps", steps] if steps else ["--minutes", minutes]
-    print("| MACs kept | points lost before | after | after, by seed |")
-    print("| --- | --- | --- | --- |")
-    for fraction in macs.split(","):
-        found = [compared(Path(shared), fraction, seed, length) for seed in range(seeds)]
-        before, after = zip(*found, strict=True)
-        each = ", ".join(f"{v:.2f}" for v in after)
-        means = f"{statistics.mean(before):.2f} | {statistics.mean(after):.2f}"
-        print(f"| {fraction} | {means} | {each} |")
+    root = Path(shared)
+    checkpoint = str(root / "checkpoints/resnet20-cifar10.safetensors")
+    print("| MACs kept | seed | course | points lost before | after | steps | seconds "
+          "| of these | rate, pictures |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for fraction, seed in itertools.product(macs.split(","), seeds.split(",")):
+        with tempfile.TemporaryDirectory() as name:
+            before, after = Path(name) / "before", Path(name) / "after"
+            learning = root / "data/cifar10/train"
+            if images:
+                learning = some_of(learning, images, int(seed), Path(name) / "images")
+            data = [
+                "--data", f"imagefolder:{learning}",
+                "--test", f"imagefolder:{root / 'data/cifar10/test'}",
+                "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--quiet",
+                "--no-latency", "--model", str(HERE / "tests/networks/resnet20.py:resnet20"),
+            ]  # fmt: skip
+            command("run", checkpoint, *data, "--macs", fraction, "--seed", seed,
+                    "--output", str(before))  # fmt: skip
+            for course in courses:
+                command("recover", str(before), "--checkpoint", checkpoint, *data,
+                        *course.split(), "--output", str(after), "--force")  # fmt: skip
+                rest = row(before, after)
+                print(f"| {fraction} | {seed} | {course} | {rest} |", flush=True)
 
 
 if __name__ == "__main__":
