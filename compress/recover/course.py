@@ -35,7 +35,8 @@ from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
 
 WARM_UP = 100
-CHECKS = 20
+# A course is judged so often, or less often where that would take more than this share of learning.
+CHECKS, CHECKING = 20, 0.1
 # After so many steps back the course ends with its best state.
 MOST_STEPS_BACK = 3
 # How many times the start's distance the held-out images may get to before a step back.
@@ -175,6 +176,15 @@ class Jury:
         return torch.cat([inputs[:plain], augmented(inputs[plain:], MOVED, number)])
 
 
+def interval(steps: int, task: Task) -> int:
+    """How many of a course's steps there are between checks."""
+    division = task.division
+    batch = min(task.loader.batch_size, len(division.learning))
+    # Learning takes some three times the operations of judging, which is a forward alone.
+    least = math.ceil(len(division.held_out) / (3 * CHECKING * batch))
+    return max(1, steps // CHECKS, min(least, steps))
+
+
 def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Return a copy of a network that can learn, and its parameters that may, by name."""
     copied = copy.deepcopy(model).float()
@@ -218,14 +228,15 @@ class Course:
 
         Args:
             length: How long the whole course may take.
-            keep: Called at every check with all that it takes to go on from there.
+            keep: Called now and then, and after every check, with all that it takes to go on
+                from there.
 
         Raises:
             DataError: An image cannot be read.
             ModelError: A forward fails.
         """
         state = self.state
-        every = max(1, state.total // CHECKS)
+        every, often = interval(state.total, self.task), max(1, state.total // CHECKS)
         lessons = self.lessons()
         before = state.seconds.get("all", 0.0)
         begun = time.perf_counter()
@@ -241,15 +252,17 @@ class Course:
             state.step += 1
             if not done:
                 self._step_back()
-            elif state.step % every == 0 or state.step == state.total:
+            elif state.step % every == 0:
                 self._check()
-            if not done or state.step % every == 0:
+            if not done or state.step % often == 0 or state.step % every == 0:
                 state.seconds["all"] = before + time.perf_counter() - begun
                 state.seconds |= lessons.seconds
                 self._replan(length)
                 if keep is not None:
                     keep(state, self.tensors())
                 note(bar, self._said())
+        if state.step not in dict(state.curve):
+            self._check()
         state.seconds["all"] = before + time.perf_counter() - begun
         state.seconds |= lessons.seconds
 

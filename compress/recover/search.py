@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from compress.recover.augment import NONE, PASTED, are_pictures
-from compress.recover.course import CHECKS, Course, Jury, Length, State, Task, learner
+from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
 from compress.recover.lessons import REPEATS
 
 # Steps relative to each weight's size, from the largest down.
@@ -154,11 +154,11 @@ def _pace(model: nn.Module, task: Task, jury: Jury, kind: str) -> _Pace:
 
 def _steps_in(seconds: float, pace: _Pace, task: Task) -> int:
     """How many steps fit into some seconds, with the checks on the way; one at least."""
-    seconds -= CHECKS * pace.check
     batches = max(len(task.division.learning) // task.loader.batch_size, 1)
     steps = 1
     for _ in range(3):  # how often the original runs depends on how often batches come again
         passes = -(-steps // batches)
         new = min(max(1, -(-passes // REPEATS)) * batches, steps) / steps
-        steps = max(1, int(seconds / max(pace.rest + new * pace.original, 1e-9)))
+        checks = steps / interval(steps, task) * pace.check
+        steps = max(1, int((seconds - checks) / max(pace.rest + new * pace.original, 1e-9)))
     return steps

@@ -126,6 +126,24 @@ def test_a_course_goes_on_to_the_same_bytes() -> None:
             assert torch.equal(weight, whole.best().state_dict()[name])
 
 
+def test_a_course_of_few_images_is_judged_less_often() -> None:
+    images = torch.randn(400, 12, generator=torch.Generator().manual_seed(5))
+    loader = Loader(8)
+    sets = [hold(as_images(part), loader) for part in (images[:80], images[80:])]
+    job = Task(network(0), Division(*sets), loader, Distance(READING))
+    found = course(network(1), job, 250)
+    found.run(Length(steps=250))
+    # 320 forwards are worth 107 images to learn from; ten times that are 134 batches of 8.
+    assert [step for step, _ in found.state.curve] == [134, 250]
+
+
+def test_a_course_is_judged_at_its_end() -> None:
+    found = course(network(1), task(network(0)), 50)
+    found.run(Length(steps=50))
+    steps = [step for step, _ in found.state.curve]
+    assert steps == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 50]
+
+
 def test_time_that_runs_out_shortens_the_course(monkeypatch: pytest.MonkeyPatch) -> None:
     found = course(network(1), task(network(0)), 400)
     ticks = iter(range(100_000))
