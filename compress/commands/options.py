@@ -135,6 +135,8 @@ _COMPUTE = (
 _CALIBRATION = (
     _o("--calibration-images", type=int, metavar="N", text="Images taken from --data (default "
        "1000); a quarter of them validates."),
+    _o("--augment/--no-augment", text="Also calibrate on mirrored and shifted copies of few "
+       "pictures, where the network takes them for such as it knows (default on)."),
     _o("--calibration", metavar="FILE", text="Statistics: written once, reused where model, data "
        "and settings are the same."),
     _o("--samples-per-dimension", type=int, metavar="N", text="Output positions sampled, in "

@@ -80,6 +80,8 @@ class RunConfig:
 
     # Calibration. Of the images taken from `data`, a quarter validates and the rest fits.
     calibration_images: int = _setting(Role.OUTCOME, 1000, values.positive)
+    # Few pictures also come mirrored and shifted, as far as the network knows such.
+    augment: bool = _setting(Role.OUTCOME, True)
     calibration: str = _setting(Role.PLACE, "")
     samples_per_dimension: int = _setting(Role.OUTCOME, 64, values.positive)
     metric: str = _setting(Role.OUTCOME, "loss")

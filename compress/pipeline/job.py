@@ -15,6 +15,7 @@ from compress.calibrate.statistics import Calibration, Source, misfits
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
 from compress.data.held import hold, hold_split
+from compress.data.varied import VariedImages
 from compress.errors import CalibrationError
 from compress.files import check_file
 from compress.fit.layers import Fitter
@@ -25,8 +26,10 @@ from compress.measure.accuracy import Yardstick
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.trials import try_out, weighing
+from compress.pipeline.variation import varied
 from compress.plan import NARROWER
 from compress.progress import Track, silent
+from compress.result import SplitRecord
 from compress.running.structure import placed
 
 
@@ -40,6 +43,7 @@ class Job:
         network: The dense baseline.
         loader: How images reach it.
         track: Progress.
+        varied: The images to fit on with changed copies of them, where there are any.
     """
 
     inputs: Inputs
@@ -47,6 +51,7 @@ class Job:
     network: Network
     loader: Loader
     track: Track = silent
+    varied: ImageSet | None = None
 
     @classmethod
     def open(cls, inputs: Inputs, config: RunConfig, track: Track = silent) -> Job:
@@ -85,6 +90,8 @@ class Job:
     def with_images(self) -> Job:
         """Return the job with its images decoded and held, as far as memory is set aside for them.
 
+        Where there are few, they are varied; see `compress.pipeline.variation`.
+
         Raises:
             DataError: An image cannot be read, or two differ in shape.
         """
@@ -93,7 +100,25 @@ class Job:
         job = dataclasses.replace(
             self, inputs=dataclasses.replace(self.inputs, split=split, test=test)
         )
-        return job if job._asks_for_targets else job._weighed()
+        if job._asks_for_targets:  # which changed pictures do not have
+            return job
+        job = job._weighed()
+        if not self.config.augment:
+            return job
+        found = varied(split.fit, job.network, self.loader, self.config.seed)
+        return dataclasses.replace(job, varied=found)
+
+    @property
+    def learned_from(self) -> ImageSet:
+        """What statistics are taken from, and layers fitted to."""
+        return self.inputs.split.fit if self.varied is None else self.varied
+
+    def split_record(self) -> SplitRecord:
+        """Which images served for what, as the report keeps it."""
+        record = self.inputs.split_record()
+        if not isinstance(self.varied, VariedImages):
+            return record
+        return dataclasses.replace(record, augmentation=self.varied.kind, copies=self.varied.copies)
 
     def recipe(self, schemes: tuple[str, ...]) -> Recipe:
         """Which statistics the configuration asks for, with some schemes in play."""
@@ -122,9 +147,8 @@ class Job:
         """What plans are carried out with."""
         recipe = self.recipe(self.config.schemes_in_play)
         config = self.config
-        return Fitter(
-            self.network, self.inputs.split, self.loader, recipe, config.refit, self.track
-        )
+        split = dataclasses.replace(self.inputs.split, fit=self.learned_from)
+        return Fitter(self.network, split, self.loader, recipe, config.refit, self.track)
 
     def calibrate(self, schemes: tuple[str, ...]) -> Calibration:
         """Statistics of the fit images that some schemes need: from the file, or measured.
@@ -134,7 +158,7 @@ class Job:
             ArtefactError: The file cannot be written.
         """
         path = Path(self.config.calibration) if self.config.calibration else None
-        fit, key = self.inputs.split.fit, self.calibration_key(schemes)
+        fit, key = self.learned_from, self.calibration_key(schemes)
         if path is not None and os.path.exists(path):
             return self._fitting(read_calibration(path, key))
         if path is not None:
@@ -165,7 +189,7 @@ class Job:
         statistics = (*schemes, "pooled") if config.pools else schemes
         return CalibrationKey(
             self.inputs.sha256,
-            self.inputs.split.fit.fingerprint,
+            self.learned_from.fingerprint,
             {
                 "metric": config.metric,
                 "seed": config.seed,

@@ -16,7 +16,6 @@ from torch import nn
 from compress import __version__
 from compress.artefact.manifest import Manifest, Replacement, versions
 from compress.calibrate.removal import group_widths
-from compress.calibrate.statistics import Source
 from compress.config import Role, RunConfig, settings_of
 from compress.inputs.checkpoint.reading import listed
 from compress.measure.assess import Assessment, Rewritten
@@ -112,22 +111,21 @@ class Record:
         job: What it worked on.
         rewritten: What it made.
         assessed: What was measured about that.
-        source: What its statistics were taken from.
         recovery: How it learned from the original, if it did.
     """
 
     job: Job
     rewritten: Rewritten
     assessed: Assessment
-    source: Source
     recovery: Recovery | None = None
 
     def manifest(self, result: Result) -> Manifest:
         """Say how the result is rebuilt and where it came from."""
         rewritten = self.rewritten
-        manifest = manifest_of(self.job, rewritten.plan, rewritten.final, self.source)
+        manifest = manifest_of(self.job, rewritten.plan, rewritten.final)
         if self.recovery is not None:
-            recovered = {"data": self.source.data, "seed": self.job.config.seed}
+            fit = self.job.inputs.split.fit
+            recovered = {"data": fit.fingerprint, "seed": self.job.config.seed}
             manifest = replace(manifest, recovered=recovered)
         if result.test is None:
             return manifest
@@ -156,11 +154,11 @@ class Record:
             source=inputs.source,
             source_sha256=inputs.sha256,
             model_fingerprint=inputs.sha256,
-            data_fingerprint=self.source.data,
+            data_fingerprint=inputs.split.fit.fingerprint,
             test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
             dtype=str(inputs.dtype).removeprefix("torch."),
-            split=inputs.split_record(),
-            calibration_images=self.source.images,
+            split=job.split_record(),
+            calibration_images=len(inputs.split.fit),
             rule=plan.rule,
             value=plan.value,
             metric=plan.metric,
@@ -202,15 +200,15 @@ def _biased(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name)._parameters.get("bias") is not None
 
 
-def manifest_of(job: Job, plan: Plan, final: nn.Module, source: Source) -> Manifest:
+def manifest_of(job: Job, plan: Plan, final: nn.Module) -> Manifest:
     """Say how a model that nothing has verified yet is rebuilt and where it came from.
 
     Args:
         job: What was worked on.
         plan: What was done to each layer.
         final: The model as it is saved.
-        source: What its statistics were taken from.
     """
+    fit = job.inputs.split.fit
     sites = {site.name: site for site in job.network.sites}
     channels = job.network.channels if any(c.width for c in plan.choices) else ChannelMap()
     return Manifest(
@@ -235,7 +233,7 @@ def manifest_of(job: Job, plan: Plan, final: nn.Module, source: Source) -> Manif
             for k, v in job.config.settings().items()
             if k not in _UNRECORDED
         },
-        calibration={"data": source.data, "images": source.images, "seed": job.config.seed},
+        calibration={"data": fit.fingerprint, "images": len(fit), "seed": job.config.seed},
         not_finite=_not_finite(job, final),
         versions=versions(),
     )

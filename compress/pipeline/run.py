@@ -82,7 +82,7 @@ def compress_network(
     work.calibrated(job, calibration, schemes)
     with clock.stage("plan"):
         plan = choose(job, calibration) if plan is None else applied(plan, job)
-    work.plan, source = plan, calibration.source
+    work.plan = plan
     with clock.stage("fit"):
         fitted = job.fitter.with_held_out(job.fitter.fit(plan, calibration), calibration)
         check_faithful(job.network, fitted.narrowed)
@@ -101,7 +101,7 @@ def compress_network(
     if config.progressive:
         with clock.stage("progressive"):
             assessed = _with_curve(assessed, job, rewritten)
-    record = Record(job, rewritten, assessed, source, recovery)
+    record = Record(job, rewritten, assessed, recovery)
     result = record.result(clock)
     # Only now: what is measured of the model must not depend on which format was faster.
     work.memory_format = rewritten.cost.memory_format

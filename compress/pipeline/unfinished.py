@@ -17,7 +17,7 @@ from torch import nn
 from compress.artefact.model import save
 from compress.artefact.runtime import Runtime, write_runtime
 from compress.calibrate.file import CalibrationKey, write_calibration
-from compress.calibrate.statistics import Calibration, Source
+from compress.calibrate.statistics import Calibration
 from compress.config import RunConfig
 from compress.errors import ArtefactError
 from compress.files import (
@@ -50,7 +50,6 @@ class Work:
         job: What it works on.
         calibration: Its statistics, with the `CalibrationKey` that they are written under. None
             before, or where they lie in a file of the user's.
-        source: What these were taken from.
         plan: What it chose.
         model: The fitted model, in the dtype it is saved in; None before, and once a limit is
             known to be broken.
@@ -60,14 +59,13 @@ class Work:
     clock: Clock = field(default_factory=Clock)
     job: Job | None = None
     calibration: tuple[Calibration, CalibrationKey] | None = None
-    source: Source | None = None
     plan: Plan | None = None
     model: nn.Module | None = None
     memory_format: str = "contiguous"
 
     def calibrated(self, job: Job, calibration: Calibration, schemes: tuple[str, ...]) -> None:
         """Note that a job has its statistics."""
-        self.job, self.source = job, calibration.source
+        self.job = job
         if not job.config.calibration:
             self.calibration = calibration, job.calibration_key(schemes)
 
@@ -169,11 +167,11 @@ def _save_statistics(work: Work, path: Path) -> bool:
 
 def _save_model(work: Work, path: Path) -> bool:
     """Save the fitted model, and say whether there is one that now reads back the same."""
-    job, plan, source = work.job, work.plan, work.source
-    if work.model is None or job is None or plan is None or source is None:
+    job, plan = work.job, work.plan
+    if work.model is None or job is None or plan is None:
         return False
     try:
-        save(work.model, manifest_of(job, plan, work.model, source), path)
+        save(work.model, manifest_of(job, plan, work.model), path)
         write_runtime(path.parent, Runtime(work.memory_format))
         check_reload(work.model, job.network, path)
     except ArtefactError:  # not finite, no room, or not the same: then the plan has to do

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from compress.data import Loader
 from compress.progress import Track, note, silent
-from compress.recover.augment import MOVED, NONE, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import Division, Lessons, taught
 from compress.recover.steps import Steps
@@ -33,6 +32,7 @@ from compress.running.forward import (
 from compress.running.memory_format import put_in_format
 from compress.running.structure import count, placed
 from compress.running.structure import size as bytes_of
+from compress.vision.augment import MOVED, NONE, augmented
 
 WARM_UP = 100
 # A course is judged so often, or less often where that would take more than this share of learning.

@@ -19,11 +19,11 @@ from torch import nn
 from compress.data import ImageSet, Loader, draw
 from compress.data.workers import batches_from_workers
 from compress.errors import DataError
-from compress.recover.augment import augmented
 from compress.recover.distance import Distance
 from compress.running.forward import evaluation_mode, run_model
 from compress.running.structure import mapped, placed
 from compress.running.structure import size as bytes_of
+from compress.vision.augment import augmented
 
 # The original's results that are kept may take so many bytes.
 KEPT_BYTES = 1 << 28
@@ -79,7 +79,7 @@ class Lessons:
         loader: How they reach a network; ``batch_size`` is that of a step.
         original: What says what is right, on the loader's device and in its memory format.
         distance: What is kept of its results.
-        augmentation: A kind of `compress.recover.augment`.
+        augmentation: A kind of `compress.vision.augment`.
         seed: Decides order and changes.
         steps: How many batches there will be, which decides how often each is seen.
         seconds: What reading images and the original took, filled in.

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compress.recover.augment import NONE, PASTED, are_pictures
 from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
 from compress.recover.lessons import REPEATS
+from compress.vision.augment import NONE, PASTED, are_pictures
 
 # Steps relative to each weight's size, from the largest down.
 RATES = (0.01, 0.003, 0.001, 0.0003)

@@ -148,6 +148,19 @@ def plural(n: int, noun: str, many: str = "") -> str:
     return f"{n:,} {noun if n == 1 else many or noun + 's'}"
 
 
+_CHANGES = {
+    "mirrored": "mirrored",
+    "shifted": "shifted",
+    "moved": "mirrored and shifted",
+}
+
+
+def varied(split: Mapping[str, Any]) -> str:
+    """Say how images to fit to were varied; empty where they were not."""
+    how = _CHANGES.get(split.get("augmentation", ""), "")
+    return f"each of the fit images also {plural(split['copies'], 'time')} {how}" if how else ""
+
+
 def why(layer: Mapping[str, Any]) -> str:
     """Say why a layer was treated as it was, and whether a dense one was refitted all the same."""
     refitted = layer.get("refitted") and layer["scheme"] == DENSE

@@ -89,13 +89,19 @@ class Versions:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """Which images served for what, so that a split can be repeated."""
+    """Which images served for what, so that a split can be repeated.
+
+    Each of those fitted to also came ``copies`` times changed, in the way that ``augmentation``
+    names: ``"mirrored"``, ``"shifted"`` or ``"moved"``, which is both; ``"none"`` without copies.
+    """
 
     seed: int
     fit_images: int
     validation_images: int
     fit_indices_sha256: str = ""
     validation_indices_sha256: str = ""
+    augmentation: str = "none"
+    copies: int = 0
 
 
 @dataclass(frozen=True)

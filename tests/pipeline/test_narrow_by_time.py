@@ -119,7 +119,7 @@ def test_a_plan_made_by_time_can_be_edited_and_applied(tmp_path: Any) -> None:
 @pytest.mark.usefixtures("on_that_device")
 def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.pipeline.promised.ratios", lambda *_: {})
-    before = {c.name: c for c in run(schemes=("narrow",)).plan.choices}
+    before = {c.name: c for c in run(schemes=("narrow",), augment=False).plan.choices}
     asked = []
 
     def dear(predicted: Mapping[str, float], *_: Any) -> dict[str, float]:
@@ -127,7 +127,7 @@ def test_what_loses_more_than_promised_is_chosen_less(monkeypatch: pytest.Monkey
         return dict.fromkeys(predicted, 1e6) if len(asked) == 1 else {}
 
     monkeypatch.setattr("compress.pipeline.promised.ratios", dear)
-    narrow = run(schemes=("narrow",))
+    narrow = run(schemes=("narrow",), augment=False)
     assert len(asked) == 2
     assert asked[0]
     # All are dearer by the same factor, so that the choice is the same, as it is for equal times.

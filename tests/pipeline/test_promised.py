@@ -105,7 +105,13 @@ def test_losses_that_slopes_do_not_show_count_too(monkeypatch: pytest.MonkeyPatc
     shown = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     given = TensorDataset(shown, Sure()(shown).argmax(1))
     compress.compress_model(
-        Sure(), given, macs=0.5, schemes=("output",), refit=False, no_latency=True
+        Sure(),
+        given,
+        macs=0.5,
+        schemes=("output",),
+        refit=False,
+        no_latency=True,
+        augment=False,
     )
     predicted, (second_order, alone) = watched.asked[0]
     assert alone["parts"].mean > 2 * second_order["parts"].mean

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from compress.data import Loader, as_images, split
 from compress.data.held import hold
 from compress.errors import DataError
-from compress.recover.augment import MOVED, NONE, PASTED, are_pictures, augmented
 from compress.recover.distance import Distance
 from compress.recover.lessons import REPEATS, Lessons, divided
 from compress.running.outputs import Part, Reading
+from compress.vision.augment import MOVED, NONE, PASTED, are_pictures, augmented
 
 
 class Original(nn.Module):

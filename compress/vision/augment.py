@@ -2,7 +2,7 @@
 
 The original says what is right for whatever picture it is shown, so that pictures may be mirrored,
 shifted, and have pieces of others pasted in (CutMix: Yun et al., 2019, there with mixed labels).
-Whether that suits the data is decided by held-out images.
+Whether that suits the data is not decided here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NONE, MOVED, PASTED = "none", "moved", "pasted"
+NONE, MIRRORED, SHIFTED, MOVED, PASTED = "none", "mirrored", "shifted", "moved", "pasted"
 # Pictures are shifted by up to this share of a side.
 FARTHEST = 1 / 8
 # A piece that is pasted in has these shares of a side, at least and at most.
@@ -38,22 +38,28 @@ def augmented(inputs: Any, kind: str, seed: int) -> Any:
 
     Args:
         inputs: ``[images, channels, height, width]`` on the CPU; anything for `NONE`.
-        kind: ``"none"``; ``"moved"``: half of them mirrored, and all shifted by up to an eighth of
-            a side, with what lies at the border reflected; ``"pasted"``: moved, and every other
-            one with a rectangle of the next one in its place.
+        kind: ``"none"``; ``"mirrored"``: half of them, left to right; ``"shifted"``: all, by up to
+            an eighth of a side, with what lies at the border reflected; ``"moved"``: both;
+            ``"pasted"``: moved, and every other one with a rectangle of the next one in its place.
         seed: Decides all of it.
     """
     if kind == NONE:
         return inputs
     generator = torch.Generator().manual_seed(seed)
-    moved = _moved(inputs, generator)
-    return _pasted(moved, generator) if kind == PASTED else moved
+    if kind != SHIFTED:
+        inputs = _mirrored(inputs, generator)
+    if kind != MIRRORED:
+        inputs = _shifted(inputs, generator)
+    return _pasted(inputs, generator) if kind == PASTED else inputs
 
 
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     down, right = int(height * FARTHEST), int(width * FARTHEST)
     padded = F.pad(images, (right, right, down, down), mode="reflect")
     tops = torch.randint(0, 2 * down + 1, (count,), generator=generator)
