@@ -53,16 +53,17 @@ def test_any_batches_hold_the_same(workers: int) -> None:
 def test_mirrored_pictures_are_whole_and_shifted_ones_are_cut() -> None:
     plain = pictures()
     before = read(plain, COUNT)
-    after = read(VariedImages.of(plain, MIRRORED, 4, 0), COUNT)[COUNT:].view(4, COUNT, 3, 16, 24)
-    mirrored = [torch.equal(p, b.flip(2)) for copy in after for p, b in zip(copy, before)]
-    same = [torch.equal(p, b) for copy in after for p, b in zip(copy, before)]
+    after = read(VariedImages.of(plain, MIRRORED, 4, 0), COUNT)[COUNT:]
+    copies = list(zip(after, before.repeat(4, 1, 1, 1), strict=True))
+    mirrored = [torch.equal(copied, picture.flip(2)) for copied, picture in copies]
+    same = [torch.equal(copied, picture) for copied, picture in copies]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))
     assert any(mirrored)
     assert any(same)
     shifted = read(VariedImages.of(plain, SHIFTED, 1, 0), COUNT)[COUNT:]
-    for picture, original in zip(shifted, before, strict=True):
-        values = original.flatten(1).unbind(0)
-        assert all(set(p.tolist()) <= set(v.tolist()) for p, v in zip(picture.flatten(1), values))
+    for channel, original in zip(shifted.flatten(2), before.flatten(2), strict=True):
+        for values, known in zip(channel.tolist(), original.tolist(), strict=True):
+            assert set(values) <= set(known)
 
 
 def test_what_was_done_to_them_counts() -> None:
