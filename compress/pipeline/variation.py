@@ -20,8 +20,9 @@ from compress.running.forward import evaluation_mode, run_model
 from compress.running.structure import placed
 from compress.vision.augment import MIRRORED, MOVED, NONE, SHIFTED, are_pictures, augmented
 
-# So many pictures are enough, or so many pixels; fewer come again, so many times at most.
-ENOUGH, ENOUGH_PIXELS, MOST_COPIES = 1500, 1 << 25, 3
+# So many pictures are enough; fewer come again, so many times at most, and as far as all of them
+# take no more multiply-accumulates than this to go through the network once, for the time it takes.
+ENOUGH, MOST_COPIES, MOST_MACS = 1500, 3, 200e9
 # Pictures that the original is asked about. Fewer than the least tell nothing.
 ASKED, LEAST = 64, 8
 # The distance of outputs, relative to that between pictures, up to which they are distributed
@@ -48,9 +49,9 @@ def varied(images: ImageSet, network: Network, loader: Loader, seed: int) -> Ima
     first, _ = images[0]
     if not isinstance(first, Tensor) or not are_pictures(first[None]):
         return images
-    pixels = len(images) * first.shape[1] * first.shape[2]
-    wanted = min(math.ceil(ENOUGH / len(images)), ENOUGH_PIXELS // pixels)
-    copies = min(wanted - 1, MOST_COPIES)
+    wanted = math.ceil(ENOUGH / len(images))
+    affordable = int(MOST_MACS / max(len(images) * network.macs, 1))
+    copies = min(wanted - 1, affordable - 1, MOST_COPIES)
     if copies < 1:
         return images
     kind = _known(images, network, loader)

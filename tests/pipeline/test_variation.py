@@ -76,10 +76,11 @@ def test_very_few_and_enough_stay_as_they_are(count: int) -> None:
 
 
 @pytest.mark.parametrize(("count", "copies"), [(8, 3), (50, 1), (70, 0)])
-def test_the_larger_they_are_the_fewer_copies(
+def test_the_more_work_they_are_the_fewer_copies(
     monkeypatch: pytest.MonkeyPatch, count: int, copies: int
 ) -> None:
-    monkeypatch.setattr("compress.pipeline.variation.ENOUGH_PIXELS", 100 * 32 * 32)
+    macs = 32 * 32 * 3 * 8 + 8 * 4
+    monkeypatch.setattr("compress.pipeline.variation.MOST_MACS", 100 * macs)
     found = varied_by(Wherever(), textures(count, 32))
     assert (found.copies if isinstance(found, VariedImages) else 0) == copies
 
