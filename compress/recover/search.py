@@ -23,8 +23,8 @@ from compress.vision.augment import NONE, PASTED, are_pictures
 RATES = (0.01, 0.003, 0.001, 0.0003)
 USUAL = 0.003
 # A trial has little time to settle, and so speaks for steps that are too small for a whole course:
-# the largest are taken with which it does not end so much farther away than it began.
-FARTHER = 0.25
+# the largest are taken with which it does not end so much farther away than the nearest one.
+NEAR = 0.04
 # Each trial takes this share of all steps, and so many.
 TRIAL_SHARE = 1 / 40
 SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
@@ -108,13 +108,20 @@ class _Trials:
 def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
     """The rate and the augmentation that held-out images speak for."""
     jury = Jury(trials.task, kind)
-    farthest = jury.distance(trials.model) * (1 + FARTHER)
-    rate, found = RATES[-1], None
-    for rate in trials.task.track(RATES, "find the rate", len(RATES)):
-        found = trials.after(rate, kind)
-        if found is not None and jury.distance(found) <= farthest:
-            break
-    return rate, _suitable(trials, kind, rate, found)
+    tried: dict[float, tuple[float, nn.Module | None]] = {}
+    # From the usual rate down as long as that brings the network nearer, or else up.
+    for rates in (RATES[RATES.index(USUAL) :], RATES[RATES.index(USUAL) :: -1]):
+        for rate in rates:
+            if rate not in tried:
+                found = trials.after(rate, kind)
+                distance = math.inf if found is None else jury.distance(found)
+                tried[rate] = distance if distance < math.inf else math.inf, found
+            if tried[rate][0] > min(distance for distance, _ in tried.values()):
+                break
+    least = min(distance for distance, _ in tried.values())
+    near = [r for r, (d, _) in tried.items() if d <= least * (1 + NEAR) < math.inf]
+    rate = max(near, default=RATES[-1])
+    return rate, _suitable(trials, kind, rate, tried[rate][1])
 
 
 def _suitable(trials: _Trials, kind: str, rate: float, found: nn.Module | None) -> str:

@@ -42,7 +42,7 @@ def test_output_in_every_encoding(encoding: str) -> None:
     assert shown.startswith("Failed: 1 of 2 limits broken")
     if encoding == "ascii":
         assert "194.69 k > 27.72 k" in shown
-        assert "-2.50 points" in shown
+        assert "-3.89 points" in shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.data import Loader, as_images
 from compress.data.held import hold
-from compress.recover import Course, Distance, Division, Length, State, Task, begin
+from compress.recover import Course, Distance, Division, Length, State, Task, begin, search
 from compress.recover.course import MOST_STEPS_BACK, Jury, learner
 from compress.recover.search import USUAL
 from compress.recover.steps import (
@@ -292,3 +292,44 @@ def test_a_short_course_changes_few_pictures_and_leaves_many(images: int, kind: 
     found = begin(model, job, Length(steps=120))
     assert found.state.augmentation == kind
     assert found.state.rate == USUAL
+
+
+@pytest.mark.parametrize(
+    ("distances", "rate", "tried"),
+    [
+        # The largest of those about as near as the nearest.
+        ({0.003: 1.01, 0.001: 1.0, 0.0003: 1.1}, 0.003, [0.003, 0.001, 0.0003]),
+        ({0.003: 1.05, 0.001: 1.03, 0.0003: 1.0}, 0.001, [0.003, 0.001, 0.0003]),
+        ({0.003: 2.0, 0.001: 1.5, 0.0003: 1.0}, 0.0003, [0.003, 0.001, 0.0003]),
+        # Where smaller steps bring it no nearer, larger ones may.
+        ({0.003: 1.0, 0.001: 1.2, 0.01: 0.8}, 0.01, [0.003, 0.001, 0.01]),
+        ({0.003: 1.0, 0.001: 1.2, 0.01: 1.5}, 0.003, [0.003, 0.001, 0.01]),
+        ({0.003: math.nan, 0.001: 1.0, 0.0003: 2.0}, 0.001, [0.003, 0.001, 0.0003]),
+        ({0.003: math.inf, 0.001: math.inf, 0.0003: math.inf, 0.01: math.inf}, 0.0003,
+         [0.003, 0.001, 0.0003, 0.01]),
+    ],
+)  # fmt: skip
+def test_the_largest_steps_that_come_about_as_near_are_taken(
+    monkeypatch: pytest.MonkeyPatch, distances: dict[float, float], rate: float, tried: list[float]
+) -> None:
+    asked = []
+
+    class Rated(nn.Module):
+        def __init__(self, found: float) -> None:
+            super().__init__()
+            self.found = found
+
+    class Judge(Jury):
+        def distance(self, model: nn.Module) -> float:
+            return model.found if isinstance(model, Rated) else super().distance(model)
+
+    def after(_: Any, rate: float, kind: str) -> nn.Module:
+        assert kind == "none"
+        asked.append(rate)
+        return Rated(distances[rate])
+
+    monkeypatch.setattr(search, "Jury", Judge)
+    monkeypatch.setattr(search._Trials, "after", after)
+    found = begin(network(1), task(network(0)), Length(steps=800))
+    assert found.state.rate == rate
+    assert asked == tried
