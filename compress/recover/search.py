@@ -21,7 +21,7 @@ from compress.vision.augment import NONE, PASTED, are_pictures
 
 # Steps relative to each weight's size, from the largest down.
 RATES = (0.01, 0.003, 0.001, 0.0003)
-USUAL = 0.003
+USUAL = 0.001
 # A trial has little time to settle, and so speaks for steps that are too small for a whole course:
 # the largest are taken with which it does not end so much farther away than the nearest one.
 NEAR = 0.04
