@@ -32,8 +32,9 @@ from compress.running.structure import main_tensor, placed
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
-# Images that each layer's own loss is measured on: one forward pass a layer.
-LOSS_PIXELS = 64 * 32 * 32
+# Each layer's own loss takes a forward pass, of so many images: at least the first number, and up to
+# the second, as far as they make no more multiply-accumulates and hold no more pixels than these.
+FEWEST, MOST, MOST_MACS, MOST_PIXELS = 8, 64, 10e9, 1 << 21
 
 Errors = Mapping[str, tuple[MeasuredError, MeasuredError]]
 
@@ -213,8 +214,9 @@ def losses_alone(
     if not names:
         return {}
     example = main_tensor(network.example)
-    wanted = max(8, LOSS_PIXELS // max(1, math.prod(example.shape[-2:])))
-    inputs = placed(first_inputs(images, wanted), network.device)
+    pixels = max(1, math.prod(example.shape[-2:]))
+    most = min(MOST_PIXELS // pixels, int(MOST_MACS / max(1, network.macs)), MOST)
+    inputs = placed(first_inputs(images, max(most, FEWEST)), network.device)
     return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
 
 
