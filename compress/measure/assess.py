@@ -32,8 +32,8 @@ from compress.running.structure import main_tensor, placed
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
-# Each layer's own loss takes a forward pass, of so many images: at least the first number, and up to
-# the second, as far as they make no more multiply-accumulates and hold no more pixels than these.
+# Each layer's own loss takes a forward pass, of so many images: at least the first number, and up
+# to the second as far as they take no more multiply-accumulates and pixels than these.
 FEWEST, MOST, MOST_MACS, MOST_PIXELS = 8, 64, 10e9, 1 << 21
 
 Errors = Mapping[str, tuple[MeasuredError, MeasuredError]]
