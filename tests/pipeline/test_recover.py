@@ -58,7 +58,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_outputs_come_nearer_and_all_else_stays(bench: Workbench, small: Path) -> None:
-    found = recover(bench, "--steps", "120")
+    found = recover(bench, "--steps", "400")
     assert found.exit_code == 0, found.output
     result = bench.report("better")["result"]
     recovery = result["recovery"]
@@ -66,7 +66,7 @@ def test_outputs_come_nearer_and_all_else_stays(bench: Workbench, small: Path) -
     assert recovery["checks"][0] == {"step": 0, "distance": recovery["start"]}
     assert (recovery["images"], recovery["held_out_images"]) == (36, 12)
     assert result["test"]["agreement"] >= bench.report("small")["result"]["test"]["agreement"]
-    assert "Recovered in 120 steps on 36 images without labels" in found.stdout
+    assert "Recovered in 400 steps on 36 images without labels" in found.stdout
     assert "Recovery, step by step" in (bench.output("better") / "report.md").read_text()
     assert 'id="recovery"' in (bench.output("better") / "report.html").read_text()
     before, after = (read_manifest(x) for x in (small, bench.output("better")))
