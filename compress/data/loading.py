@@ -63,6 +63,11 @@ def draw(
     return order[: total - validating], order[total - validating : total], order[total:]
 
 
+def seed_of(*of: Any) -> int:
+    """A seed for something that numbers and names tell apart, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:7], "little")
+
+
 def in_whole_batches(images: ImageSet, batch: int | None) -> ImageSet:
     """Return all images, or the first that fill batches of a fixed size."""
     return images if batch is None else images.subset(range(len(images) // batch * batch))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compress.data.images import ImageSet
+from compress.data.loading import seed_of
 from compress.vision.augment import NONE, augmented
 
 
@@ -80,11 +81,7 @@ class VariedImages(ImageSet):
         if max(positions) < own:
             return inputs
         parts = [
-            part if position < own else augmented(part, self.kind, self._seed(position))
+            part if position < own else augmented(part, self.kind, seed_of(self.seed, position))
             for part, position in zip(inputs.split(1), positions, strict=True)
         ]
         return torch.cat(parts)
-
-    def _seed(self, position: int) -> int:
-        digest = hashlib.sha256(repr((self.seed, position)).encode()).digest()
-        return int.from_bytes(digest[:7], "little")

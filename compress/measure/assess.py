@@ -32,9 +32,9 @@ from compress.running.structure import main_tensor, placed
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
-# Each layer's own loss takes a forward pass, of so many images: at least the first number, and up
-# to the second as far as they take no more multiply-accumulates and pixels than these.
-FEWEST, MOST, MOST_MACS, MOST_PIXELS = 8, 64, 10e9, 1 << 21
+# Each layer's own loss takes a forward pass, of so many images: the most as far as they take no
+# more multiply-accumulates and pixels than these.
+LEAST_IMAGES, MOST_IMAGES, MOST_MACS, MOST_PIXELS = 8, 64, 10e9, 1 << 21
 
 Errors = Mapping[str, tuple[MeasuredError, MeasuredError]]
 
@@ -215,8 +215,8 @@ def losses_alone(
         return {}
     example = main_tensor(network.example)
     pixels = max(1, math.prod(example.shape[-2:]))
-    most = min(MOST_PIXELS // pixels, int(MOST_MACS / max(1, network.macs)), MOST)
-    inputs = placed(first_inputs(images, max(most, FEWEST)), network.device)
+    most = min(MOST_IMAGES, int(MOST_MACS / max(1, network.macs)), MOST_PIXELS // pixels)
+    inputs = placed(first_inputs(images, max(most, LEAST_IMAGES)), network.device)
     return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
 
 

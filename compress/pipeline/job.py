@@ -43,7 +43,7 @@ class Job:
         network: The dense baseline.
         loader: How images reach it.
         track: Progress.
-        varied: The images to fit on with changed copies of them, where there are any.
+        varied: The images to fit on with changed copies of them; None where there are no copies.
     """
 
     inputs: Inputs
@@ -51,7 +51,7 @@ class Job:
     network: Network
     loader: Loader
     track: Track = silent
-    varied: ImageSet | None = None
+    varied: VariedImages | None = None
 
     @classmethod
     def open(cls, inputs: Inputs, config: RunConfig, track: Track = silent) -> Job:
@@ -116,7 +116,7 @@ class Job:
     def split_record(self) -> SplitRecord:
         """Which images served for what, as the report keeps it."""
         record = self.inputs.split_record()
-        if not isinstance(self.varied, VariedImages):
+        if self.varied is None:
             return record
         return dataclasses.replace(record, augmentation=self.varied.kind, copies=self.varied.copies)
 

@@ -26,12 +26,12 @@ ENOUGH, MOST_COPIES, MOST_MACS = 1500, 3, 200e9
 # Pictures that the original is asked about. Fewer than the least tell nothing.
 ASKED, LEAST = 64, 8
 # The distance of outputs, relative to that between pictures, up to which they are distributed
-# alike. What photographs and their mirror images give is below 0.001, moved ones 0.004 at most;
-# what mirrored digits give is 0.08, and photographs upside down 0.01 and more.
+# alike. Mirrored photographs give 0.001 or less and shifted ones 0.003 at most; mirrored digits
+# give 0.08, and photographs upside down 0.008 and more.
 ALIKE = 0.005
 
 
-def varied(images: ImageSet, network: Network, loader: Loader, seed: int) -> ImageSet:
+def varied(images: ImageSet, network: Network, loader: Loader, seed: int) -> VariedImages | None:
     """Vary pictures to calibrate on, where they are few and the network knows such pictures.
 
     Args:
@@ -40,22 +40,23 @@ def varied(images: ImageSet, network: Network, loader: Loader, seed: int) -> Ima
         loader: How inputs reach it.
         seed: Decides every change.
 
+    Returns:
+        The pictures with copies of them; None where there are to be none.
+
     Raises:
         DataError: An image cannot be read.
         ModelError: The forward fails.
     """
     if not LEAST <= len(images) < ENOUGH or images.source.collates or not network.reading.parts:
-        return images
+        return None
     first, _ = images[0]
     if not isinstance(first, Tensor) or not are_pictures(first[None]):
-        return images
+        return None
     wanted = math.ceil(ENOUGH / len(images))
     affordable = int(MOST_MACS / max(len(images) * network.macs, 1))
     copies = min(wanted - 1, affordable - 1, MOST_COPIES)
-    if copies < 1:
-        return images
-    kind = _known(images, network, loader)
-    return images if kind == NONE else VariedImages.of(images, kind, copies, seed)
+    kind = _known(images, network, loader) if copies > 0 else NONE
+    return None if kind == NONE else VariedImages.of(images, kind, copies, seed)
 
 
 def _known(images: ImageSet, network: Network, loader: Loader) -> str:

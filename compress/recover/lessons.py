@@ -7,7 +7,6 @@ of a step: a course that goes on where it was stopped sees what it would have se
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from compress.data import ImageSet, Loader, draw
+from compress.data.loading import seed_of
 from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.recover.distance import Distance
@@ -173,8 +173,7 @@ class Lessons:
         return order
 
     def _seed(self, *of: Any) -> int:
-        digest = hashlib.sha256(repr((self.seed, self.augmentation, *of)).encode()).digest()
-        return int.from_bytes(digest[:7], "little")
+        return seed_of(self.seed, self.augmentation, *of)
 
 
 def taught(original: nn.Module, inputs: Any, distance: Distance) -> Any:

@@ -109,8 +109,9 @@ def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
     """The rate and the augmentation that held-out images speak for."""
     jury = Jury(trials.task, kind)
     tried: dict[float, tuple[float, nn.Module | None]] = {}
+    usual = RATES.index(USUAL)
     # From the usual rate down as long as that brings the network nearer, or else up.
-    for rates in (RATES[RATES.index(USUAL) :], RATES[RATES.index(USUAL) :: -1]):
+    for rates in (RATES[usual:], RATES[usual::-1]):
         for rate in rates:
             if rate not in tried:
                 found = trials.after(rate, kind)

@@ -148,17 +148,13 @@ def plural(n: int, noun: str, many: str = "") -> str:
     return f"{n:,} {noun if n == 1 else many or noun + 's'}"
 
 
-_CHANGES = {
-    "mirrored": "mirrored",
-    "shifted": "shifted",
-    "moved": "mirrored and shifted",
-}
-
-
 def varied(split: Mapping[str, Any]) -> str:
     """Say how images to fit to were varied; empty where they were not."""
-    how = _CHANGES.get(split.get("augmentation", ""), "")
-    return f"each of the fit images also {plural(split['copies'], 'time')} {how}" if how else ""
+    copies = split.get("copies", 0)  # older reports do not say
+    if not copies:
+        return ""
+    how = "mirrored and shifted" if split["augmentation"] == "moved" else split["augmentation"]
+    return f"each of the fit images also {plural(copies, 'time')} {how}"
 
 
 def why(layer: Mapping[str, Any]) -> str:
