@@ -144,6 +144,25 @@ def test_scripts_and_their_flags_exist(page: Path) -> None:
         assert [flag for flag in re.findall(r"--[\w-]+", rest) if f'"{flag}"' not in source] == []
 
 
+def test_the_table_of_flags_says_which_command_takes_which() -> None:
+    text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
+    section = text.partition("## Which command takes which flags")[2].partition("\n## ")[0]
+    taken: dict[str, set[str]] = {}
+    for name, made in cli.commands.items():
+        for parameter in made.params:
+            for flag in filter(re.compile("--").match, parameter.opts):
+                taken.setdefault(flag, set()).add(name)
+    rows = re.findall(r"^\| (`--.*) \| (.*) \|$", section, re.M)
+    for flags, commands in rows:
+        named = set(re.findall(r"`([a-z]+)`", commands))
+        wanted = set(cli.commands) - named if commands.startswith("all") else named
+        for flag in re.findall(r"`(--[\w-]+)`", flags):
+            assert taken.pop(flag) == wanted, flag
+    # What is left over has a table of its own, or belongs to every command.
+    assert [flag for flag, names in taken.items() if 1 < len(names) < len(cli.commands)] == []
+    assert len(rows) > 15
+
+
 def resolves(dotted: str) -> bool:
     """Whether a dotted name below the package is a module, or something in one."""
     parts = dotted.split(".")

@@ -37,7 +37,7 @@ def _shape(value: str) -> tuple[int, ...]:
 @click.option("--input-shape", metavar="C,H,W", callback=_shapes, multiple=True, help="Shape of "
               "one input, where neither --data nor the model says it; once for each input that the "
               "forward takes.")  # fmt: skip
-@configured("model", "data", "images", "calibration", "compute")
+@configured("model", "data", "images", "sample", "compute")
 def inspect(
     settings: Settings, terminal: Terminal, input_shape: tuple[tuple[int, ...], ...]
 ) -> None:

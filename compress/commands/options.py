@@ -132,15 +132,19 @@ _COMPUTE = (
     _o("--workers", type=int, metavar="N", text="Processes that decode images (default 0)."),
     _o("--seed", type=int, metavar="N", text="Decides every random draw (default 0)."),
 )  # fmt: skip
-_CALIBRATION = (
+_SAMPLE = (
     _o("--calibration-images", type=int, metavar="N", text="Images taken from --data (default "
        "1000); a quarter of them validates."),
-    _o("--augment/--no-augment", text="Also calibrate on mirrored and shifted copies of few "
-       "pictures, where the network takes them for such as it knows (default on)."),
-    _o("--calibration", metavar="FILE", text="Statistics: written once, reused where model, data "
-       "and settings are the same."),
     _o("--samples-per-dimension", type=int, metavar="N", text="Output positions sampled, in "
        "multiples of a layer's row length (default 64)."),
+)  # fmt: skip
+_CALIBRATION = (
+    *_SAMPLE,
+    _o("--augment/--no-augment", text="Also calibrate on mirrored and shifted copies of few "
+       "pictures, if the network's outputs for these are like those for the pictures (default "
+       "on)."),
+    _o("--calibration", metavar="FILE", text="Statistics: written once, reused where model, data "
+       "and settings are the same."),
     _o("--metric", metavar="NAME", text=f"What errors are weighed by: {' or '.join(METRICS)} "
        "(default loss)."),
     _o("--loss-fn", metavar="SPEC", text="package.module:function (outputs, labels) -> summed "
@@ -172,7 +176,7 @@ _FIT = (
     _o("--recover", type=FINITE, metavar="MINUTES", text="Let the compressed network learn from "
        "the original for so long, on all images of --data, without labels."),
 )  # fmt: skip
-_EVALUATION = (
+_JUDGING = (
     _o("--task", metavar="NAME", text="What the network is for, which decides what its outputs "
        f"are weighed and measured by: {', '.join(TASK_NAMES)}. All but the first need "
        "compress[metrics]."),
@@ -185,6 +189,9 @@ _EVALUATION = (
     _o("--runtime", type=click.Choice(RUNTIMES), text="What the networks are timed on, and what a "
        "budget of --latency is a share of (default torch): torch.compile, ONNX Runtime "
        "(compress[onnx]) or OpenVINO (compress[openvino]); others than torch are shown beside it."),
+)  # fmt: skip
+_EVALUATION = (
+    *_JUDGING,
     _o("--no-latency", is_flag=True, text="Time nothing. By default timing takes at most a tenth "
        "of the time spent before, or 5 seconds where that is more, with fewer rounds where the "
        "network is slow."),
@@ -216,10 +223,12 @@ GROUPS: dict[str, tuple[Decorator, ...]] = {
     "test": _TEST,
     "images": _IMAGES,
     "compute": _COMPUTE,
+    "sample": _SAMPLE,
     "calibration": _CALIBRATION,
     "rules": _RULES,
     "schemes": _SCHEMES,
     "fit": _FIT,
+    "judging": _JUDGING,
     "evaluation": _EVALUATION,
     "curve": _CURVE,
     "gates": _GATES,

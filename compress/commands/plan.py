@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", required=False)
 @click.option("--output", metavar="FILE", help="Where to write the plan, as JSON.")
 @click.option("--force", is_flag=True, default=None, help="Replace an existing file.")
-@configured("model", "data", "rules", "schemes", "images", "calibration", "compute")
+@configured("model", "data", "rules", "schemes", "images", "calibration", "judging", "compute")
 def plan(settings: Settings, terminal: Terminal) -> None:
     """Choose a scheme and a rank for every layer of CHECKPOINT, and rewrite nothing.
 

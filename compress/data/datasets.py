@@ -143,7 +143,15 @@ class DatasetSource:
                 f"The collate function of {self.spec} raised {what_raised(error)}."
             ) from error
         inputs, targets = self._parted(batch, "A batch", 2)
-        return self._usable(inputs, "A batch"), targets
+        usable = self._usable(inputs, "A batch")
+        for path, tensor in tensors(usable).items():
+            if tensor.dim() == 0:
+                raise DataError(
+                    f"A batch of {self.spec} has a single number for all of its images"
+                    f"{f' in {path}' if path else ''}; let the collate function give one for each "
+                    "image, or leave it out and build it into the model."
+                )
+        return usable, targets
 
     def _parted(self, item: Any, what: str, axes: int = 1) -> tuple[Any, Any]:
         """Part an item, or a batch, into inputs and target; ``axes`` as `_inputs_in`."""

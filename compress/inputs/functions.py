@@ -17,10 +17,11 @@ from compress.specs import import_function
 from compress.tasks import TASKS, TaskMeasure
 
 
-def loss_function(config: RunConfig) -> Any:
+def loss_function(config: RunConfig, *, finite: bool = True) -> Any:
     """The user's own loss ``(result, targets) -> summed loss``, the task's, or None for Fisher's.
 
-    It is called with all that the forward returns.
+    It is called with all that the forward returns. Where it need not be ``finite``, the caller
+    looks at that.
     """
     if not config.loss_fn:
         task = TASKS.get(config.task)
@@ -46,7 +47,7 @@ def loss_function(config: RunConfig) -> Any:
                 f"can be taken of; it gave {type(value).__name__}"
                 f"{f' of shape {tuple(value.shape)}' if isinstance(value, Tensor) else ''}."
             )
-        if not bool(torch.isfinite(value)):
+        if finite and not bool(torch.isfinite(value)):
             raise ModelError(
                 f"--loss-fn {config.loss_fn} gave {float(value.detach()):g}; it must return a "
                 "finite number for every batch, or the gradients say nothing."

@@ -28,7 +28,7 @@ from compress.result import (
     Progressive,
 )
 from compress.rules import Outcome, rule_named
-from compress.running.structure import main_tensor, placed
+from compress.running.structure import count, main_tensor, part, placed
 
 # Spectra longer than this are cut in the report.
 LONGEST_SPECTRUM = 256
@@ -217,7 +217,10 @@ def losses_alone(
     pixels = max(1, math.prod(example.shape[-2:]))
     most = min(MOST_IMAGES, int(MOST_MACS / max(1, network.macs)), MOST_PIXELS // pixels)
     inputs = placed(first_inputs(images, max(most, LEAST_IMAGES)), network.device)
-    return measured_losses(network, replaced.fitted, names, inputs, replaced.cut)
+    # Large pictures come few at a time, as outputs are compared in double precision.
+    step = max(1, MOST_PIXELS // pixels)
+    batches = [part(inputs, start, start + step) for start in range(0, count(inputs), step)]
+    return measured_losses(network, replaced.fitted, names, batches, replaced.cut)
 
 
 def comparable(network: Network, images: ImageSet, *, own: bool) -> bool:

@@ -104,7 +104,7 @@ def measured_losses(
     network: Network,
     compressed: nn.Module,
     names: Iterable[str],
-    inputs: Any,
+    batches: Iterable[Any],
     cut: Cut | None = None,
 ) -> dict[str, HeldOutLoss]:
     """Measure what each replaced layer alone costs, in the units of the prediction.
@@ -117,7 +117,7 @@ def measured_losses(
         network: The dense baseline; its layers are swapped in and out again.
         compressed: The rewritten model.
         names: Of the replaced layers.
-        inputs: Those of some images ``[B, ...]``.
+        batches: Inputs of some images, in batches ``[B, ...]``.
         cut: As for `measure_layers`.
 
     Returns:
@@ -127,15 +127,18 @@ def measured_losses(
         return {}
     after: dict[str, nn.Module] = dict(compressed.named_modules(remove_duplicate=False))
     model, reading = network.model, network.reading
-    losses = {}
+    layers = {}
+    for name in filter(None, names):
+        layer = after[name]
+        if cut is not None:
+            layer = within(cut, name, model.get_submodule(name), layer)
+        layers[name] = layer
+    apart: dict[str, list[Tensor]] = {name: [] for name in layers}
     with torch.inference_mode(), evaluation_mode(model):
-        reference = run_model(model, inputs)
-        for name in filter(None, names):
-            aliases = network.site(name).aliases
-            layer = after[name]
-            if cut is not None:
-                layer = within(cut, name, model.get_submodule(name), layer)
-            with swapped(model, dict.fromkeys(aliases, layer)):
-                apart = reading.divergence(reference, run_model(model, inputs))
-            losses[name] = HeldOutLoss.of(apart.double().cpu())
-    return losses
+        for inputs in batches:
+            reference = run_model(model, inputs)
+            for name, layer in layers.items():
+                with swapped(model, dict.fromkeys(network.site(name).aliases, layer)):
+                    found = reading.divergence(reference, run_model(model, inputs))
+                apart[name].append(found.double().cpu())
+    return {name: HeldOutLoss.of(torch.cat(found)) for name, found in apart.items()}

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
@@ -27,7 +27,7 @@ from compress.running.formats import formats_of
 from compress.running.forward import evaluation_mode, require_parameters, run_model
 from compress.running.modules import cast
 from compress.running.outputs import Reading, read_outputs
-from compress.running.structure import floating, like_weights, main_tensor
+from compress.running.structure import count, floating, like_weights, main_tensor
 from compress.tasks import TASKS, read_for
 
 
@@ -194,11 +194,28 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
 
 def _read(original: nn.Module, result: Any, evidence: Evidence, *, sigmoid: bool) -> Reading:
     """Decide what the outputs stand for, by a batch where there are several to choose from."""
-    if len(floating(result)) > 1 and evidence.targets and evidence.batch is not None:
-        result = _output(original, evidence.batch())
+    beside: frozenset[str] = frozenset()
+    one = floating(result)
+    if len(one) > 1 and evidence.targets and evidence.batch is not None:
+        batch = evidence.batch()
+        result = _output(original, batch)
+        beside = _beside_images(one, floating(result), count(batch))
     if evidence.task in TASKS:
         return read_for(TASKS[evidence.task], result, evidence.targets, sigmoid=sigmoid)
-    return read_outputs(result, evidence.targets, sigmoid=sigmoid)
+    return read_outputs(result, evidence.targets, sigmoid=sigmoid, beside=beside)
+
+
+def _beside_images(
+    one: Mapping[str, Tensor], several: Mapping[str, Tensor], images: int
+) -> frozenset[str]:
+    """Paths of outputs whose first axis is not that of images, as of a recurrent layer's states."""
+    lengths = {path: (_length(t), _length(one.get(path))) for path, t in several.items()}
+    of_images = {path for path, found in lengths.items() if found == (images, 1)}
+    return frozenset(several) - of_images if of_images else frozenset()
+
+
+def _length(output: Tensor | None) -> int:
+    return 0 if output is None or output.dim() == 0 else len(output)
 
 
 def _made_plain(original: nn.Module, baker: Baker) -> tuple[nn.Module, Baked, tuple[str, ...]]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from compress.artefact.manifest import Manifest, read_manifest, result_file
@@ -15,7 +16,7 @@ from compress.artefact.model import rebuilt, save
 from compress.artefact.runtime import Runtime, read_runtime, write_runtime
 from compress.config import RunConfig
 from compress.data import Split
-from compress.errors import ConfigError, GateError
+from compress.errors import ArtefactError, ConfigError, GateError
 from compress.files import (
     MODEL_FILE,
     RECOVERY_FILE,
@@ -115,9 +116,9 @@ def recover_result(config: RunConfig, request: Request, track: Track = silent) -
     job, manifest = opened.job, opened.manifest
     config = job.config
     split = job.inputs.split
-    kept = kept_by_user(job.network.sites, manifest.settings, _plan(request.artefact))
+    kept = kept_by_user(job.network, manifest.settings, _plan(request.artefact))
     task = task_of(job, Division(split.fit, split.validation), kept, request.wish.goal)
-    recovering = Recovering(opened.compressed, task, request.wish)
+    recovering = Recovering(opened.compressed, task, request.wish, job.inputs.dtype)
     state = _State(opened)
     before = value_of(job, opened.compressed)
     with clock.stage("recover"):
@@ -129,12 +130,14 @@ def recover_result(config: RunConfig, request: Request, track: Track = silent) -
     recovery = recorded(course, request.wish, before)
     result = _measured(opened, final, recovery, clock)
     _save(opened, final, result)
-    state.forget()
     broken = [gate_sentence(gate) for gate in result.gates if not gate.passed]
     if broken:
         raise GateError(
-            f"{'; '.join(broken)}. No model was saved; the report is in {config.output}."
+            f"{'; '.join(broken)}. No model was saved; the report is in {config.output}. What was "
+            f"learned is in {unfinished_folder(config.output)}: repeat the command with --resume, "
+            "--force and other limits to have it measured again."
         )
+    state.forget()
     return result
 
 
@@ -155,7 +158,7 @@ def _opened(config: RunConfig, request: Request, track: Track) -> _Opened:
         )
     check_apart(config.output, [*input_paths(config), request.artefact], image_folders(config))
     check_output(config.output, force=config.force)
-    check_output(unfinished_folder(config.output), force=True, kind=UNFINISHED)
+    _check_state(unfinished_folder(config.output), request.artefact)
     check_places(config)
     original, sha256, _, preprocessing = load_model(config)
     compressed = rebuilt(request.artefact, copied(original))
@@ -167,13 +170,30 @@ def _opened(config: RunConfig, request: Request, track: Track) -> _Opened:
         spec=config.model,
         source=config.checkpoint,
         sha256=sha256,
-        dtype=next(compressed.parameters()).dtype,
+        dtype=getattr(torch, manifest.dtype),
         split=Split(division.learning, division.held_out, {}),
         test=test,
         images=images,
     )
     job = Job.open(inputs, config, track).with_images()
     return _Opened(job, manifest, compressed.float().to(config.device), request)
+
+
+def _check_state(folder: Path, artefact: str) -> None:
+    """Check the folder that a recovery's state is kept in.
+
+    Raises:
+        ArtefactError: It is in use: by what is to be recovered, or by the model of a failed run.
+    """
+    check_output(folder, force=True, kind=UNFINISHED)
+    model = folder / MODEL_FILE
+    own = result_file(artefact).resolve() == model.resolve()
+    if own or (model.exists() and not (folder / RECOVERY_FILE).exists()):
+        what = "is what is to be recovered" if own else "is that of a run that failed"
+        raise ArtefactError(
+            f"The state of this recovery would lie in {folder}, and the model there {what}. Give "
+            "another --output, or delete that folder if you do not need it any more."
+        )
 
 
 class _State:

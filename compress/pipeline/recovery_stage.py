@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
+from compress.data import Loader, first_inputs
 from compress.data.held import hold
-from compress.errors import ArtefactError, ConfigError, DataError
+from compress.errors import ArtefactError, ConfigError, DataError, GradientError, ModelError
 from compress.fit.layers import Replaced
 from compress.inputs.functions import loss_function
 from compress.modules.overparam import collapse, overparameterize
-from compress.network.sites import LayerSite
+from compress.network.baseline import Network
+from compress.network.chains import as_saved
 from compress.pipeline.job import Job
 from compress.plan import DENSE, Plan
 from compress.recover import Course, Distance, Division, Keep, Length, Task, begin, divided
 from compress.recover.course import Jury, learner
+from compress.recover.lessons import taught
 from compress.recover.store import Stored
 from compress.result import Recovery, RecoveryCheck
+from compress.running.forward import (
+    backward,
+    changes_allowed,
+    evaluation_mode,
+    frozen,
+    gradients_begin,
+    run_with_gradients,
+)
 from compress.running.memory_format import in_memory_format, put_in_format
+from compress.running.structure import count, floating, placed, shapes, with_gradients
+
+# Images that a detector is shown to see whether it always returns as many boxes.
+TOLD_APART = 8
 
 
 @dataclass(frozen=True)
@@ -60,13 +77,47 @@ def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") 
         ModelError: There is no such function, or nothing says how far the outputs are apart.
     """
     config, network = job.config, job.network
-    function = loss_function(config.replace(loss_fn=goal, task="")) if goal else None
+    # One that is not finite on the way is the course's to deal with; at first it is a mistake.
+    function, strict = (
+        loss_function(config.replace(loss_fn=goal, task=""), finite=finite) if goal else None
+        for finite in (False, True)
+    )
+    result = network.result
+    first = Distance(network.reading, function=strict)
+    first.held_out(first.taught(result), result, count(network.example))  # before any work
     distance = Distance(network.reading, function=function)
-    distance.held_out(distance.taught(network.result), network.result)  # before any work
+    in_place = _in_place(network, division, distance)
     return Task(
-        network.model, division, job.loader, distance, kept, config.seed, job.track,
-        network.in_place, network.macs,
+        network.model, division, job.loader, distance, kept, config.seed, job.track, in_place,
+        network.macs,
     )  # fmt: skip
+
+
+def _in_place(network: Network, division: Division, distance: Distance) -> bool:
+    """Whether gradients only come where what the forward changes in place is copied.
+
+    Raises:
+        GradientError: They do not come then either.
+        ModelError: The forward fails, or the outputs cannot be compared.
+    """
+    model = network.model
+    inputs = placed(first_inputs(division.learning, 1), network.device, network.memory_format)
+    right = taught(model, inputs, distance)
+    for in_place in (network.in_place, True):
+        with evaluation_mode(model), frozen(model), torch.enable_grad(), ExitStack() as stack:
+            if not floating(inputs):
+                stack.enter_context(gradients_begin(model))
+            stack.enter_context(changes_allowed(in_place=in_place))
+            result = run_with_gradients(model, with_gradients(inputs))
+            loss = distance.training(right, result, count(inputs))
+            try:
+                backward(loss, ", or leave recovery out")
+            except GradientError:
+                if in_place:
+                    raise
+                continue
+        return in_place
+    return True
 
 
 def check_recoverable(job: Job) -> None:
@@ -74,9 +125,24 @@ def check_recoverable(job: Job) -> None:
 
     Raises:
         DataError: There are too few images, or it is not known which there are.
+        GradientError: No gradients come through the network.
         ModelError: Nothing says how far the outputs are apart.
     """
-    task_of(job, _division(job), frozenset())
+    task, network = task_of(job, _division(job), frozenset()), job.network
+    if network.reading.parts:
+        return
+    # As many boxes in one picture as in another are no sign that there always are as many.
+    few = task.division.learning.subset(range(min(len(task.division.learning), TOLD_APART)))
+    found = {
+        str(shapes(taught(network.model, placed(inputs, network.device), task.distance)))
+        for inputs, _ in Loader(1).batches(few)
+    }
+    if len(found) > 1:
+        raise ModelError(
+            "The number of outputs differs from image to image, as a detector's does, so that they "
+            "cannot be compared in a run. Leave out --recover, and give the result to compress "
+            "recover with --loss-fn package.module:function (outputs, originals) -> summed loss."
+        )
 
 
 def _division(job: Job) -> Division:
@@ -87,23 +153,29 @@ def _division(job: Job) -> Division:
 
 
 def kept_by_user(
-    sites: Iterable[LayerSite], settings: dict[str, Any], plan: Plan | None = None
+    network: Network, settings: dict[str, Any], plan: Plan | None = None
 ) -> frozenset[str]:
-    """Names of the layers that the user wants as they are.
+    """Names of the layers, and of all else with weights, that the user wants as they are.
 
     Args:
-        sites: All layers.
+        network: The dense baseline.
         settings: The run's, of which ``keep`` and ``scheme`` count.
         plan: The plan that was carried out, where it is known.
     """
     globs = [*settings.get("keep", ()), *_dense(settings.get("scheme", {}))]
     locked = {c.name for c in plan.choices if c.locked} if plan is not None else set()
-    return frozenset(
+    layers = {
         alias
-        for site in sites
+        for site in network.sites
         if site.name in locked or any(fnmatchcase(a, g) for a in site.aliases for g in globs)
         for alias in site.aliases
+    }
+    everything = itertools.chain(
+        network.model.named_modules(remove_duplicate=False),
+        network.model.named_parameters(remove_duplicate=False),
     )
+    asked = {n for n, _ in everything if any(fnmatchcase(n, g) for g in settings.get("keep", ()))}
+    return frozenset(layers | asked)
 
 
 def _dense(schemes: dict[str, str]) -> list[str]:
@@ -117,13 +189,16 @@ class Recovering:
         model: The compressed network, which is left as it is.
         task: What there is to do.
         wish: What is asked for.
+        dtype: What the network will be saved in.
 
     Raises:
         ConfigError: The chains would have too many numbers.
     """
 
-    def __init__(self, model: nn.Module, task: Task, wish: Wish) -> None:
-        self.task, self.wish = task, wish
+    def __init__(
+        self, model: nn.Module, task: Task, wish: Wish, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.task, self.wish, self.dtype = task, wish, dtype
         self._given = model
         self._start = _expanded(model, wish.overparam, task) if wish.overparam else model
 
@@ -153,7 +228,21 @@ class Recovering:
         """Run a course to its end; return the network, the one given where none is better."""
         with in_memory_format(self.task.original, self.task.loader.memory_format):
             course.run(self.wish.length, keep)
-        return self.found(course)
+            found = self.found(course)
+            if found is self._given or self.dtype == torch.float32:
+                return found
+            # What is saved is rounded, which may undo what little was learned.
+            start, best = (self._rounded(course, model) for model in (self._given, found))
+        if best < start:
+            return found
+        course.state.best, course.state.best_step = course.state.start, 0
+        return self._given
+
+    def _rounded(self, course: Course, model: nn.Module) -> float:
+        """The held-out images' distance of a network as it will be saved."""
+        rounded = as_saved(model, self.dtype).float()
+        put_in_format(rounded, self.task.loader.memory_format)
+        return course.jury.distance(rounded)
 
     def found(self, course: Course) -> nn.Module:
         """The best network of a course so far, of the structure of the one that was given."""
@@ -162,8 +251,9 @@ class Recovering:
         model = course.best()
         plain = collapse(model) if self.wish.overparam else model
         put_in_format(plain, "contiguous")
-        for parameter in plain.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+        given = dict(self._given.named_parameters())
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(given[name].requires_grad)
         return plain.eval()
 
 
@@ -191,7 +281,10 @@ def _expanded(model: nn.Module, depth: int, task: Task) -> nn.Module:
         for name, module in model.named_modules()
         if name in task.keep or (isinstance(module, plain) and type(module) not in plain)
     ]
-    expanded: nn.Module = overparameterize(model, depth=depth, ignore=kept, inplace=False)
+    # What chains are begun with is drawn from torch's own generator.
+    with torch.random.fork_rng():
+        torch.manual_seed(task.seed)
+        expanded: nn.Module = overparameterize(model, depth=depth, ignore=kept, inplace=False)
     return expanded
 
 
@@ -245,8 +338,9 @@ def recovered_in_run(job: Job, plan: Plan, replaced: Replaced) -> tuple[Replaced
     """
     found, wish = _division(job), Wish(minutes=job.config.recover)
     sets = (hold(images, job.loader, job.track) for images in (found.learning, found.held_out))
-    kept = kept_by_user(job.network.sites, job.config.settings(), plan)
-    recovering = Recovering(replaced.model, task_of(job, Division(*sets), kept), wish)
+    kept = kept_by_user(job.network, job.config.settings(), plan)
+    task = task_of(job, Division(*sets), kept)
+    recovering = Recovering(replaced.model, task, wish, job.inputs.dtype)
     before = value_of(job, replaced.model)
     course = recovering.begin()
     model = recovering.run(course)

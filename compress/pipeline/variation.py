@@ -63,9 +63,12 @@ def _known(images: ImageSet, network: Network, loader: Loader) -> str:
     """How pictures may be changed to stay such as the network knows."""
     asked = [images[position][0][None] for position in range(min(ASKED, len(images)))]
     plain = _features(asked, network, loader)
+    if plain is None:
+        return NONE
 
     def alike(changed: list[Tensor]) -> bool:
-        return energy_distance(plain, _features(changed, network, loader)) <= ALIKE
+        found = _features(changed, network, loader)
+        return found is not None and energy_distance(plain, found) <= ALIKE
 
     mirrored = alike([one.flip(3) for one in asked])
     shifted = alike([augmented(one, SHIFTED, seed) for seed, one in enumerate(asked)])
@@ -74,8 +77,11 @@ def _known(images: ImageSet, network: Network, loader: Loader) -> str:
     return MIRRORED if mirrored else SHIFTED if shifted else NONE
 
 
-def _features(pictures: list[Tensor], network: Network, loader: Loader) -> Tensor:
-    """What the network makes of pictures, ``[pictures, features]``: of maps, mean and spread."""
+def _features(pictures: list[Tensor], network: Network, loader: Loader) -> Tensor | None:
+    """What the network makes of pictures, ``[pictures, features]``: of maps, mean and spread.
+
+    None where outputs do not lie picture by picture, or have other lengths for other pictures.
+    """
     found = []
     sizes = {picture.shape for picture in pictures}
     step = loader.batch_size if len(sizes) == 1 else 1
@@ -85,8 +91,10 @@ def _features(pictures: list[Tensor], network: Network, loader: Loader) -> Tenso
         with torch.no_grad(), evaluation_mode(network.model):
             result = run_model(network.model, inputs)
         outputs = network.reading.outputs(result)
+        if any(t.dim() == 0 or len(t) != len(batch) for t in outputs):
+            return None
         found.append(torch.cat([_summary(t.float()) for t in outputs], 1).cpu())
-    return torch.cat(found)
+    return torch.cat(found) if len({f.shape[1] for f in found}) == 1 else None
 
 
 def _summary(output: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Task:
         division: Images to learn from and to judge by.
         loader: How they reach the networks.
         distance: What a network is trained and judged by.
-        keep: Names of modules whose parameters stay as they are.
+        keep: Names of modules and parameters that stay as they are, with all that is below.
         seed: Decides all that is drawn.
         track: Progress.
         in_place: As `compress.network.baseline.Network`.
@@ -160,7 +160,7 @@ class Jury:
                 kept.append(right)
             with torch.no_grad(), evaluation_mode(model):
                 result = run_model(model, inputs)
-                total += float(task.distance.held_out(right, result).sum())
+                total += float(task.distance.held_out(right, result, count(inputs)).sum())
             images += count(inputs)
         if len(kept) == len(task.loader.batches(held)):
             self._taught = kept
@@ -186,19 +186,26 @@ def interval(steps: int, task: Task) -> int:
 
 
 def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return a copy of a network that can learn, and its parameters that may, by name."""
+    """Return a copy of a network that can learn, and its parameters that may, by name.
+
+    Parameters that require no gradients are constants, unless most of the network requires none, as
+    one that was frozen to be used.
+    """
     copied = copy.deepcopy(model).float()
     put_in_format(copied, task.loader.memory_format)
-    weights = {}
-    for name, parameter in copied.named_parameters():
-        module = name.rpartition(".")[0]
-        kept = any(module == k or module.startswith(f"{k}.") for k in task.keep)
-        if not parameter.is_floating_point():
-            continue  # whole numbers take no steps
-        parameter.requires_grad_(not kept)
-        if not kept and parameter.numel():
-            weights[name] = parameter
-    return copied, weights
+    # A tied weight is kept by whichever of its names.
+    kept = {
+        id(parameter)
+        for name, parameter in copied.named_parameters(remove_duplicate=False)
+        if any(name == k or name.startswith(f"{k}.") for k in task.keep)
+    }
+    real = {n: p for n, p in copied.named_parameters() if p.is_floating_point()}
+    numbers = sum(p.numel() for p in real.values())
+    if 2 * sum(p.numel() for p in real.values() if p.requires_grad) > numbers:
+        kept |= {id(p) for p in real.values() if not p.requires_grad}
+    for parameter in real.values():
+        parameter.requires_grad_(id(parameter) not in kept)
+    return copied, {n: p for n, p in real.items() if id(p) not in kept and p.numel()}
 
 
 @dataclass
@@ -283,7 +290,8 @@ class Course:
             weight.grad = None
         allowed = changes_allowed(in_place=self.task.in_place)
         with torch.enable_grad(), evaluation_mode(self.model), allowed:
-            loss = distance.training(right, run_with_gradients(self.model, inputs))
+            result = run_with_gradients(self.model, inputs)
+            loss = distance.training(right, result, count(inputs))
             if not bool(loss.isfinite()):
                 return False
             backward(loss)
@@ -298,7 +306,10 @@ class Course:
         """All tensors that it takes to go on; the state's numbers are brought up to date."""
         self.state.length, self.state.taken = self._steps.length, self._steps.taken
         best = {f"best:{name}": tensor for name, tensor in self._best.items()}
-        sizes = {f"size:{n}": torch.tensor(s) for n, s in self._steps.sizes.items()}
+        # As precise as they are, or steps would go on otherwise than without a stop.
+        sizes = {
+            f"size:{n}": torch.tensor(s, dtype=torch.float64) for n, s in self._steps.sizes.items()
+        }
         return {**self._steps.tensors(), **best, **sizes}
 
     def load(self, tensors: Kept) -> None:

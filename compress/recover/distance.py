@@ -17,9 +17,14 @@ from torch import Tensor
 
 from compress.errors import ModelError
 from compress.running.outputs import Part, Reading
-from compress.running.structure import count, floating, mapped, with_gradients
+from compress.running.structure import cloned, floating, mapped, with_gradients
 
 Function = Callable[[Any, Any], Tensor]
+_APART = (
+    "The compressed network's outputs differ in shape from the original's for the same images, as "
+    "a detector's do that finds more or fewer things, so that they cannot be compared; pass "
+    "--loss-fn package.module:function (outputs, originals) -> summed loss to compress recover."
+)
 
 
 @dataclass(frozen=True)
@@ -43,37 +48,36 @@ class Distance:
             return result
         return tuple(self.reading.outputs(result))
 
-    def training(self, taught: Any, result: Any) -> Tensor:
+    def training(self, taught: Any, result: Any, images: int) -> Tensor:
         """Return the loss of a batch, a scalar: the mean over its images.
 
         Args:
             taught: What `taught` made of the original's result.
             result: The network's own.
+            images: How many images the batch holds.
 
         Raises:
             ModelError: The results cannot be compared.
         """
-        images = max(count(result), 1)
         if self.function is not None:
-            return self.function(result, taught) / images
+            return self.function(result, cloned(taught)) / images
         if not self.reading.parts:
-            return _all_values(taught, result).sum() / images
+            return _all_values(taught, result)
         return self._apart(taught, result).sum() / images
 
-    def held_out(self, taught: Any, result: Any) -> Tensor:
+    def held_out(self, taught: Any, result: Any, images: int) -> Tensor:
         """Return how far results are apart, ``[images]``; arguments as `training`.
 
         Raises:
             ModelError: The results cannot be compared.
         """
-        images = max(count(result), 1)
         if self.function is not None:
             # It is held to giving something that gradients can be taken of, also here.
             with torch.enable_grad():
-                value = self.function(with_gradients(result), taught)
+                value = self.function(with_gradients(result), cloned(taught))
             return (value.detach().double() / images).expand(images)
         if not self.reading.parts:
-            return _all_values(taught, result).double()
+            return _all_values(taught, result).double().expand(images)
         return self._apart(*(mapped(x, _doubled) for x in (taught, result)))
 
     def _apart(self, taught: Any, result: Any) -> Tensor:
@@ -84,6 +88,8 @@ class Distance:
 
     def _loss(self, part: Part, old: Tensor, new: Tensor) -> Tensor:
         """The loss of one output, place by place."""
+        if old.shape != new.shape:
+            raise ModelError(_APART)
         if part.kind == "classes":
             heat = self.temperature
             p, q = (_precise(part.logits(t)).div(heat).log_softmax(1) for t in (old, new))
@@ -96,23 +102,18 @@ class Distance:
 
 
 def _all_values(taught: Any, result: Any) -> Tensor:
-    """Squared errors of all real outputs, ``[images]``, each output counting the same.
+    """Mean squared error of all real outputs, a scalar, each output counting the same.
 
     Raises:
         ModelError: Their shapes differ.
     """
     old, new = floating(taught), floating(result)
     if {k: t.shape for k, t in old.items()} != {k: t.shape for k, t in new.items()}:
-        raise ModelError(
-            "The compressed network's outputs differ in shape from the original's for the same "
-            "images, as a detector's do that finds more or fewer things, so that they cannot be "
-            "compared; pass --loss-fn package.module:function (outputs, originals) -> summed loss."
-        )
+        raise ModelError(_APART)
     losses = [
-        _precise(new[path] - t).square().flatten(1).mean(1)
-        / _precise(t).square().mean().clamp_min(1e-12)
+        _precise(new[path] - t).square().mean() / _precise(t).square().mean().clamp_min(1e-12)
         for path, t in old.items()
-        if t.dim() > 1
+        if t.dim() > 1 and t.numel()
     ]
     if not losses:
         raise ModelError(

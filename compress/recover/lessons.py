@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.data import ImageSet, Loader, draw
 from compress.data.loading import seed_of
@@ -21,7 +21,7 @@ from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.recover.distance import Distance
 from compress.running.forward import evaluation_mode, run_model
-from compress.running.structure import mapped, placed
+from compress.running.structure import checksum, mapped, placed
 from compress.running.structure import size as bytes_of
 from compress.vision.augment import augmented
 
@@ -93,7 +93,7 @@ class Lessons:
     seed: int
     steps: int
     seconds: dict[str, float] = field(default_factory=lambda: {"images": 0.0, "original": 0.0})
-    _kept: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], tuple[int, Any]] = field(default_factory=dict)
     _bytes: int = 0
     _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
@@ -124,10 +124,10 @@ class Lessons:
         read = self._read(keys)
         for key in keys:
             begun = time.perf_counter()
-            inputs = augmented(next(read), self.augmentation, self._seed("picture", *key))
-            inputs = placed(inputs, self.loader.device, self.loader.memory_format)
+            given = augmented(next(read), self.augmentation, self._seed("picture", *key))
+            inputs = placed(given, self.loader.device, self.loader.memory_format)
             seen = time.perf_counter()
-            taught = self._taught(key, inputs)
+            taught = self._taught(key, inputs, given)
             self.seconds["images"] += seen - begun
             self.seconds["original"] += time.perf_counter() - seen
             yield inputs, taught
@@ -153,13 +153,16 @@ class Lessons:
         order = self._order(len(self.images), "set", drawn)
         return order[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def _taught(self, key: tuple[int, int], inputs: Any) -> Any:
-        if key in self._kept:
-            return self._kept[key]
+    def _taught(self, key: tuple[int, int], inputs: Any, given: Any) -> Any:
+        again = self.sets * self.batches < self.steps
+        # A data set may draw its own changes, so that a batch is not the same when it comes again.
+        sum_of_all = checksum(given) if again else 0
+        if key in self._kept and self._kept[key][0] == sum_of_all:
+            return self._kept[key][1]
         found = taught(self.original, inputs, self.distance)
         size = bytes_of(found)
-        if self.sets * self.batches < self.steps and self._bytes + size <= KEPT_BYTES:
-            self._kept[key] = found
+        if again and key not in self._kept and self._bytes + size <= KEPT_BYTES:
+            self._kept[key] = sum_of_all, found
             self._bytes += size
         return found
 
@@ -184,4 +187,10 @@ def taught(original: nn.Module, inputs: Any, distance: Distance) -> Any:
     """
     with torch.no_grad(), evaluation_mode(original):
         result = run_model(original, inputs)
-    return mapped(distance.taught(result), lambda tensor: tensor.detach())
+    return mapped(distance.taught(result), _by_itself)
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    """A tensor that keeps no more alive than its own numbers, as a view of a larger one does."""
+    own = tensor.detach()
+    return own.clone() if own.untyped_storage().nbytes() > own.numel() * own.element_size() else own

@@ -90,7 +90,8 @@ class Steps:
         length = float(torch.stack([g.square().sum() for g in slopes.values()]).sum().sqrt())
         if not length < float("inf"):
             return False
-        usual = self.length / (1 - SECOND**self.taken) if self.taken else length
+        # Gradients of nothing but zeros say nothing of how long they usually are.
+        usual = (self.length / (1 - SECOND**self.taken) if self.taken else 0.0) or length
         shorter = min(1.0, LONGEST * usual / max(length, _TINY))
         self.length = SECOND * self.length + (1 - SECOND) * length * shorter
         self.taken += 1

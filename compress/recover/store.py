@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.errors import ArtefactError
 from compress.files import SEAL_KEY, BrokenSeal, check_tensors, sealed_tensors, write_atomically
 from compress.recover.course import State
+from compress.result.encoding import plain_data
 from compress.untrusted import Unreadable, parse_json, read_record
 from compress.untrusted.tensors import read_tensors
 
@@ -47,7 +48,9 @@ def write_state(
     Raises:
         ArtefactError: The file cannot be written; what stood there before still stands.
     """
-    metadata = {_STATE: json.dumps(asdict(state)), _KEY: json.dumps(key, sort_keys=True)}
+    # A distance that is not finite, which JSON does not have, is read back as one that is unknown.
+    numbers = json.dumps(plain_data(asdict(state)), allow_nan=False)
+    metadata = {_STATE: numbers, _KEY: json.dumps(key, sort_keys=True)}
     # Copies, since tied weights may share their storage, which safetensors refuses.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = safetensors.torch.save(own)

@@ -204,8 +204,16 @@ def run_with_gradients(model: nn.Module, inputs: Any) -> Any:
     meanwhile have to detach what they keep: it has no effect in them either.
     """
     kept = itertools.chain(model.parameters(), model.buffers())
-    with torch.enable_grad(), _GradientsEverywhere(kept):
+    with torch.enable_grad(), _GradientsEverywhere(kept), _recurrent_gradients(model):
         return run_model(model, inputs)
+
+
+def _recurrent_gradients(model: nn.Module) -> AbstractContextManager[object]:
+    """Do without cuDNN for recurrent layers, of which it gives gradients in training mode only."""
+    recurrent = (m for m in model.modules() if isinstance(m, nn.RNNBase))
+    if any(p.is_cuda for m in recurrent for p in m.parameters()):
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:

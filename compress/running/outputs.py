@@ -7,7 +7,7 @@ calibration, the losses of single layers, and the figures of a comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,18 +122,26 @@ def listed_paths(found: dict[str, Tensor]) -> str:
     return ", ".join(f"{path or 'output'} {list(t.shape)}" for path, t in found.items())
 
 
-def read_outputs(result: Any, targets: Sequence[Any] = (), *, sigmoid: bool = False) -> Reading:
+def read_outputs(
+    result: Any,
+    targets: Sequence[Any] = (),
+    *,
+    sigmoid: bool = False,
+    beside: Collection[str] = (),
+) -> Reading:
     """Decide what outputs stand for.
 
     Args:
         result: What the original's forward returned for some images.
         targets: What the images' data set says of each, where it says something.
         sigmoid: Whether the network's graph ends in a sigmoid.
+        beside: Paths of outputs that do not count, as they do not lie image by image.
 
     Raises:
         ModelError: No output holds real numbers.
     """
-    found = {path: t.detach() for path, t in floating(result).items() if t.dim() > 0}
+    real = {path: t.detach() for path, t in floating(result).items() if t.dim() > 0}
+    found = {path: t for path, t in real.items() if path not in beside}
     if not found:
         raise ModelError(
             f"The model's forward returned {type(result).__name__}, in which no tensor holds real "

@@ -224,12 +224,16 @@ def test_a_plan_is_written_edited_and_applied(bench: Workbench) -> None:
     assert model.conv2[0].out_channels == 2
 
 
+@pytest.mark.parametrize("task", [(), ("--task", "classification")])
 @pytest.mark.parametrize("rule", [("--macs", "0.6"), ("--target-drop", "20")])
 def test_plan_and_apply_share_a_calibration(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rule: tuple[str, str]
+    bench: Workbench,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: tuple[str, str],
+    task: tuple[str, ...],
 ) -> None:
     file, plan = str(bench.folder / "cal.safetensors"), str(bench.folder / "plan.json")
-    common = ("--model", SPEC, "--data", bench.train, "--calibration", file)
+    common = ("--model", SPEC, "--data", bench.train, "--calibration", file, *task)
     result = command("plan", bench.checkpoint, *common, *rule, "--output", plan)
     assert result.exit_code == 0, result.stderr
 
@@ -240,7 +244,7 @@ def test_plan_and_apply_share_a_calibration(
     given = (*common, "--checkpoint", bench.checkpoint, "--test", bench.test)
     result = command("apply", plan, *given, "--output", str(bench.output("applied")))
     assert result.exit_code == 0, result.stderr
-    assert bench.run(*rule, "--calibration", file).exit_code == 0
+    assert bench.run(*rule, *task, "--calibration", file).exit_code == 0
     files = [bench.output(name) / "model.safetensors" for name in ("applied", "out")]
     first, second = (load_file(f) for f in files)
     assert first.keys() == second.keys()

@@ -108,7 +108,7 @@ def test_a_constant_output_has_no_relative_error() -> None:
 def test_the_loss_of_one_layer_is_its_divergence(pair: tuple[nn.Module, nn.Module]) -> None:
     before, after = pair
     network = replace(prepare(before.float(), inputs()[:1].float()), model=before.double())
-    found = measured_losses(network, after, ["conv1", "conv2"], inputs())
+    found = measured_losses(network, after, ["conv1", "conv2"], [inputs()])
     for name in ("conv1", "conv2"):
         single = copy.deepcopy(before)
         setattr(single, name, getattr(after, name))

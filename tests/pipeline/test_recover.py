@@ -252,6 +252,63 @@ def test_a_full_disk_loses_nothing(
     assert tensors(small)
 
 
+def test_a_state_never_takes_the_place_of_what_a_failed_run_left(
+    bench: Workbench, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ArtefactError("The images are gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.pipeline.run.recovered_in_run", fail)
+        assert bench.run(*RANKS, "--recover", "0.02").exit_code == 3
+    left = bench.output("out.unfinished")
+    before = {path.name: path.read_bytes() for path in left.iterdir()}
+    text = paragraph(recover(bench, "--steps", "2", out="out"), 3)
+    assert "is that of a run that failed" in text
+    small.rename(bench.output("other"))
+    small.symlink_to(left)
+    text = paragraph(recover(bench, "--steps", "2", out="out"), 3)
+    assert "is what is to be recovered" in text
+    assert {p.name: p.read_bytes() for p in left.iterdir()} == before
+
+
+@pytest.mark.usefixtures("small")
+def test_a_broken_limit_loses_nothing_that_was_learned(bench: Workbench) -> None:
+    assert recover(bench, "--steps", "30", out="whole").exit_code == 0
+    broken = recover(bench, "--steps", "30", "--max-layer-relative-mse", "0")
+    assert broken.exit_code == 1
+    assert "--resume" in broken.stderr
+    assert not (bench.output("better") / "model.safetensors").exists()
+    found = recover(bench, "--steps", "30", "--resume", "--force")
+    assert found.exit_code == 0, found.output
+    files = [bench.output(name) / "model.safetensors" for name in ("whole", "better")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not bench.output("better.unfinished").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_chains_are_the_same_each_time(bench: Workbench) -> None:
+    for name in ("first", "second"):
+        torch.manual_seed(hash(name) % 1000)
+        assert recover(bench, "--steps", "4", "--overparam", "2", out=name).exit_code == 0
+    first, second = (tensors(bench.output(name)) for name in ("first", "second"))
+    assert all(torch.equal(second[name], t) for name, t in first.items())
+
+
+@pytest.mark.usefixtures("small")
+def test_a_loss_of_ones_own_may_overflow_on_the_way(bench: Workbench, tmp_path: Path) -> None:
+    code = tmp_path / "goal.py"
+    code.write_text(
+        "calls = []\n"
+        "def squares(new, old):\n"
+        "    calls.append(1)\n"
+        "    return (new - old).pow(2).sum() * (float('nan') if len(calls) == 30 else 1)"
+    )
+    found = recover(bench, "--steps", "60", "--loss-fn", f"{code}:squares")
+    assert found.exit_code == 0, found.output
+    assert bench.report("better")["result"]["recovery"]["steps_back"] == 1
+
+
 def test_the_state_of_another_recovery_is_refused(
     bench: Workbench, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

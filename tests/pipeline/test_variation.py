@@ -62,6 +62,28 @@ def varied_by(network: nn.Module, inputs: Tensor, batch: int = 16) -> VariedImag
     return varied(images, prepare(network.eval(), inputs[:1]), loader, 0)
 
 
+class Growing(nn.Module):
+    """As many outputs as the picture has columns, or one row for each of them."""
+
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(3, 4, 1), first
+
+    def forward(self, images: Tensor) -> Tensor:
+        columns = self.conv(images).relu().mean(2)
+        rows: Tensor = columns.permute(2, 0, 1) if self.first else columns.transpose(1, 2)
+        return rows
+
+
+def test_outputs_that_cannot_be_told_apart_by_picture_are_not_varied() -> None:
+    assert varied_by(Growing(first=True), textures(60), batch=7) is None
+    wide, narrow = textures(10), textures(10)[..., :12]
+    network = prepare(Growing(first=False).eval(), wide[:1])
+    loader = Loader(1)
+    images = as_images(list(zip([*wide, *narrow], range(20), strict=True)))
+    assert varied(images, network, loader, 0) is None
+
+
 @pytest.mark.parametrize(("count", "copies"), [(8, 3), (400, 3), (700, 2), (800, 1)])
 def test_the_fewer_there_are_the_more_copies(count: int, copies: int) -> None:
     found = varied_by(Wherever(), textures(count))

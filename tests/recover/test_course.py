@@ -75,6 +75,28 @@ def test_what_is_kept_stays_bit_for_bit() -> None:
     assert not torch.equal(best[3].weight, model[3].weight)
 
 
+def test_a_tied_weight_is_kept_by_either_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.last.weight = self.first.weight
+
+    weights = learner(Tied(), task(network(0), keep=frozenset({"last"})))[1]
+    assert weights.keys() == {"first.bias"}
+    assert learner(Tied(), task(network(0), keep=frozenset({"first.bias"})))[1].keys() == {
+        "first.weight", "last.bias",
+    }  # fmt: skip
+
+
+def test_constants_learn_nothing_but_a_frozen_network_does() -> None:
+    model = network(1)
+    model[1].bias.requires_grad_(False)
+    assert "1.bias" not in learner(model, task(network(0)))[1]
+    model.requires_grad_(False)
+    assert len(learner(model, task(network(0)))[1]) == 4
+
+
 def test_nothing_comes_out_worse_than_it_went_in() -> None:
     found = course(network(1), task(network(0)), 200, rate=30.0)
     found.run(Length(steps=200))
@@ -94,8 +116,8 @@ def test_of_the_original_itself_nothing_is_nearer() -> None:
 
 def test_a_loss_that_is_not_finite_steps_back_and_then_ends() -> None:
     class Broken(Distance):
-        def training(self, taught: Any, result: Any) -> Tensor:
-            return super().training(taught, result) * math.nan
+        def training(self, taught: Any, result: Any, images: int) -> Tensor:
+            return super().training(taught, result, images) * math.nan
 
     model = network(1)
     found = course(model, task(network(0), distance=Broken(READING)), 50)
@@ -109,6 +131,7 @@ def test_a_loss_that_is_not_finite_steps_back_and_then_ends() -> None:
 
 def test_a_course_goes_on_to_the_same_bytes() -> None:
     job, model = task(network(0)), network(1)
+    nn.init.zeros_(model[1].bias)  # which has no size of its own
     kept: list[tuple[State, dict[str, Tensor]]] = []
 
     def keep(state: State, tensors: Any) -> None:
@@ -240,6 +263,15 @@ def test_only_matrices_that_cost_little_are_orthogonalised() -> None:
     assert Steps.begin(weights, kernel).matrices == {"linear"}
     assert Steps.begin(weights, kernel + linear).matrices == {"linear", "kernel"}
     assert Steps.begin(weights, 1e12).matrices == {"linear", "kernel", "large"}
+
+
+def test_a_gradient_of_zero_does_not_end_the_learning() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    steps = Steps.begin({"w": weight})
+    for value in (0.0, 1.0, 1.0):
+        weight.grad = torch.full((3,), value)
+        assert steps.step(0.1)
+    assert float(weight.detach().max()) < 0.95
 
 
 def test_a_long_gradient_is_cut_and_one_that_is_not_finite_refused() -> None:

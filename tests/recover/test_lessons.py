@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from compress.data import Loader, as_images, split
 from compress.data.held import hold
 from compress.errors import DataError
 from compress.recover.distance import Distance
-from compress.recover.lessons import REPEATS, Lessons, divided
+from compress.recover.lessons import REPEATS, Lessons, divided, taught
 from compress.running.outputs import Part, Reading
 from compress.vision.augment import MOVED, NONE, PASTED, are_pictures, augmented
 
@@ -73,6 +74,29 @@ def test_what_the_original_said_is_not_kept_where_it_is_large(
 ) -> None:
     monkeypatch.setattr("compress.recover.lessons.KEPT_BYTES", 4 * 3 * 4 + 1)
     assert 10 < asked(lessons(steps=40)) < 40
+
+
+def test_images_that_change_by_themselves_are_asked_about_again() -> None:
+    class Random(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            (image,) = super().__getitem__(index)
+            return (image + torch.rand(()),)
+
+    distance = Distance(Reading((Part("", "values"),), "", False))
+    images = as_images(Random(numbered(8, 3)))
+    found = Lessons(images, Loader(4), Original(), distance, NONE, 0, 2 * REPEATS)
+    for inputs, right in found.begin(0):
+        assert torch.equal(right[0], inputs)
+
+
+def test_only_the_part_of_a_result_that_counts_is_kept_in_memory() -> None:
+    class Tokens(Original):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).unsqueeze(1).repeat(1, 50, 1)[:, 0]
+
+    distance = Distance(Reading((Part("", "values"),), "", False))
+    (found,) = taught(Tokens(), torch.ones(4, 3), distance)
+    assert found.untyped_storage().nbytes() == 4 * 3 * 4
 
 
 def test_going_on_gives_what_would_have_come() -> None:
