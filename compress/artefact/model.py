@@ -80,15 +80,16 @@ def _untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     """Separate tensors from the names that only repeat one; safetensors holds each once."""
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    seen: dict[tuple[torch.device, int, tuple[int, ...], tuple[int, ...]], str] = {}
     for name in sorted(state):
-        tensor = state[name].detach().cpu()
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        # Where the tensor is: a copy on the CPU might get the place of one that is gone.
+        tensor = state[name].detach()
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
         if tensor.numel() and key in seen:
             tied[name] = seen[key]
             continue
         seen[key] = name
-        kept[name] = tensor.contiguous().clone()
+        kept[name] = tensor.cpu().contiguous().clone()
     return kept, tied
 
 

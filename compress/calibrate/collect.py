@@ -39,7 +39,7 @@ from compress.running.forward import (
     run_with_gradients,
 )
 from compress.running.memory_format import in_memory_format
-from compress.running.structure import count, floating, placed, with_gradients
+from compress.running.structure import count, floating, placed, tensors, with_gradients
 
 # Layers take every position up to this many rows, however short those are: of patches, and of
 # outputs and one-tap inputs, which have a tenth of the features.
@@ -71,22 +71,20 @@ class _Positions:
     def __init__(self, images: int, budget: int, seed: int) -> None:
         self.per_image = math.ceil(budget / images)
         self.images, self.seed = images, seed
-        self.tables: dict[tuple[int, int], Tensor] = {}
+        self.tables: dict[int, Tensor] = {}
 
     def take(self, call: int, start: int, batch: int, positions: int) -> Tensor | None:
         """Positions ``[batch, samples]`` of images ``start ...``, or None for all of them."""
         if positions <= self.per_image:
             return None
-        key = (call, positions)
-        if key not in self.tables:
+        if call not in self.tables:
             generator = torch.Generator().manual_seed(self.seed + 7919 * call)
             shape = (self.images, self.per_image)
-            # Stratified: one position in each of per_image equal stretches, spread over the image.
-            edges = torch.arange(self.per_image, dtype=torch.float64)
-            jitter = torch.rand(shape, generator=generator, dtype=torch.float64)
-            table = ((edges + jitter) * (positions / self.per_image)).long()
-            self.tables[key] = table.clamp_(max=positions - 1).to(torch.int32)
-        return self.tables[key][start : start + batch].long()
+            self.tables[call] = torch.rand(shape, generator=generator, dtype=torch.float64)
+        # Stratified: one position in each of per_image equal stretches, spread over the image.
+        edges = torch.arange(self.per_image, dtype=torch.float64)
+        places = edges + self.tables[call][start : start + batch]
+        return (places * (positions / self.per_image)).long().clamp_(max=positions - 1)
 
 
 class _Collector:
@@ -141,7 +139,7 @@ class _Collector:
             moments.outputs.update(output_rows(y.detach(), geometry, taken))
         if moments.weighting is not None and output.requires_grad:
             kept = None
-            if moments.pooled is not None and y.shape[0] % self.batch == 0:
+            if moments.pooled is not None and len(y) and y.shape[0] % self.batch == 0:
                 # A copy: what is changed in place later must not reach the gradient's hook.
                 kept = (inputs[0] if moments.inputs is not None else output).detach().clone()
                 if self.pool is not None and self.pool.reference is None:
@@ -242,7 +240,7 @@ def stream(
             for collector in collectors.values():
                 collector.begin(seen, count(inputs))
             inputs = placed(inputs, device, source.memory_format)
-            if recipe.weigh and not seen and not floating(inputs):
+            if recipe.weigh and not seen and len(floating(inputs)) < len(tensors(inputs)):
                 stack.enter_context(gradients_begin(model))
             if recipe.weigh:
                 # An input that requires grad, so that gradients reach the first layer's output.

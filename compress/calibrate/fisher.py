@@ -95,7 +95,7 @@ class RandomSigns:
 
     def take(self, start: int, logits: Tensor) -> Tensor:
         """Signs ``[batch, classes, ...]`` of images ``start ...``, in the logits' shape."""
-        if logits.dim() > 2:
+        if logits.dim() > 2 or start + len(logits) > self.images:  # more rows than images
             return self.every(start, logits)
         if self.table is None:
             generator = torch.Generator().manual_seed(self.seed)

@@ -86,20 +86,40 @@ class Pool:
         length = geometry.in_features if self.patches else geometry.out_features
         size = each * math.prod(gradient.shape[2:]) * geometry.groups * length
         step = max(_CHUNK // max(size, 1), 1)
+        places = each * math.prod(gradient.shape[2:])
+        # Of an image that is too large even alone, so many positions at a time.
+        block = places if size <= _CHUNK else max(places * _CHUNK // size, 1)
         for start in range(0, images, step):
             part = slice(start * each, (start + step) * each)
             count = min(step, images - start)
-            if self.patches:
-                x = patch_rows(activation[part], geometry)
-            else:
-                x = output_rows(activation[part], geometry)
-            if self.reference is not None:
-                x = x - self.reference.to(x).unsqueeze(1)
-            g = output_rows(gradient[part], geometry) @ self.sketch.to(gradient)
-            x, g = (rows.reshape(len(rows), count, -1, rows.shape[2]) for rows in (x.to(g), g))
-            pooled = g.mT @ x
-            total = g.sum(2).unsqueeze(-1)
-            yield torch.cat([pooled, total], dim=3).flatten(1, 2)
+            pooled = sum(
+                self._summed(activation[part], gradient[part], count, taken)
+                for taken in _blocks(places, block, count, gradient.device)
+            )
+            assert isinstance(pooled, Tensor)
+            yield pooled.flatten(1, 2)
+
+    def _summed(
+        self, inputs: Tensor, gradient: Tensor, images: int, taken: Tensor | None
+    ) -> Tensor:
+        """The sums over some positions, ``[groups, images, k, features + 1]``."""
+        of_inputs = patch_rows if self.patches else output_rows
+        x = of_inputs(inputs, self.geometry, taken)
+        if self.reference is not None:
+            x = x - self.reference.to(x).unsqueeze(1)
+        g = output_rows(gradient, self.geometry, taken) @ self.sketch.to(gradient)
+        x, g = (rows.reshape(len(rows), images, -1, rows.shape[2]) for rows in (x.to(g), g))
+        return torch.cat([g.mT @ x, g.sum(2).unsqueeze(-1)], dim=3)
+
+
+def _blocks(places: int, block: int, images: int, device: torch.device) -> Iterator[Tensor | None]:
+    """Positions ``[images, block]``, a block at a time; None where all fit into one."""
+    if block >= places:
+        yield None
+        return
+    for start in range(0, places, block):
+        one = torch.arange(start, min(start + block, places), device=device)
+        yield one.expand(images, -1)
 
 
 def recentre(pooled: Moments, shift: Tensor) -> None:

@@ -38,10 +38,11 @@ def fit_problem(site: LayerSite, module: nn.Module, statistics: LayerStatistics)
     `layer_problem`.
     """
     plain = layer_problem(site, module, statistics)
-    if statistics.pooled is None or not statistics.pooled.count:
+    pooled = statistics.pooled
+    if pooled is None or not pooled.count or not bool(pooled.second_moment.any()):
         return plain
     seen = plain.output_covariance if plain.input_covariance is None else plain.input_covariance
-    found, share = pooled_covariance(statistics.pooled, seen)
+    found, share = pooled_covariance(pooled, seen)
     channels = site.geometry.out_features
     trace = plain.weighting.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     # tr(G ⊗ C) becomes the mean squared norm of the weight's gradient, over N positions.

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from compress.linalg.geometry import Geometry
 from compress.linalg.moments import Moments
 from compress.linalg.selection import Removal
@@ -31,6 +33,11 @@ class LayerStatistics:
     outputs: Moments | None = None
     weighting: Moments | None = None
     pooled: Moments | None = None
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        """Return the same on a device."""
+        kinds = (self.inputs, self.outputs, self.weighting, self.pooled)
+        return LayerStatistics(*(kind and kind.to(device) for kind in kinds))
 
     @property
     def rows(self) -> Moments:
@@ -103,6 +110,10 @@ class Calibration:
         default_factory=dict, repr=False, compare=False
     )
     fits: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device) -> Calibration:
+        """Return the statistics on a device, as those of a file are to be."""
+        return replace(self, statistics={n: s.to(device) for n, s in self.statistics.items()})
 
 
 def without_unseen(network: Network, calibration: Calibration) -> Network:

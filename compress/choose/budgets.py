@@ -214,24 +214,27 @@ def candidates(
         site: The layer.
         problem: The same in its data's metric; what it has cached is released.
         latitude: The schemes and ranks to choose from.
-        size: What a rewrite must have less of than the layer, unless its ranks are fixed.
+        size: What a rewrite must have less of than the layer, unless that is forced.
     """
     fixed = latitude.ranks
-    found = [] if fixed else [Candidate(DENSE, (), 0.0, site.macs, site.params)]
+    dense = Candidate(DENSE, (), 0.0, site.macs, site.params)
+    found = []
     for scheme in latitude.schemes:
         full = scheme_named(scheme).full_ranks(site.geometry)
         if fixed is not None and len(fixed) != len(full):
             continue
         grid = [min(fixed[0], full[0])] if fixed else _grid(site, scheme, latitude.round_to, size)
-        for ranks, loss in grid_losses(problem, scheme, grid).items():
+        second = min(fixed[1], full[1]) if fixed and len(fixed) > 1 else None
+        for ranks, loss in grid_losses(problem, scheme, grid, second=second).items():
             if not latitude.allows(ranks, full):
                 continue
             cost = scheme_cost(site, scheme, ranks)
-            if fixed is not None or size(cost) < size(site):
+            if latitude.forced or size(cost) < size(site):
                 predicted = 0.5 * site.positions * loss
                 found.append(Candidate(scheme, ranks, predicted, cost.macs, cost.params))
     problem.release()
-    return found
+    # Ranks that the user fixed are taken, unless none of the schemes saves anything at them.
+    return found if fixed and found else [dense, *found]
 
 
 def _grid(site: LayerSite, name: str, round_to: int | None, size: Size) -> list[int]:

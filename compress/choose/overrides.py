@@ -21,11 +21,13 @@ class Latitude:
         schemes: Names of schemes.
         ranks: The ranks that the user fixed; None where they are free.
         round_to: Free ranks are multiples of this, or full.
+        forced: Whether fixed ranks are taken even where they save nothing.
     """
 
     schemes: tuple[str, ...]
     ranks: Ranks | None = None
     round_to: int | None = None
+    forced: bool = False
 
     def allows(self, ranks: Ranks, full: Ranks) -> bool:
         """Whether these ranks of a scheme may be chosen, of which ``full`` are the largest."""
@@ -112,7 +114,10 @@ class Overrides:
 
     def latitude(self, site: LayerSite) -> Latitude:
         """What a budget may choose from for a layer."""
-        return Latitude(self.schemes(site), self.ranks(site), self.config.round_to)
+        config = self.config
+        return Latitude(
+            self.schemes(site), self.ranks(site), config.round_to, forced=config.force_rank
+        )
 
     def _check(self, site: LayerSite) -> None:
         scheme, ranks = self.scheme(site), self.ranks(site)

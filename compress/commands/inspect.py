@@ -23,7 +23,7 @@ def _shapes(
 
 def _shape(value: str) -> tuple[int, ...]:
     parts = value.replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is not a shape such as 3,224,224")
     return tuple(int(part) for part in parts)
 

@@ -126,7 +126,7 @@ _IMAGES = (
        "order is another."),
 )  # fmt: skip
 _COMPUTE = (
-    _o("--device", metavar="NAME", text="Where to compute: cpu (default), cuda, cuda:1, mps."),
+    _o("--device", metavar="NAME", text="Where to compute: cpu (default), cuda, cuda:1."),
     _o("--threads", type=int, metavar="N", text="CPU threads for torch."),
     _o("--batch-size", type=int, metavar="N", text="Images a batch (default: by image size)."),
     _o("--workers", type=int, metavar="N", text="Processes that decode images (default 0)."),
@@ -357,9 +357,10 @@ def _set_up(config: RunConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        torch.ones(1, device=config.device).item()  # of a device that only pretends, no number
+        # Of a device that only pretends, no number; of one without double precision, none of that.
+        torch.ones(1, device=config.device, dtype=torch.float64).item()
     # Unknown names, backends not built in and devices that are not there raise one each.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"The device {config.device!r} cannot be used: {reason}. Pass --device cpu, or one "

@@ -252,6 +252,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             content = self.source.content(index)
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
+        if self.label_order is not None:  # the same labels then mean other classes
+            digest.update(json.dumps(list(self.label_order)).encode())
         return digest.hexdigest()
 
     def subset(self, positions: Sequence[int]) -> ImageSet:

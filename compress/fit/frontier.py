@@ -8,6 +8,7 @@ written and read again for every layer.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import ArtefactError
-from compress.running.structure import size, tensors
+from compress.running.structure import mapped, size, tensors
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Frontier:
         file = self.folder / f"{self.written}.pt"
         flat = {name: (p.dense, None if p.same else p.compressed) for name, p in values.items()}
         try:
-            torch.save(flat, file)
+            torch.save(_by_themselves(flat), file)
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
             raise ArtefactError(
                 f"The refit puts what memory does not hold into {self.folder}, and that cannot "
@@ -113,6 +115,19 @@ class Frontier:
                 unit.file.unlink()
         self.units[batch] = left
         return environment
+
+
+def _by_themselves(values: Any) -> Any:
+    """Values whose file holds little more than they are, as that of views of all images would."""
+    held: Counter[int] = Counter()
+    for tensor in {id(t): t for t in tensors(values).values()}.values():
+        held[tensor.untyped_storage().data_ptr()] += tensor.numel() * tensor.element_size()
+
+    def own(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        return tensor.clone() if storage.nbytes() > 2 * held[storage.data_ptr()] else tensor
+
+    return mapped(values, own)
 
 
 def _apart(environment: Environment) -> list[Environment]:

@@ -84,7 +84,11 @@ def held_out_statistics(
     for group, schemes in ((of_patches, SCHEME_NAMES), (of_outputs, ())):
         sites = [site for site in network.sites if site.name in group]
         if sites:
-            recipe = replace(images.recipe, schemes=schemes, weigh=False, pool=False)
+            # What was seen may come from a file that holds more than this run asks for.
+            readers = frozenset(name for name in group if name in of_patches)
+            recipe = replace(
+                images.recipe, schemes=schemes, weigh=False, pool=False, readers=readers
+            )
             source = Source(len(images.images), memory_format=network.memory_format)
             loaded = images.loader.batches(images.images)
             found |= calibrate(network.model, sites, loaded, source, recipe).statistics

@@ -25,7 +25,15 @@ from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
 from compress.network.sites import LayerSite
 from compress.running.forward import backward, changes_allowed
-from compress.running.structure import cloned, concatenated, count, part, rebuilt, with_gradients
+from compress.running.structure import (
+    cloned,
+    concatenated,
+    count,
+    part,
+    rebuilt,
+    shapes,
+    with_gradients,
+)
 
 EPOCHS = 12
 # Images a step, whatever the batches are: results must not depend on what fits into memory.
@@ -262,9 +270,14 @@ class Stretch:
     def _loss(self, batch: int, start: int = 0, end: int | None = None) -> tuple[Tensor, int]:
         """Weighted error of images of a batch, their mean, and how many they are."""
         (pair,) = self.walk.frontier.look(batch).values()
-        whole = start == 0 and end in (None, self.walk.sizes[batch])
+        size = self.walk.sizes[batch]
+        whole = start == 0 and end in (None, size)
+        # Where frames or tokens lie in the axis of images, each image has several rows.
+        rows = count(pair.dense) // size
+        whole = whole or rows * size != count(pair.dense)
         given, target = (
-            value if whole else part(value, start, end) for value in (pair.compressed, pair.dense)
+            value if whole else part(value, rows * start, rows * (end or size))
+            for value in (pair.compressed, pair.dense)
         )
         output = self.walk.through(self.segment, batch, given)
         images = count(given)
@@ -292,12 +305,16 @@ def _drawn(
 def pieces(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """Cut batches anew, into the largest equal parts of a step that are no larger than the first.
 
-    Only the last piece may be smaller.
+    Only the last piece may be smaller, and those before which the size of inputs changes.
     """
     size, inputs, targets = 0, None, None
     for more, more_targets in batches:
         if not size:
             size = 1 << (min(count(more), STEP_IMAGES).bit_length() - 1)
+        if inputs is not None and shapes(part(inputs, 0, 1)) != shapes(part(more, 0, 1)):
+            # Of another size, as where a collate function pads to the longest of a batch.
+            yield inputs, targets
+            inputs = None
         if inputs is None:
             inputs, targets = more, more_targets
         else:

@@ -31,7 +31,12 @@ from compress.inputs.models import BuiltModel, build_model
 from compress.layers import kind_of
 from compress.libraries import Library, library_of
 from compress.result import SplitRecord
-from compress.running.forward import evaluation_mode, require_parameters, run_model
+from compress.running.forward import (
+    evaluation_mode,
+    require_parameters,
+    require_tensors,
+    run_model,
+)
 from compress.running.structure import batched, like_weights, main_tensor
 from compress.specs import split_spec
 
@@ -309,6 +314,7 @@ def batch_size_for(config: RunConfig, example: Any) -> int:
 
 def weights_hash(model: nn.Module) -> str:
     """Fingerprint of a model's parameters and buffers."""
+    require_tensors(model)
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -70,7 +70,8 @@ def build_model(spec: str) -> BuiltModel:
         )
     _check_plain(module, head)
     hint = getattr(module, "input_shape", None)
-    shape = tuple(int(n) for n in hint) if isinstance(hint, tuple | list) else None
+    known = isinstance(hint, tuple | list) and all(type(n) is int and n > 0 for n in hint)
+    shape = tuple(hint) if known and hint else None
     return _built(spec, FromLibrary(module, None, shape))
 
 

@@ -281,11 +281,19 @@ def _numbers(value: Any) -> bool:
     )
 
 
+# From this size on, ConvNeXT's pictures are brought to exactly it, and nothing is cut.
+WARPED = 384
+
+
 def _sides(raw: Mapping[str, Any]) -> tuple[Size | None, Size | None]:
     """What pictures are resized to, the shorter side or both, and the size of the crop."""
     resize = _size(raw.get("size")) if raw.get("do_resize", True) else None
     crop = _size(raw.get("crop_size")) if raw.get("do_center_crop") else None
     share = raw.get("crop_pct")
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
+    warps = str(kind).startswith("ConvNext") and isinstance(share, float)
+    if warps and isinstance(resize, int) and resize >= WARPED:
+        return (resize, resize), None
     if isinstance(resize, int) and isinstance(share, float) and 0.1 < share < 1 and crop is None:
         # ConvNeXT's way: what is called the size is that of the crop.
         return int(resize / share), resize

@@ -82,10 +82,12 @@ def _pictures(
     if height != width or channels != 3 or len(data["mean"]) != channels:
         return shape, None
     interpolation = str(data["interpolation"])
+    side = math.floor(height / float(data["crop_pct"]))
     return shape, Preprocessing(
         mean=tuple(float(n) for n in data["mean"]),
         std=tuple(float(n) for n in data["std"]),
-        resize=math.floor(height / float(data["crop_pct"])),
+        # Squashed, whatever their aspect ratio, or else by the shorter side.
+        resize=(side, side) if data.get("crop_mode") == "squash" else side,
         crop=height,
         interpolation=interpolation if interpolation in _FILTERS else "bilinear",
         channels=channels,

@@ -33,7 +33,11 @@ def rank_grid(limit: int, points: int) -> list[int]:
 
 
 def grid_losses(
-    problem: Problem, scheme: str, ranks: list[int], iterations: int = 0
+    problem: Problem,
+    scheme: str,
+    ranks: list[int],
+    iterations: int = 0,
+    second: int | None = None,
 ) -> dict[Ranks, float]:
     """Predicted loss of a scheme over a grid of ranks, never rising with any rank.
 
@@ -45,6 +49,7 @@ def grid_losses(
         scheme: The scheme's name.
         ranks: Ascending; for ``two_sided`` first ranks, each of which gives a grid of second ones.
         iterations: Rounds of alternation at each rank, begun from the rank before.
+        second: The second rank of ``two_sided``, in place of a grid.
 
     Returns:
         ``tr(G Δ C Δᵀ)`` by ranks.
@@ -64,8 +69,8 @@ def grid_losses(
             losses[(rank,)] = base
             continue
         tail = tail_of(torch.linalg.eigvalsh(explained).flip(-1).clamp_min(0.0))
-        for second in rank_grid(limits[1], _SECOND_RANKS):
-            losses[(rank, second)] = base + float(tail[second])
+        for other in rank_grid(limits[1], _SECOND_RANKS) if second is None else [second]:
+            losses[(rank, other)] = base + float(tail[other])
     return losses
 
 

@@ -7,6 +7,7 @@ needs nothing else: it takes the moments of rows ``[x, y]`` put side by side.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,12 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(groups, features, features, dtype=torch.float64, device=device)
+
+    def to(self, device: torch.device) -> Moments:
+        """Return the same on a device."""
+        found = copy.copy(self)
+        found.mean, found.scatter = self.mean.to(device), self.scatter.to(device)
+        return found
 
     @property
     def covariance(self) -> Tensor:

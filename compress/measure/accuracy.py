@@ -54,12 +54,15 @@ class Yardstick:
             None for accuracy.
         track: Progress.
         reading: What the outputs stand for; by default what the original's first look like.
+        labels_fit: Whether labels that are no classes of the outputs are an error. Those of
+            calibration images may be anything, and only count where they fit.
     """
 
     loader: Loader
     metric: Metric | TaskMeasure | None = None
     track: Track = silent
     reading: Reading | None = None
+    labels_fit: bool = True
 
     def results(self, model: nn.Module, images: ImageSet, describe: str) -> Iterator[Any]:
         """What a model returns for each batch; see `results`."""
@@ -109,8 +112,9 @@ class Yardstick:
         logits = comparison.logits()
         classes = logits[0].shape[1]
         labelled = min(images.labels) >= 0
-        if labelled:
+        if labelled and self.labels_fit:
             check_labels(images, classes)
+        labelled = labelled and max(images.labels) < classes
         found = compare_logits(
             *logits,
             torch.tensor(images.labels) if labelled else None,

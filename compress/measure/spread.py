@@ -24,6 +24,11 @@ class Spread:
         """Add a batch."""
         rows = (values if values.dim() > 1 else values.unsqueeze(1)).double()
         rows = rows.transpose(0, 1).flatten(1)
+        if self.elements and len(rows) != len(self.total):
+            # Another number of channels, as of maps whose size is the image's: all count as one.
+            rows = rows.reshape(1, -1)
+            self.total, self.squares = self.total.sum().view(1), self.squares.sum().view(1)
+            self.rows = self.elements
         self.total = rows.sum(1) + self.total
         self.squares = (rows**2).sum(1) + self.squares
         self.rows += rows.shape[1]

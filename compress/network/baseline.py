@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from compress.errors import ModelError
 from compress.linalg.schemes import LONGEST_PATCH, too_long
-from compress.modules.attention import reads_child_weights, unpack_attention
+from compress.modules.attention import attention_names, reads_child_weights, unpack
 from compress.network.baking import Baked, Baker, copied
 from compress.network.channels import ChannelMap, read_channels
 from compress.network.counting import macs_by_module
@@ -27,7 +28,7 @@ from compress.running.formats import formats_of
 from compress.running.forward import evaluation_mode, require_parameters, run_model
 from compress.running.modules import cast
 from compress.running.outputs import Reading, read_outputs
-from compress.running.structure import count, floating, like_weights, main_tensor
+from compress.running.structure import count, expanded, floating, like_weights, main_tensor
 from compress.tasks import TASKS, read_for
 
 
@@ -175,7 +176,7 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
         )
     formats = formats_of(baseline, example)
     sigmoid = graph is not None and ends_in_sigmoid(baseline, graph)
-    reading = _read(original, before, evidence, sigmoid=sigmoid)
+    reading = _read(original, (example, before), evidence, sigmoid=sigmoid)
     if reading.kind == "answers" and reading.ranked:
         warnings.append(
             "The network ends in a sigmoid, so its outputs are several yes-or-no answers: accuracy "
@@ -192,14 +193,22 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
     )  # fmt: skip
 
 
-def _read(original: nn.Module, result: Any, evidence: Evidence, *, sigmoid: bool) -> Reading:
-    """Decide what the outputs stand for, by a batch where there are several to choose from."""
-    beside: frozenset[str] = frozenset()
+def _read(
+    original: nn.Module, first: tuple[Any, Any], evidence: Evidence, *, sigmoid: bool
+) -> Reading:
+    """Decide what the outputs stand for, by the images that the targets belong to."""
+    (example, result), beside = first, frozenset[str]()
     one = floating(result)
-    if len(one) > 1 and evidence.targets and evidence.batch is not None:
+    known = evidence.targets and evidence.batch is not None
+    if evidence.batch is not None and known and (len(one) > 1 or evidence.task):
         batch = evidence.batch()
         result = _output(original, batch)
         beside = _beside_images(one, floating(result), count(batch))
+    else:
+        # A network that takes one image at a time has shown what it gives for one.
+        with contextlib.suppress(ModelError):
+            twice = floating(_output(original, expanded(example, 2)))
+            beside = _beside_images(one, twice, 2)
     if evidence.task in TASKS:
         return read_for(TASKS[evidence.task], result, evidence.targets, sigmoid=sigmoid)
     return read_outputs(result, evidence.targets, sigmoid=sigmoid, beside=beside)
@@ -210,8 +219,7 @@ def _beside_images(
 ) -> frozenset[str]:
     """Paths of outputs whose first axis is not that of images, as of a recurrent layer's states."""
     lengths = {path: (_length(t), _length(one.get(path))) for path, t in several.items()}
-    of_images = {path for path, found in lengths.items() if found == (images, 1)}
-    return frozenset(several) - of_images if of_images else frozenset()
+    return frozenset(path for path, found in lengths.items() if found != (images, 1))
 
 
 def _length(output: Tensor | None) -> int:
@@ -221,7 +229,8 @@ def _length(output: Tensor | None) -> int:
 def _made_plain(original: nn.Module, baker: Baker) -> tuple[nn.Module, Baked, tuple[str, ...]]:
     """Return a copy with weights and layers made plain and attention unpacked, and what was."""
     baseline, weights = baker.weights(copied(original))
-    unpacked = unpack_attention(baseline)
+    unpacked = attention_names(baseline)
+    baseline = unpack(baseline, unpacked)
     baseline, baked = baker.layers(baseline)
     return baseline, replace(baked, weights=weights), unpacked
 

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from compress.layers import kind_of
 from compress.network.sites import LayerSite
 from compress.running.forward import evaluation_mode
-from compress.running.structure import concatenated
+from compress.running.structure import concatenated, tensors
 
 # Norms that treat every channel by itself in eval mode, with parameters of each.
 # So many channels are mixed with each other to find out whether mixtures of them would do.
@@ -182,6 +182,16 @@ class _Classes:
         return torch.tensor([self.root(x) for x in labels.tolist()], dtype=torch.int64)
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a layer computes what a plain one does, with a weight of its own."""
+    own = module._parameters.get("weight") is not None
+    return own and kind_of(module) is not None and not _hooked(module)
+
+
 class _Reader:
     """Follows channels through a graph, node by node, while it runs."""
 
@@ -200,14 +210,22 @@ class _Reader:
 
     def read(self, graph: fx.Graph, images: Any) -> None:
         """Run all nodes on some images."""
+        last = {source: node for node in graph.nodes for source in node.all_input_nodes}
         for node in graph.nodes:
             if node.op == "output":
                 for source in node.all_input_nodes:
                     self._fix(source, "they are an output of the network")
                 continue
-            self.values[node] = images if node.op == "placeholder" else self._run(node, self.values)
-            if isinstance(self.values[node], Tensor) and node.op not in ("placeholder", "get_attr"):
-                self._follow(node, self.values[node])
+            value = images if node.op == "placeholder" else self._run(node, self.values)
+            self.values[node] = value
+            if isinstance(value, Tensor) and node.op not in ("placeholder", "get_attr"):
+                self._follow(node, value)
+            elif node.op != "placeholder" and tensors(value):
+                for source in node.all_input_nodes:
+                    self._fix(source, f"{_described(node)} gives several tensors")
+            for source in (node, *node.all_input_nodes):
+                if last.get(source, node) is node:  # nothing else reads it
+                    self.values.pop(source, None)
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":
@@ -268,7 +286,7 @@ class _Reader:
         linear = geometry.kind == "linear"
         axis = value.dim() - 1 if linear else 1
         read = self._source(node, axis, geometry.in_channels)
-        if _depthwise(site) and kind_of(module) is not None and not module._forward_hooks:
+        if _depthwise(site) and _plain(module):
             self._merged(self.through, name, read)
             self.channels[node] = NodeChannels(axis, read)
             return
@@ -291,6 +309,8 @@ class _Reader:
         module = self.modules[name]
         if type(module) not in (*NORMS, nn.PReLU):
             self.classes.fix(read, f"{name} is a subclass that may do something else")
+        elif _hooked(module):
+            self.classes.fix(read, f"{name} carries forward hooks, which would be lost")
         self._merged(self.through, name, read)
         self.channels[node] = NodeChannels(axis, read)
 

@@ -40,13 +40,15 @@ def after_norm(module: nn.Module) -> nn.Module | None:
             forward_hooks(dict.fromkeys(module.children(), record)),
         ):
             expected = module(x.clone())
+        rest = (
+            called[0] if len(called) == 1 else nn.Sequential(*called) if called else nn.Identity()
+        )
+        with torch.no_grad(), evaluation_mode(rest):
+            found = rest(_normalised(module, x))
     except KeyboardInterrupt:
         raise
     except BaseException:  # a forward of the user's may want anything else of its input
         return None
-    rest = called[0] if len(called) == 1 else nn.Sequential(*called) if called else nn.Identity()
-    with torch.no_grad(), evaluation_mode(rest):
-        found = rest(_normalised(module, x))
     same = isinstance(expected, Tensor) and found.shape == expected.shape
     return rest if same and torch.allclose(found, expected, rtol=1e-5, atol=1e-6) else None
 

@@ -183,8 +183,13 @@ def _site(
         skip = skip or "it carries forward hooks, which a rewrite would lose"
     else:
         skip = skip or kind.unsupported(module)
-        if next(module.parameters()).is_complex():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            skip = skip or "its weight is no parameter of its own"
+        elif weight.is_complex():
             skip = skip or "its weights are complex numbers"
+        if not any(call.repeats for call in calls):
+            skip = skip or "nothing reached it on the first image"
         if geometry.out_features > MOST_OUTPUTS:
             skip = skip or (
                 f"its {geometry.out_features:,} outputs are more than {MOST_OUTPUTS:,}, too many "

@@ -22,6 +22,8 @@ from compress.running.structure import cloned, concatenated, tensors
 
 # The same layers on the same numbers: how far apart, in parts of the largest number.
 ROUNDING = 1e-5
+# So many numbers of a tensor are compared, drawn where it has more.
+LOOKED_AT = 1 << 20
 # The shares of a group's channels that are tried.
 SHARES = (0.75, 0.3)
 REASON = "the forward takes another way, or other numbers, with fewer of its channels"
@@ -97,15 +99,27 @@ def is_faithful(model: nn.Module, graph: fx.Graph, example: Any) -> bool:
 def _seen(
     model: nn.Module, names: Iterable[str], run: Callable[[], Iterable[Tensor]]
 ) -> list[Tensor]:
-    """What some modules get, in order, and what comes out in the end."""
+    """What some modules get, in order, and what comes out in the end.
+
+    Of large tensors some numbers, since all of a network's activations can be much: drawn, as a
+    fixed step could always meet the same channel.
+    """
     found: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], __: object) -> None:
-        found.extend(t.detach().clone() for t in inputs if isinstance(t, Tensor))
+        found.extend(some(t) for t in inputs if isinstance(t, Tensor))
+
+    def some(tensor: Tensor) -> Tensor:
+        flat = tensor.detach().flatten()
+        if len(flat) <= LOOKED_AT:
+            return tensor.detach().clone()
+        generator = torch.Generator().manual_seed(len(flat))
+        drawn = torch.randint(len(flat), (LOOKED_AT,), generator=generator)
+        return flat[drawn.to(flat.device)]
 
     hooks = forward_hooks({model.get_submodule(name): hook for name in names})
     with evaluation_mode(model), torch.no_grad(), hooks:
-        found += run()
+        found += map(some, run())
     return found
 
 

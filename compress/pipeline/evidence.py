@@ -27,10 +27,11 @@ def evidence_of(sets: Sequence[ImageSet], example: Any, config: RunConfig) -> Ev
     known = [images for images in sets if len(images)]
     images = next((s for s in known if _is_known(s.target(0))), known[0])
     device = main_tensor(example).device
-    most = LOOKED_AT if config.batch_size == 1 else batch_size_for(config, example)
+    batch = batch_size_for(config, example)
+    most = LOOKED_AT if batch == 1 else batch
     targets = tuple(images.target(i) for i in range(min(most, len(images))))
     others: dict[str, Any] = {}
-    for index in range(min(len(images), LOOKED_AT) if config.batch_size == 1 else 0):
+    for index in range(min(len(images), LOOKED_AT) if batch == 1 else 0):
         other = batched(images[index][0])
         if shapes(other) != shapes(example) and len(others) < OTHER_SIZES:
             others.setdefault(str(shapes(other)), placed(other, device))

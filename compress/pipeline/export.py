@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from compress.inputs.load import (
 )
 from compress.measure.accuracy import Yardstick, require_labels
 from compress.measure.by_task import require_targets
-from compress.measure.outputs import Comparison, results
+from compress.measure.outputs import Comparison, result_of, results
 from compress.measure.speed import most_seconds
 from compress.network.baseline import prepare
 from compress.pipeline.evaluate import Finished, finished
@@ -45,8 +46,9 @@ from compress.progress import Track, silent
 from compress.result import EndMetric
 from compress.running.memory_format import put_in_format
 from compress.running.modules import cast
-from compress.running.structure import batched, concatenated, like_weights
-from compress.tasks import TaskMeasure
+from compress.running.outputs import Reading, read_outputs
+from compress.running.structure import batched, concatenated, count, like_weights, placed, shapes
+from compress.tasks import TASKS, TaskMeasure, read_for
 from compress.timing.runtimes import RuntimeSeconds, time_runtimes
 
 # Images whose outputs are compared. What a runtime computes wrong is wrong on any of them.
@@ -84,11 +86,13 @@ def export_network(config: RunConfig, request: Request, track: Track = silent) -
     in_float = make_file(module, given.batch, request.form, _metadata(given))
     tolerance = request.tolerance or TOLERANCE[given.reference.dtype]
     checked = hold(_checked(given), given.loader, track)
-    outputs, alike = compare_outputs(given.model.module, in_float, checked, given.loader, tolerance)
+    outputs, alike = compare_outputs(
+        given.model.module, in_float, (checked, given.loader), tolerance, given.reading
+    )
     made, int8 = in_float, None
     if calibrated is not None:
         made, int8 = in_eight_bits(in_float, calibrated, given.loader, track)
-        alike, pair = Comparison(None), (given.model.module, made.network)
+        alike, pair = Comparison(given.reading), (given.model.module, made.network)
         batches = (given.loader.batches(checked) for _ in pair)
         alike.add_all(*(results(*each, "check") for each in zip(pair, batches, strict=True)))
     tested = _tested(given, made, originals, track) if config.test else _Tested()
@@ -160,11 +164,24 @@ class _Given:
         """The inputs of one image ``[1, ...]``."""
         return like_weights(batched(self.images[0][0]), self.reference)
 
+    @cached_property
+    def reading(self) -> Reading:
+        """What the outputs stand for, by the task or by the images that there are."""
+        first = self.images.subset(range(min(self.loader.batch_size, len(self.images))))
+        inputs, _ = next(iter(self.loader.batches(first)))
+        result = result_of(self.model.module, like_weights(inputs, self.reference), "to check")
+        targets = [first.target(index) for index in range(count(inputs))]
+        if self.config.task in TASKS:
+            return read_for(TASKS[self.config.task], result, targets)
+        return read_outputs(result, targets)
+
     @property
     def batch(self) -> Any:
         """The inputs of a batch to trace with: of two images, as torch takes one for a constant."""
         size = self.request.form.batch or 2
         parts = [batched(self.images[index % len(self.images)][0]) for index in range(size)]
+        if any(shapes(one) != shapes(parts[0]) for one in parts):
+            parts = parts[:1] * size
         return like_weights(concatenated(parts), self.reference)
 
     @property
@@ -238,7 +255,7 @@ def _calibrated(given: _Given) -> Calibrated:
     fit, validation, _ = draw(len(images), count, config.seed)
     batch = given.request.form.batch
     calibrate, judge = (in_whole_batches(images.subset(part), batch) for part in (fit, validation))
-    return Calibrated.of(calibrate, judge, given.loader, given.model.module)
+    return Calibrated.of(calibrate, judge, given.loader, (given.reference, given.reading))
 
 
 def _chains(config: RunConfig) -> list[str]:
@@ -307,7 +324,8 @@ def _original(given: _Given) -> dict[str, nn.Module]:
     asked = config.replace(checkpoint=request.original)
     found = with_model(asked, manifest, ("model",), trust_code=request.trust_code)
     model, _, dtype, _ = load_model(found)
-    model = cast(prepare(model, given.example).model, dtype)
+    example = placed(given.example, "cpu", dtype=torch.float32)
+    model = cast(prepare(model, example).model, dtype)
     networks, _ = make_file(model, given.batch, request.form, {}).on_runtimes()
     return {TORCH: model, **networks}
 

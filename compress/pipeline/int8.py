@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.data import ImageSet, Loader
 from compress.data.held import hold
@@ -18,6 +18,7 @@ from compress.deploy.runtimes import onnx_session
 from compress.errors import DataError
 from compress.measure.outputs import Comparison, results
 from compress.progress import Track
+from compress.running.outputs import Reading
 from compress.running.structure import like_weights, tensors
 
 # Layers in float may hold this share of the MACs, which is what they cost in time.
@@ -61,17 +62,25 @@ class Calibrated:
         inputs: Batches that decide the ranges of activations.
         images: How many images these hold.
         judge: Other images, that decide which layers stay in float.
+        reading: What the outputs stand for, by which they are judged.
     """
 
     inputs: tuple[Any, ...]
     images: int
     judge: ImageSet
+    reading: Reading
 
     @classmethod
     def of(
-        cls, calibrate: ImageSet, judge: ImageSet, loader: Loader, model: nn.Module
+        cls, calibrate: ImageSet, judge: ImageSet, loader: Loader, network: tuple[Tensor, Reading]
     ) -> Calibrated:
         """Read some images to calibrate on, and others to judge by.
+
+        Args:
+            calibrate: The former.
+            judge: The latter.
+            loader: How they reach the network.
+            network: A weight of it, and what its outputs stand for.
 
         Raises:
             DataError: There are none of one of them.
@@ -81,9 +90,9 @@ class Calibrated:
                 "Eight bits need a batch of images to calibrate on and another to judge by, which "
                 f"{calibrate.source.described} does not hold."
             )
-        reference = next(model.parameters())
-        inputs = tuple(like_weights(given, reference) for given, _ in loader.batches(calibrate))
-        return cls(inputs, len(calibrate), hold(judge, loader))
+        weight, reading = network
+        inputs = tuple(like_weights(given, weight) for given, _ in loader.batches(calibrate))
+        return cls(inputs, len(calibrate), hold(judge, loader), reading)
 
 
 def in_eight_bits(
@@ -114,7 +123,7 @@ def in_eight_bits(
         return made.traced.on(onnx_session(content), reference)
 
     def compared(content: bytes) -> Comparison:
-        comparison = Comparison(None)
+        comparison = Comparison(given.reading)
         comparison.add_all(expected, results(network(content), loader.batches(judge), "int8"))
         return comparison
 

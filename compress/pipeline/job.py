@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from compress.calibrate.collect import calibrate
 from compress.calibrate.file import CalibrationKey, read_calibration, write_calibration
@@ -23,6 +27,7 @@ from compress.inputs.checkpoint.reading import listed
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
 from compress.measure.accuracy import Yardstick
+from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.trials import try_out, weighing
@@ -31,6 +36,13 @@ from compress.plan import NARROWER
 from compress.progress import Track, silent
 from compress.result import SplitRecord
 from compress.running.structure import placed
+
+
+def _on_device(model: nn.Module, device: str) -> nn.Module:
+    """The model where it is to run: a copy if it is elsewhere, as that is its owner's."""
+    wanted = torch.empty(0, device=device).device
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return model if all(t.device == wanted for t in tensors) else copied(model).to(device)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Job:
         example = placed(inputs.example, config.device)
         sets = [s for s in (inputs.split.fit, inputs.test) if s is not None]
         evidence = evidence_of(sets, example, config)
-        network = prepare(inputs.model.to(config.device), example, evidence)
+        network = prepare(_on_device(inputs.model, config.device), example, evidence)
         loader = Loader(
             batch_size_for(config, example), config.workers, network.device, network.memory_format
         )
@@ -160,7 +172,7 @@ class Job:
         path = Path(self.config.calibration) if self.config.calibration else None
         fit, key = self.learned_from, self.calibration_key(schemes)
         if path is not None and os.path.exists(path):
-            return self._fitting(read_calibration(path, key))
+            return self._fitting(read_calibration(path, key)).to(self.network.device)
         if path is not None:
             check_file(path, "calibration")
         calibration = self._measured(fit, schemes)

@@ -15,6 +15,7 @@ from compress.deploy.parting import first_parting
 from compress.errors import GateError
 from compress.measure.outputs import Comparison, result_of
 from compress.result import EndMetric
+from compress.running.outputs import Reading
 from compress.running.structure import like_weights, tensors
 
 
@@ -29,14 +30,26 @@ class OutputCheck:
 
 
 def compare_outputs(
-    module: nn.Module, made: ExportedFile, images: ImageSet, loader: Loader, most: float
+    module: nn.Module,
+    made: ExportedFile,
+    given: tuple[ImageSet, Loader],
+    most: float,
+    reading: Reading | None = None,
 ) -> tuple[tuple[OutputCheck, ...], Comparison]:
     """Compare the outputs of a network and of its file, as numbers and as predictions.
+
+    Args:
+        module: The network.
+        made: Its file.
+        given: Images, and how they reach both.
+        most: How far outputs may be apart, in parts of the largest number.
+        reading: What the outputs stand for; by default what the first look like.
 
     Raises:
         GateError: They differ by more than ``most``.
     """
-    reference, alike = next(module.parameters()), Comparison(None)
+    images, loader = given
+    reference, alike = next(module.parameters()), Comparison(reading)
     differences = {name: Difference() for name in made.traced.outputs}
     sizes: dict[str, tuple[int, ...]] = {}
     for given, _ in loader.batches(images):

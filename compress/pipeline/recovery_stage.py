@@ -36,7 +36,7 @@ from compress.running.forward import (
     run_with_gradients,
 )
 from compress.running.memory_format import in_memory_format, put_in_format
-from compress.running.structure import count, floating, placed, shapes, with_gradients
+from compress.running.structure import count, floating, placed, shapes, tensors, with_gradients
 
 # Images that a detector is shown to see whether it always returns as many boxes.
 TOLD_APART = 8
@@ -105,7 +105,7 @@ def _in_place(network: Network, division: Division, distance: Distance) -> bool:
     right = taught(model, inputs, distance)
     for in_place in (network.in_place, True):
         with evaluation_mode(model), frozen(model), torch.enable_grad(), ExitStack() as stack:
-            if not floating(inputs):
+            if len(floating(inputs)) < len(tensors(inputs)):
                 stack.enter_context(gradients_begin(model))
             stack.enter_context(changes_allowed(in_place=in_place))
             result = run_with_gradients(model, with_gradients(inputs))

@@ -29,7 +29,7 @@ from compress.running.forward import (
     gradients_begin,
     run_with_gradients,
 )
-from compress.running.structure import floating, with_gradients
+from compress.running.structure import floating, tensors, with_gradients
 from compress.tasks import TaskMeasure
 
 # What to do where the accuracy of a search cannot be measured.
@@ -156,7 +156,7 @@ def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunCon
     hooks = forward_hooks(dict.fromkeys(layers, watch))
     with evaluation_mode(model), frozen(model), hooks, torch.enable_grad(), ExitStack() as stack:
         for inputs, targets in batches:
-            if not floating(inputs):
+            if len(floating(inputs)) < len(tensors(inputs)):
                 stack.enter_context(gradients_begin(model))
             with changes_allowed(in_place=network.in_place):
                 result = run_with_gradients(model, with_gradients(inputs))

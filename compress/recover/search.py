@@ -102,6 +102,7 @@ class _Trials:
         for inputs, right in course.lessons().begin(0):
             if not course.step(inputs, right):
                 return None
+            course.state.step += 1
         return course.model
 
 
@@ -117,8 +118,8 @@ def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
                 found = trials.after(rate, kind)
                 distance = math.inf if found is None else jury.distance(found)
                 tried[rate] = distance if distance < math.inf else math.inf, found
-            if tried[rate][0] > min(distance for distance, _ in tried.values()):
-                break
+            if tried[rate][0] > (1 + NEAR) * min(distance for distance, _ in tried.values()):
+                break  # what lies beyond is farther still
     least = min(distance for distance, _ in tried.values())
     near = [r for r, (d, _) in tried.items() if d <= least * (1 + NEAR) < math.inf]
     rate = max(near, default=RATES[-1])

@@ -88,11 +88,12 @@ def sentences(report: Report) -> list[str]:
     ]
     in_float = [row for row in found if row["compressed"] and not row["int8"]]
     for key, words in (("time", "as fast"), ("size", "as small")):
-        if alone[key] is None or not in_float:
+        known = [row for row in in_float if row[key] is not None]
+        if alone[key] is None or not known:
             continue
-        able = [row for row in in_float if row[key] <= alone[key]]
+        able = [row for row in known if row[key] <= alone[key]]
         if not able:
-            least = min(in_float, key=lambda row: row[key])
+            least = min(known, key=lambda row: row[key])
             said.append(
                 f"No point in float is {words}: the least, {least['label']}, has "
                 f"{text.ratio(least[key])} of the {key}."

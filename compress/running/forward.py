@@ -29,15 +29,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    names = {m: (dict(m._buffers), set(m._non_persistent_buffers_set)) for m in flags}
     state = torch.get_rng_state()
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.is_cuda}
+    on_gpu = {device: torch.cuda.get_rng_state(device) for device in devices}
     model.eval()
     try:
         with kept_attributes(model):
             yield
     finally:
         torch.set_rng_state(state)
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
+        for device, own in on_gpu.items():
+            torch.cuda.set_rng_state(own, device)
+        for module, (known, passing) in names.items():
+            # Those that the forward made, or filled, are gone again.
+            module._buffers.clear()
+            module._buffers.update(known)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(passing)
+        for _, _, buffer, value in buffers:
             if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
@@ -293,6 +303,19 @@ def require_parameters(model: nn.Module) -> None:
         raise ModelError(
             f"The model, a {type(model).__name__}, has no parameters, so that there is nothing to "
             "compress; is it the right one?"
+        )
+
+
+def require_tensors(model: nn.Module) -> None:
+    """Raise `ModelError` for a model whose state holds what a file of tensors cannot.
+
+    That is what a module's ``get_extra_state`` returns, where it is no tensor.
+    """
+    others = [n for n, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        raise ModelError(
+            f"The state of the model holds more than tensors ({', '.join(others[:5])}, of "
+            "get_extra_state), which a result could not hold; keep it in buffers, or leave it out."
         )
 
 

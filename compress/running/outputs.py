@@ -135,13 +135,13 @@ def read_outputs(
         result: What the original's forward returned for some images.
         targets: What the images' data set says of each, where it says something.
         sigmoid: Whether the network's graph ends in a sigmoid.
-        beside: Paths of outputs that do not count, as they do not lie image by image.
+        beside: Paths of outputs that do not lie image by image; they count only if no other does.
 
     Raises:
         ModelError: No output holds real numbers.
     """
     real = {path: t.detach() for path, t in floating(result).items() if t.dim() > 0}
-    found = {path: t for path, t in real.items() if path not in beside}
+    found = {path: t for path, t in real.items() if path not in beside} or real
     if not found:
         raise ModelError(
             f"The model's forward returned {type(result).__name__}, in which no tensor holds real "
@@ -149,6 +149,9 @@ def read_outputs(
         )
     if len(found) == 1:
         ((path, output),) = found.items()
+        if path in beside:
+            why = f"{f'the output {path}' if path else 'the output'}: values, as its first axis is "
+            return Reading((Part(path, "values"),), f"{why}not that of the images", False)
         return _single(path, output, targets, sigmoid=sigmoid)
     return _several(found, targets)
 

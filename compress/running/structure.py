@@ -37,12 +37,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        changed = {key: mapped(part, change) for key, part in value.items()}
-        if type(value) is dict:
-            return changed
-        # Outputs of transformers are mappings and dataclasses both, made from keywords.
-        make: Callable[..., Any] = type(value)
-        return make(**changed) if is_dataclass(value) else make(changed)
+        return _like(value, {key: mapped(part, change) for key, part in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[mapped(part, change) for part in value])
     if isinstance(value, tuple | list):
@@ -58,6 +53,20 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
         made.logits = change(value.logits)
         return made
     return value
+
+
+def _like(mapping: Any, content: dict[Any, Any]) -> Any:
+    """A mapping of the kind of another."""
+    if type(mapping) is dict:
+        return content
+    make: Callable[..., Any] = type(mapping)
+    # Outputs of transformers are mappings and dataclasses both, made from keywords.
+    if is_dataclass(mapping):
+        return make(**content)
+    try:
+        return make(content)
+    except TypeError:  # such as a defaultdict, which takes something else first
+        return content
 
 
 def rebuilt(like: Any, parts: list[Tensor] | tuple[Tensor, ...]) -> Any:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compress.config import RunConfig
 from compress.data import ImageSet
 from compress.deploy.equalise import equalised
 from compress.deploy.file import ONNX, ExportedFile, Form, make_file
-from compress.errors import ConfigError, DataError, ModelError
+from compress.errors import ConfigError, DataError, GateError, ModelError
 from compress.measure.quality import quality, unbeaten
 from compress.pipeline.export import CHECKED_IMAGES, INT8_IMAGES, TOLERANCE
 from compress.pipeline.int8 import Calibrated, in_eight_bits
@@ -80,8 +81,8 @@ class Deployer:
         """Return the dense network's files.
 
         Raises:
-            ModelError: It cannot be exported or quantised, or the runtime does not take it.
-            GateError: Its file computes something else than it does.
+            ModelError: It cannot be exported or quantised, the runtime does not take it, or its
+                file computes something else than it does.
         """
         return self._both(self._dense, self._judged(self._dense.networks[0]))
 
@@ -131,10 +132,13 @@ class Deployer:
         model = copy.deepcopy(self.job.network.model)
         return self._loaded(cast(model, self.job.inputs.dtype), ())
 
+    @property
+    def _weight(self) -> Tensor:
+        """A weight, for the device and the type that files compute in."""
+        return torch.empty(0, device=self.job.network.device, dtype=self.job.inputs.dtype)
+
     def _inputs(self, count: int) -> Any:
-        return like_weights(
-            expanded(self.job.network.example, count), next(self.job.network.model.parameters())
-        )
+        return like_weights(expanded(self.job.network.example, count), self._weight)
 
     @cached_property
     def _images(self) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -160,7 +164,8 @@ class Deployer:
     @cached_property
     def _calibrated(self) -> Calibrated:
         calibrate, judge, _ = self._images
-        return Calibrated.of(calibrate, judge, self.job.loader, self.job.network.model)
+        reading = self.job.network.reading
+        return Calibrated.of(calibrate, judge, self.job.loader, (self._weight, reading))
 
     def _loaded(self, model: nn.Module, chains: Sequence[str]) -> _Loaded:
         job, calibrated = self.job, self._calibrated
@@ -168,7 +173,10 @@ class Deployer:
             plain = equalised(model, chains, calibrated.inputs)
             in_float = make_file(plain, self._inputs(2), Form(ONNX), {})
             tolerance = TOLERANCE[dtype_of(model.parameters())]
-            compare_outputs(model, in_float, self._images[2], job.loader, tolerance)
+            try:
+                compare_outputs(model, in_float, (self._images[2], job.loader), tolerance)
+            except GateError as error:  # no limit of the sweep's, of which its report would tell
+                raise ModelError(str(error)) from error
         int8, said = in_eight_bits(in_float, calibrated, job.loader, job.track)
         files = (in_float, int8)
         first, second = map(self._on_runtime, files)

@@ -91,7 +91,7 @@ def parse_grid(rule: str, text: str) -> Grid:
         raise ConfigError(f"{flag} {text!r} is not a grid; give {_FORMS}.")
     first, last = (_number(part, flag, text) for part in parts[:2])
     count = parts[2].strip()
-    if not count.isdigit() or not 1 <= int(count) <= LARGEST_GRID:
+    if not count.isdecimal() or not 1 <= int(count) <= LARGEST_GRID:
         raise ConfigError(
             f"{flag} {text!r}: the count {parts[2]!r} is not a whole number from 1 to "
             f"{LARGEST_GRID}; give {_FORMS}."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,16 @@ from torch import nn
 
 from compress import __version__
 from compress.config import Role, RunConfig, settings_of
-from compress.errors import ArtefactError, one_line
+from compress.errors import ArtefactError, ModelError, one_line
 from compress.files import BrokenSeal, sealed_record, unsealed_record, write_atomically
 from compress.inputs.load import Inputs
+from compress.libraries import library_of
 from compress.report.read import check_point
 from compress.result import SweepPoint, from_dict, to_dict
+from compress.specs import import_function, split_spec
 from compress.untrusted import read_json
 
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 POINTS = "sweep.points"
 CHOSEN = "chosen"
 _CALIBRATION = "sweep.calibration-"
@@ -58,28 +61,40 @@ def content_key(
         "torch": torch.__version__,
         "weights": inputs.sha256,
         "dtype": str(inputs.dtype),
-        "code": _code_digest(inputs.model),
+        "code": _code_digest(inputs.model, config),
         "fit": inputs.split.fit.fingerprint,
         "validation": inputs.split.validation.fingerprint,
         "test": None if test is None else test.fingerprint,
         "settings": settings,
         "deployed_on": deployed_on,
+        # Files of points are timed beside those of the dense network.
+        "deployed_timing": [config.latency_batch, config.no_latency] if deployed_on else [],
     }
 
 
-def _code_digest(model: nn.Module) -> str:
-    """Digest of the network's structure and of the source of every module class not torch's own."""
+def _code_digest(model: nn.Module, config: RunConfig) -> str:
+    """Digest of the network's structure and of all files with code that decides numbers.
+
+    That is those of its module classes, torch's own apart, of the user's factory and functions.
+    """
     digest = hashlib.sha256(repr(model).encode())
-    classes = {type(module) for module in model.modules()}
-    for kind in sorted(classes, key=lambda k: (k.__module__, k.__qualname__)):
-        if kind.__module__.split(".")[0] == "torch":
+    modules = {type(module).__module__ for module in model.modules()}
+    head = split_spec(config.model, ModelError)[0] if config.model else ""
+    own = head if library_of(head) is None else ""
+    for spec in filter(None, (own, config.loss_fn, config.metric_fn)):
+        modules.add(import_function(spec, ModelError).__module__)
+    for name in sorted(modules):
+        if name.split(".")[0] == "torch":
             continue
-        try:
-            source = inspect.getsource(kind)
-        except (OSError, TypeError):  # made at run time: its name and structure must do
-            source = kind.__qualname__
-        digest.update(source.encode())
+        digest.update(_source(name).encode())
     return digest.hexdigest()
+
+
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # made at run time: its name must do
+        return module
 
 
 @dataclass(frozen=True)

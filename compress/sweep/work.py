@@ -18,7 +18,7 @@ from compress.errors import DataError
 from compress.inputs.load import Inputs
 from compress.measure.cost import model_cost
 from compress.measure.quality import quality, unbeaten
-from compress.network.baseline import Network
+from compress.network.baseline import Network, check_runs_in
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import current_versions
 from compress.pipeline.promised import PromisedBudgets
@@ -96,7 +96,9 @@ class SweepWork:
         config = self.grid.at(self.config, self.grid.values[0])
         if self.store is not None and not config.calibration:
             config = config.replace(calibration=str(self.store.calibration_file))
-        return Job.open(self.inputs, config, self.options.track)
+        job = Job.open(self.inputs, config, self.options.track)
+        check_runs_in(job.network.original, job.network.example, self.inputs.dtype)
+        return job
 
     @cached_property
     def job(self) -> Job:

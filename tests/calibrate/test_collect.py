@@ -499,3 +499,49 @@ def test_outputs_without_gradients_are_said() -> None:
 def test_what_breaks_after_the_last_layer_is_not_blamed_on_a_layer() -> None:
     with pytest.raises(ModelError, match="which no module of it gave"):
         run(Detaching("broken"), torch.randn(6, 4))
+
+
+def test_layers_of_a_branch_without_real_inputs_are_weighed_too() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.text = nn.Embedding(9, 4), nn.Linear(4, 6)
+            self.image, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, words: Tensor, image: Tensor) -> Tensor:
+            return self.head(self.text(self.words(words).mean(1)).relu() + self.image(image))
+
+    model, inputs = Both().eval(), (torch.arange(8).view(4, 2), torch.randn(4, 5))
+    sites = find_sites(model, (inputs[0][:1], inputs[1][:1]))
+    found = calibrate(model, sites, [(inputs, torch.zeros(4))], Source(4), Recipe())
+    for name in ("text", "image", "head"):
+        weighting = found.statistics[name].weighting
+        assert weighting is not None
+        assert weighting.count == 4, name
+
+
+def test_images_of_many_sizes_share_one_table_of_positions() -> None:
+    positions = calibrate_module._Positions(50, 400, 3)
+    for size in range(20, 60):
+        taken = positions.take(0, size % 50, 1, size)
+        assert taken is not None
+        assert taken.shape == (1, 8)
+        assert bool((taken.diff() >= 0).all())
+        assert 0 <= int(taken.min()) <= int(taken.max()) < size
+    assert len(positions.tables) == 1
+
+
+def test_rows_beyond_the_images_have_signs_of_their_own() -> None:
+    signs = RandomSigns(4, 0).take(0, torch.zeros(12, 3))
+    assert signs.shape == (12, 3)
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+
+
+def test_statistics_move_to_a_device() -> None:
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    found = calibrate(
+        model, find_sites(model, x[:1]), [(x, torch.zeros(8))], Source(8), Recipe(pool=True)
+    ).to(torch.device("meta"))
+    kinds = vars(found.statistics[""]).values()
+    assert {m.scatter.device.type for m in kinds if m is not None} == {"meta"}
+    assert {m.mean.device.type for m in kinds if m is not None} == {"meta"}

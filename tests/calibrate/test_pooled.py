@@ -38,6 +38,21 @@ def collected(case: Case, sizes: tuple[int, ...]) -> tuple[nn.Module, LayerSite,
     return layer, site, found.statistics[""]
 
 
+@pytest.mark.parametrize("case", PATCHES[:4], ids=lambda c: c.id)
+def test_large_images_are_pooled_a_block_of_positions_at_a_time(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = len(case.inputs())
+    whole = collected(case, (count,))[2].pooled
+    monkeypatch.setattr(pooled, "_CHUNK", 100)
+    blocks = collected(case, (count,))[2].pooled
+    assert whole is not None
+    assert blocks is not None
+    assert blocks.count == whole.count
+    torch.testing.assert_close(blocks.scatter, whole.scatter, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(blocks.mean, whole.mean, rtol=1e-5, atol=1e-7)
+
+
 def weight_gradients(layer: nn.Module, x: Tensor) -> Tensor:
     """``D [images, groups, out, d]``, one image at a time."""
     kind = kind_of(layer)

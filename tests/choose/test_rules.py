@@ -221,3 +221,33 @@ def test_plans_that_do_not_fit_say_why(
     with pytest.raises(PlanError) as caught:
         check_plan(replace(plan, choices=choices), network.sites, network.channels)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "wanted"),
+    [
+        ({"conv2": "5,11"}, (5, 11)),  # on no grid
+        ({"conv2": "5"}, (5,)),
+        ({"conv*": "7,7"}, (7, 7)),  # which other layers may not take
+    ],
+)
+def test_ranks_by_hand_beside_a_budget_are_exactly_those(
+    network: Network, rank: dict[str, str], wanted: tuple[int, ...]
+) -> None:
+    images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(schemes=("output", "two_sided"), weigh=False)
+    sites = network.sites
+    patches = calibrate(network.model, sites, [(images, torch.zeros(32))], Source(32), recipe)
+    plan = chosen(network, patches, macs=0.95, rank=rank, schemes=("output", "two_sided"))
+    assert next(c for c in plan.choices if c.name == "conv2").ranks == wanted
+
+
+def test_a_rank_by_hand_that_saves_nothing_is_passed_over_unless_forced(
+    network: Network, calibration: Calibration
+) -> None:
+    full = next(s for s in network.sites if s.name == "conv2").geometry.full_rank
+    given = {"rank": {"conv2": str(full)}, "schemes": ("output",)}
+    plan = chosen(network, calibration, **given, macs=0.95)
+    assert not next(c for c in plan.choices if c.name == "conv2").rewritten
+    with pytest.raises(BudgetError, match=r"cannot be reached"):
+        chosen(network, calibration, **given, macs=1.0, force_rank=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from stopwatch import stop_the_clock
 from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
@@ -372,3 +373,45 @@ def test_a_run_that_cannot_export_does_not_begin(
     done = bench.run(*RANKS, "--export", "onnx")
     assert "need the package onnxscript" in paragraph(done, 3)
     assert not bench.output().exists()
+
+
+def test_a_result_in_half_precision_is_compared_with_its_original(bench: Workbench) -> None:
+    state = load_file(bench.checkpoint)
+    save_file({k: t.half() if t.is_floating_point() else t for k, t in state.items()},
+              bench.checkpoint)  # fmt: skip
+    assert bench.run(*RANKS, "--no-latency").exit_code == 0
+    flags = ("--original", bench.checkpoint, "--test", bench.test, "--no-latency", "--json")
+    done = command(*exporting(bench, *flags))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["beside_original"]["images"] == 24
+
+
+def test_eight_bits_of_a_regression_are_judged_by_its_values(made: Workbench) -> None:
+    data = made.folder / "values.npz"
+    images = made_images(48, seed=1)[0]
+    np.savez(data, images=images, labels=np.random.default_rng(0).random((48, 3), np.float32))
+    flags = ("--int8", "--no-latency", "--json", "--task", "regression")
+    asked = exporting(made, *flags)
+    asked[asked.index("--data") + 1] = f"tensors:{data}"
+    done = command(*asked)
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["agreement"] is None
+    plain = json.loads(command(*exporting(made, *flags[:3], name="other.onnx")).stdout)
+    assert plain["agreement"] is not None
+
+
+def test_pictures_of_several_sizes_are_no_defect(bench: Workbench, tmp_path: Path) -> None:
+    code = tmp_path / "sized.py"
+    code.write_text(
+        "import torch\n\n\n"
+        "def images():\n"
+        "    return [(torch.rand(1, 8 + i % 2, 8), i % 3) for i in range(24)]\n"
+    )
+    data = f"{code}:images"
+    sized = ("--batch-size", "1", "--no-latency")
+    found = bench.run(*RANKS, *sized, "--no-refit", data=data, test=data)
+    assert found.exit_code == 0, found.output
+    asked = exporting(bench, *sized)
+    asked[asked.index("--data") + 1] = data
+    assert "invalid dimensions" in paragraph(command(*asked), 3)  # as a file has one size

@@ -102,6 +102,7 @@ def test_the_launcher_runs_the_same_commands() -> None:
         (["run", "w.pt", "--mean", "0.5;0.5"], "not a list of numbers"),
         (["run", "w.pt", "more.pt"], "unexpected extra argument"),
         (["inspect", "w.pt", "--input-shape", "3,-1,4"], "not a shape"),
+        (["inspect", "w.pt", "--input-shape", "3,²,4"], "not a shape"),
         (["verify"], "Missing argument 'RESULT'"),
     ],
 )

@@ -91,16 +91,10 @@ FILES = (File("--calibration", "calibration"), File("--latency-table", "latency 
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("name", [*WRITERS, "inspect"])
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.what)
 def test_files_are_checked_before_the_work(bench: Workbench, name: str, file: File) -> None:
-    if name == "inspect" and file.flag == "--latency-table":
-        pytest.skip("inspect takes no latency table")
-
     def start(path: Path) -> Result:
-        if name == "inspect":
-            return command("inspect", bench.checkpoint, "--model", SPEC, "--data", bench.train,
-                           file.flag, str(path))  # fmt: skip
         return started(bench, name, file.flag, str(path))
 
     missing = bench.folder / "missing" / "file"

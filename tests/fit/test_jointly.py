@@ -14,7 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from compress.fit import stretches
 from compress.fit.cuts import Segment, find_segments, join
 from compress.fit.factors import Factors
-from compress.fit.frontier import Frontier
+from compress.fit.frontier import Frontier, Pair
 from compress.fit.jointly import Improved, Movable, refit_jointly
 from compress.fit.stretches import StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings
@@ -286,6 +286,22 @@ def test_pieces_are_equal_parts_of_a_step(sizes: list[int], wanted: list[int]) -
     if wanted:
         assert torch.equal(torch.cat([x for x, _ in found]).squeeze(1), numbers)
         assert torch.equal(torch.cat([y for _, y in found]), numbers)
+
+
+def test_pieces_hold_inputs_of_one_size() -> None:
+    """As a collate function makes them that pads to the longest of a batch."""
+    given = [(torch.zeros(5, 3), torch.arange(5)), (torch.zeros(5, 4), torch.arange(5, 10))]
+    found = list(pieces(given))
+    assert [tuple(x.shape) for x, _ in found] == [(4, 3), (1, 3), (4, 4), (1, 4)]
+    assert torch.cat([y for _, y in found]).tolist() == list(range(10))
+
+
+def test_spilled_views_take_no_more_than_they_hold(tmp_path: Path) -> None:
+    everything = torch.randn(1000, 50)
+    frontier = Frontier(0, tmp_path)
+    frontier.put(0, {"x": Pair(everything[3:5], everything[3:5])})
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 10_000
+    assert torch.equal(frontier.look(0)["x"].dense, everything[3:5])
 
 
 def test_spilling_to_disk_changes_nothing(

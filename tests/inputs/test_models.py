@@ -241,3 +241,16 @@ def test_a_users_file_may_import_torchvision_itself(tmp_path: Path, lazily: bool
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "3", done.stderr
+
+
+@pytest.mark.parametrize("hint", ["(None, 3, 8)", "((3, 8, 8),)", "('C', 'H', 'W')", "()"])
+def test_a_shape_that_is_none_is_no_hint(tmp_path: Path, hint: str) -> None:
+    code = tmp_path / "net.py"
+    code.write_text(
+        "from torch import nn\n\n\n"
+        "def net():\n"
+        "    made = nn.Sequential(nn.Linear(3, 2))\n"
+        f"    made.input_shape = {hint}\n"
+        "    return made\n"
+    )
+    assert build_model(f"{code}:net").input_shape is None

@@ -490,6 +490,16 @@ def test_a_whole_run_on_a_folder_of_transformers(vit: tuple[Path, Any], tmp_path
             (36, (30, 40)),
         ),
         ({"size": {"shortest_edge": 32}, "crop_pct": 0.5}, (64, 32)),
+        (
+            {"size": {"shortest_edge": 384}, "crop_pct": 0.875,
+             "image_processor_type": "ConvNextImageProcessor"},
+            ((384, 384), None),
+        ),
+        (
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875,
+             "feature_extractor_type": "ConvNextFeatureExtractor"},
+            (256, 224),
+        ),
         ({"size": {"height": 32, "width": "no"}}, (None, None)),
         ({"size": {"height": 32, "width": 48}, "do_resize": False}, (None, None)),
     ],
@@ -498,3 +508,17 @@ def test_sizes_of_transformers_processors(raw: dict[str, Any], sizes: Any) -> No
     from compress.libraries.hf import _sides
 
     assert _sides(raw) == sizes
+
+
+@pytest.mark.parametrize(("mode", "resize"), [("center", 36), ("squash", (36, 36))])
+def test_pictures_of_timm_are_cut_or_squashed(mode: str, resize: Any) -> None:
+    from compress.libraries.timm import _pictures
+
+    data = {
+        "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.875,
+        "crop_mode": mode, "interpolation": "bicubic",
+    }  # fmt: skip
+    shape, found = _pictures(data, {})
+    assert shape == (3, 32, 32)
+    assert found is not None
+    assert (found.resize, found.crop) == (resize, 32)

@@ -144,9 +144,14 @@ class Mixed(nn.Module):
         lambda x: x.roll(1, 1),
         lambda x: x * torch.arange(8.0).view(1, 8, 1, 1),
         lambda x: torch.stack(x.chunk(8, 1), 1).squeeze(2),
+        lambda x: x * x.max(1, keepdim=True).values.sigmoid(),
+        lambda x: x - torch.var_mean(x, dim=1, keepdim=True)[1],
     ],
-    ids=["softmax", "group norm", "mean", "cumsum", "shuffle", "roll", "scaled", "chunks"],
-)
+    ids=[
+        "softmax", "group norm", "mean", "cumsum", "shuffle", "roll", "scaled", "chunks", "largest",
+        "of two",
+    ],
+)  # fmt: skip
 def test_what_mixes_channels_leaves_them(mix: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     network = prepare(Mixed(mix).eval(), torch.randn(1, 3, 6, 6))
@@ -172,6 +177,16 @@ def test_what_treats_each_channel_by_itself_keeps_them_together(
     torch.manual_seed(0)
     network = prepare(Mixed(mix).eval(), torch.randn(1, 3, 6, 6))
     assert [(g.name, g.size) for g in network.channels.groups] == [("first", 8)]
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.PReLU(8)])
+def test_a_hook_would_be_lost_with_the_channels_of_its_module(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), module, nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    assert prepare(model, torch.randn(1, 3, 6, 6)).channels.groups
+    handle = module.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    assert not prepare(model, torch.randn(1, 3, 6, 6)).channels.groups
+    handle.remove()
 
 
 def test_widths_that_a_module_cannot_have() -> None:

@@ -101,3 +101,18 @@ def test_networks_of_such_norms_are_folded_and_keep_their_function() -> None:
     assert isinstance(network.model[1], nn.SiLU)
     with torch.no_grad():
         torch.testing.assert_close(network.model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_with_something_inside_that_takes_other_shapes_has_no_rest() -> None:
+    class Excited(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.fc = nn.Linear(channels, channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = self.fc(x.mean((2, 3))).sigmoid()
+            return super().forward(x) * gate[:, :, None, None]
+
+    assert after_norm(Excited(4).eval()) is None
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Excited(4), nn.Flatten(), nn.Linear(64, 2)).eval()
+    assert prepare(model, torch.randn(1, 3, 6, 6)).graph is not None

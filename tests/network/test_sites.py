@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import compress
 from compress.errors import ModelError
+from compress.network.baseline import prepare
 from compress.network.sites import Call, LayerSite, find_sites
 from compress.network.tracing import trace
 from compress.running.forward import evaluation_mode, forward_hooks, frozen, run_model
@@ -276,3 +278,35 @@ def test_a_layer_called_by_keyword_is_one_like_any_other() -> None:
     called = [node for node in graph.nodes if node.op == "call_module"]
     assert [len(node.args) for node in called] == [1, 1, 1]
     assert not any(node.kwargs for node in called)
+
+
+def test_a_fixed_filter_without_parameters_is_kept() -> None:
+    blur = nn.Conv2d(3, 3, 3, groups=3, padding=1, bias=False)
+    weight = blur.weight.data
+    del blur.weight
+    blur.register_buffer("weight", weight)
+    model = nn.Sequential(blur, nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    sites = {s.name: s for s in prepare(model, torch.rand(1, 3, 8, 8)).sites}
+    assert sites["0"].skip is not None
+    assert sites["1"].skip is None
+
+
+def test_a_layer_that_nothing_reached_on_the_first_image_is_kept() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, mine = torch.zeros_like(x), x[:, 0] > 0
+            for expert, rows in zip(self.experts, (mine, ~mine), strict=True):
+                out[rows] = expert(x[rows])
+            return self.head(out)
+
+    sites = {s.name: s for s in prepare(Experts().eval(), torch.ones(1, 6)).sites}
+    assert sites["experts.0"].skip is None
+    assert "nothing reached it" in str(sites["experts.1"].skip)
+    images = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    found = compress.compress_model(Experts(), images, params=0.8)
+    assert found.result.cost.compressed.params <= 0.8 * found.result.cost.folded.params

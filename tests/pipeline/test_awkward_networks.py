@@ -15,6 +15,7 @@ from torch import nn
 from workbench import Workbench, command, made_images, paragraph
 
 import compress
+from compress.pipeline.job import _on_device
 
 SOURCE = NETWORKS / "awkward.py"
 RANKS = ("--rank", "*=3", "--force-rank")
@@ -194,3 +195,63 @@ def test_a_loss_that_fails_says_so(bench: Workbench, loss: str, words: str) -> N
 def test_a_search_without_validation_images(bench: Workbench) -> None:
     text = paragraph(bench.run("--target-drop", "5", "--calibration-images", "1"), 3)
     assert "no validation images" in text
+
+
+class Shifted(nn.Module):
+    """Frames in the axis of images, some of whose channels are moved in time before each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(6)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        x = self.stem(clips.flatten(0, 1))
+        for block in self.blocks:
+            frames = x.view(x.size(0) // 4, 4, *x.shape[1:])
+            moved = torch.cat([frames[:, 1:, :4], frames[:, :1, :4]], 1)
+            x = x + block(torch.cat([moved, frames[:, :, 4:]], 2).flatten(0, 1)).relu()
+        return self.head(x.mean((2, 3)).view(-1, 4, 8).mean(1))
+
+
+def test_frames_in_the_axis_of_images_are_refitted_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("compress.fit.stretches.STEP_POSITIONS", 200)
+    monkeypatch.setattr("compress.fit.stretches.LEAST_IMAGES", 2)
+    torch.manual_seed(0)
+    clips = torch.randn(40, 4, 3, 6, 6)
+    found = compress.compress_model(Shifted().eval(), clips, macs=0.6)
+    assert found.result.cost.compressed.macs <= 0.6 * found.result.cost.folded.macs
+
+
+def test_the_model_that_is_given_stays_where_it_is() -> None:
+    model = nn.Linear(3, 2)
+    assert _on_device(model, "cpu") is model
+    assert _on_device(model, "meta").weight.is_meta
+    assert model.weight.device.type == "cpu"
+
+
+def test_labels_of_calibration_images_that_are_no_classes_are_passed_over(
+    bench: Workbench,
+) -> None:
+    images, labels = made_images(48, seed=1)
+    np.savez(bench.folder / "train.npz", images=images, labels=labels + 7)
+    found = bench.run("--rank", "conv2=4")
+    assert found.exit_code == 0, found.output
+    validation = bench.report()["result"]["validation"]
+    assert validation["top1_before"] is None
+    assert validation["agreement"] is not None
+    assert bench.report()["result"]["test"]["top1_before"] is not None
+
+
+def test_a_file_of_statistics_may_hold_more_than_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 3)
+    ).eval()
+    images, file = torch.randn(60, 1, 8, 8), str(tmp_path / "statistics.safetensors")
+    compress.compress_model(model, images, macs=0.6, calibration=file)
+    found = compress.compress_model(model, images, energy=0.9, calibration=file)
+    assert any(c.rewritten for c in found.plan.choices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -91,3 +91,17 @@ def test_whole_numbers_keep_their_type() -> None:
     assert grown[0].requires_grad
     assert not grown[1].requires_grad
     assert not A.requires_grad
+
+
+def test_a_mapping_that_is_made_otherwise_becomes_a_plain_one() -> None:
+    given: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(()), a=torch.ones(2))
+    found = structure.mapped(given, lambda t: t + 1)
+    assert found.keys() == {"a"}
+    assert found["a"].tolist() == [2, 2]
+
+
+def test_a_checksum_tells_numbers_apart_and_nothing_else() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert structure.checksum((x, {"y": x})) == structure.checksum([x.clone(), x.t().t()])
+    assert structure.checksum(x) != structure.checksum(x + 1)
+    assert structure.checksum(x.bfloat16()) != structure.checksum(x.half())

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stopwatch import stop_the_clock
 from workbench import SPEC, Workbench, command, paragraph
 
+from compress.errors import GateError
 from compress.report.deployed import rows, sentences, shown_rows
 from compress.report.text import MINUS, TIMES
 from compress.result import Deployed, EndMetric, SweepPoint
@@ -102,6 +104,40 @@ def test_the_answer_in_words() -> None:
 def test_where_eight_bits_alone_win_it_is_said() -> None:
     made = report((0.5, file(500, 0.6, 0.88), file(300, 0.55, 0.87, int8=True)), dense=DENSE)
     assert sentences(made)[-1] == "Both together are never better than one of them alone."
+
+
+def test_points_that_were_not_timed_are_left_out_of_the_words_on_time() -> None:
+    made = report(
+        (0.5, file(500, None, 0.88), file(140, None, 0.87, int8=True)),
+        (0.3, file(300, 0.4, 0.8), file(90, 0.2, 0.7, int8=True)),
+        dense=DENSE,
+    )
+    said = " ".join(sentences(made))
+    assert "the best point that is as fast, macs 0.3" in said
+    made = report((0.5, *(file(9, None, 0.8, int8=b) for b in (False, True))), dense=DENSE)
+    assert "as fast" not in " ".join(sentences(made))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_checkpoint_in_half_precision_is_compared_too(bench: Workbench) -> None:
+    state = load_file(bench.checkpoint)
+    save_file({k: t.half() if t.is_floating_point() else t for k, t in state.items()},
+              bench.checkpoint)  # fmt: skip
+    done = sweeping(bench, "--macs", "0.6")
+    assert done.exit_code == 0, done.stderr
+    other = sweeping(bench, "--macs", "0.6", "--latency-batch", "4", "--resume")
+    assert "kept" not in other.stdout  # since times would be of other batches
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_computes_something_else_is_no_broken_limit(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parted(*_: object) -> None:
+        raise GateError("The exported network's output differs.")
+
+    monkeypatch.setattr("compress.sweep.deployed.compare_outputs", parted)
+    assert "output differs" in paragraph(sweeping(bench, "--macs", "0.6"), 3)
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -328,12 +329,17 @@ def test_a_sweep_that_was_stopped_goes_on_without_redoing_a_point(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["weights", "labels", "images", "code", "setting"])
+@pytest.mark.parametrize(
+    "change", ["weights", "labels", "images", "code", "helper", "metric", "classes", "setting"]
+)
 def test_points_of_other_content_are_never_taken(change: Any, tmp_path: Path) -> None:
     network = write_network(tmp_path / "network")
     config = make_config({**network, "output": str(tmp_path / "sweep")})
-    swept(config, "0.03,0.1")
     folder = tmp_path / "network"
+    if change == "metric":
+        (folder / "own.py").write_text("def constant(model, batches):\n    return 1.0\n")
+        config = config.replace(metric_fn=f"{folder / 'own.py'}:constant")
+    swept(config, "0.03,0.1")
     if change == "weights":
         state = load_file(folder / "weights.safetensors")
         state["0.weight"][0] *= 1.5
@@ -344,6 +350,16 @@ def test_points_of_other_content_are_never_taken(change: Any, tmp_path: Path) ->
         arrays[change][0] += 1 if change == "images" else -arrays[change][0]
         arrays["labels"][0] = (arrays["labels"][0] + 1) % 6
         np.savez(folder / "test.npz", **arrays)
+    elif change == "helper":  # what a forward may call
+        code = folder / "net.py"
+        code.write_text(code.read_text() + "\n\ndef scaled(x):\n    return 2 * x\n")
+        sys.modules.pop("net", None)
+    elif change == "metric":
+        (folder / "own.py").write_text("def constant(model, batches):\n    return 0.5\n")
+    elif change == "classes":
+        names = [str(n) for n in (1, 0, 2, 3, 4, 5)]
+        (folder / "classes.json").write_text(json.dumps(names))
+        config = config.replace(class_map=str(folder / "classes.json"))
     elif change == "code":
         code = folder / "net.py"
         code.write_text(code.read_text().replace("nn.ReLU()", "nn.LeakyReLU(0.2)"))

@@ -32,6 +32,7 @@ from compress.files import write_atomically
 from compress.network.baseline import Network
 from compress.plan import Candidate, Choice
 from compress.rules.latency import BY_TIME
+from compress.running.modules import cast
 from compress.running.structure import expanded, placed
 from compress.timing.layers import LatencyTable, LayerTimer, Setting
 from compress.timing.networks import Timing, time_network_formats
@@ -269,7 +270,7 @@ class _Timer:
     def __init__(self, network: Network, asked: ByTime, batch: int) -> None:
         self.network, self.engine, self.batch = network, asked.engine, batch
         self.dtype = asked.dtype
-        self.dense = copy.deepcopy(network.model).to(asked.dtype)
+        self.dense = cast(copy.deepcopy(network.model), asked.dtype)
         self.images = expanded(placed(network.example, network.device, dtype=asked.dtype), batch)
         self._dense_running = self.engine.network(self.dense, [self.images])
         # What seems fast enough is measured again, and is not built again for that.

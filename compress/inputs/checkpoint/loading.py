@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError
 from compress.inputs.checkpoint.reading import PREFIXES, Checkpoint, listed
 from compress.inputs.checkpoint.states import first_parts
+from compress.running.forward import require_tensors
 
 _MOST_HEADS = 100
 
@@ -31,6 +32,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
             numbers where the model has real ones: the first 20 of each and their number, with a
             hint where the cause is known. The model is unchanged.
     """
+    require_tensors(model)
     own = model.state_dict(keep_vars=True)
     state = _fitting_names(checkpoint, own)
     _fill_tied(state, own, checkpoint)
