@@ -272,15 +272,17 @@ class Stretch:
         (pair,) = self.walk.frontier.look(batch).values()
         size = self.walk.sizes[batch]
         whole = start == 0 and end in (None, size)
-        # Where frames or tokens lie in the axis of images, each image has several rows.
-        rows = count(pair.dense) // size
-        whole = whole or rows * size != count(pair.dense)
+        # Where frames or tokens lie in the axis of images, each image has several rows, and not
+        # always as many at both ends.
+        values = pair.compressed, pair.dense
+        whole = whole or any(count(value) % size for value in values)
         given, target = (
             value if whole else part(value, rows * start, rows * (end or size))
-            for value in (pair.compressed, pair.dense)
+            for value in values
+            for rows in (count(value) // size,)
         )
         output = self.walk.through(self.segment, batch, given)
-        images = count(given)
+        images = size if whole else (end or size) - start
         last = self.walk.lockstep.nodes[self.segment.end].name
         wanted = self.walk.cut.of_node(last, target)
         return (channel_rows(output - wanted) @ self.root.mT).square().sum() / images, images

@@ -90,7 +90,7 @@ def measure_progressive(
         if own:
             measure, values = Measure(own.name), _own_values(own, mirror, loaded)
         else:
-            measure, judges = _judges(network.reading, images, yardstick, len(names) + 1)
+            measure, judges = _judges(network, images, yardstick, len(names) + 1)
             results = shared.results if shared else _whole_runs(mirror)
             tracked = yardstick.track(loaded, "layer by layer", len(loaded))
             values = _judged(results, tracked, judges, next(network.model.parameters()))
@@ -219,16 +219,17 @@ class _Judge(Protocol):
 
 
 def _judges(
-    reading: Reading, images: ImageSet, yardstick: Yardstick, number: int
+    network: Network, images: ImageSet, yardstick: Yardstick, number: int
 ) -> tuple[Measure, list[_Judge]]:
     """What the prefixes are measured by, and one judge for each."""
-    task = yardstick.metric
+    reading, task = network.reading, yardstick.metric
     if isinstance(task, TaskMeasure) and has_targets(task.task, images):
         targets = some_targets(images)
         return task.first, [_Scored(task.scorer(reading, targets)) for _ in range(number)]
     if task is None and reading.ranked:
         labels = torch.tensor(images.labels)
-        if min(images.labels) >= 0:
+        classes = reading.scores(network.result).shape[1]
+        if min(images.labels) >= 0 and max(images.labels) < classes:
             return ACCURACY, [_Right(reading, labels) for _ in range(number)]
         return AGREEMENT, [_Right(reading, None) for _ in range(number)]
     return ERROR, [_Apart(Comparison(reading, beside=True)) for _ in range(number)]

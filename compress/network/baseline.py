@@ -137,7 +137,7 @@ def prepare(model: nn.Module, example: Any, evidence: Evidence = Evidence()) -> 
         ModelError: The model cannot be copied, does not run on the example, or gives NaN.
     """
     require_parameters(model)
-    original = _copied(model).float().eval()
+    original = copied_model(model).float().eval()
     before = _output(original, example)
     check_finite(
         original, example, before, "on the first image, before anything was changed",
@@ -199,16 +199,13 @@ def _read(
     """Decide what the outputs stand for, by the images that the targets belong to."""
     (example, result), beside = first, frozenset[str]()
     one = floating(result)
-    known = evidence.targets and evidence.batch is not None
-    if evidence.batch is not None and known and (len(one) > 1 or evidence.task):
-        batch = evidence.batch()
-        result = _output(original, batch)
-        beside = _beside_images(one, floating(result), count(batch))
-    else:
-        # A network that takes one image at a time has shown what it gives for one.
-        with contextlib.suppress(ModelError):
-            twice = floating(_output(original, expanded(example, 2)))
-            beside = _beside_images(one, twice, 2)
+    asked = evidence.batch if len(one) > 1 or evidence.task in TASKS else None
+    # A network that takes one image at a time has shown what it gives for one.
+    with contextlib.suppress(ModelError):
+        several = expanded(example, 2) if asked is None else asked()
+        found = _output(original, several)
+        beside = _beside_images(one, floating(found), count(several))
+        result = result if asked is None else found
     if evidence.task in TASKS:
         return read_for(TASKS[evidence.task], result, evidence.targets, sigmoid=sigmoid)
     return read_outputs(result, evidence.targets, sigmoid=sigmoid, beside=beside)
@@ -266,7 +263,12 @@ def check_runs_in(model: nn.Module, example: Any, dtype: torch.dtype) -> None:
     check_finite(converted, given, output, f"in {name}, the checkpoint's type", remedy)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied_model(model: nn.Module) -> nn.Module:
+    """Return a copy of the user's model.
+
+    Raises:
+        ModelError: It cannot be copied.
+    """
     modules = model.named_modules()
     scripted = [name or "all" for name, m in modules if isinstance(m, torch.jit.ScriptModule)]
     if scripted:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,10 +51,13 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
     large = main_tensor(example).numel() > _LARGE
     images = _images(example, IMAGES_IF_LARGE if large else IMAGES)
     root = _AllOutputs(model)
+    own = _tensors_of(root)
     try:
         with evaluation_mode(model), torch.no_grad():
+            run_model(model, images)  # so that buffers of the forward's own making are there
             graph = _Tracer(images, _special_norms(model)).trace(root)
-        constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)}
+            made = _made_by_forward(graph, own, _tensors_of(root))
+        constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)} | made
         vars(model).update(constants)
         for node in graph.nodes:
             if node.op in _NAMED:
@@ -69,6 +72,22 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
         raise
     except BaseException:  # the user's forward runs on proxies, and may raise anything
         return None
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def _made_by_forward(
+    graph: fx.Graph, before: Collection[str], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Buffers that a forward made or filled, as constants that the graph refers to instead."""
+    made: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in after and node.target not in before:
+            name = f"{_CONSTANT}_of_{str(node.target).replace('.', '_')}"
+            made[name], node.target = after[str(node.target)], name
+    return made
 
 
 def ends_in_sigmoid(model: nn.Module, graph: fx.Graph) -> bool:

@@ -28,7 +28,8 @@ def evidence_of(sets: Sequence[ImageSet], example: Any, config: RunConfig) -> Ev
     images = next((s for s in known if _is_known(s.target(0))), known[0])
     device = main_tensor(example).device
     batch = batch_size_for(config, example)
-    most = LOOKED_AT if batch == 1 else batch
+    # Several where the user wants one at a time; of large images as few as tell what lies in rows.
+    most = LOOKED_AT if config.batch_size == 1 else max(batch, 2)
     targets = tuple(images.target(i) for i in range(min(most, len(images))))
     others: dict[str, Any] = {}
     for index in range(min(len(images), LOOKED_AT) if batch == 1 else 0):

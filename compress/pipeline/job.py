@@ -27,8 +27,7 @@ from compress.inputs.checkpoint.reading import listed
 from compress.inputs.functions import loss_function, metric_function
 from compress.inputs.load import Inputs, batch_size_for
 from compress.measure.accuracy import Yardstick
-from compress.network.baking import copied
-from compress.network.baseline import Network, prepare
+from compress.network.baseline import Network, copied_model, prepare
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.trials import try_out, weighing
 from compress.pipeline.variation import varied
@@ -42,7 +41,7 @@ def _on_device(model: nn.Module, device: str) -> nn.Module:
     """The model where it is to run: a copy if it is elsewhere, as that is its owner's."""
     wanted = torch.empty(0, device=device).device
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return model if all(t.device == wanted for t in tensors) else copied(model).to(device)
+    return model if all(t.device == wanted for t in tensors) else copied_model(model).to(device)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,12 +30,10 @@ from compress.running.forward import (
     backward,
     changes_allowed,
     evaluation_mode,
-    frozen,
-    gradients_begin,
     run_with_gradients,
 )
 from compress.running.memory_format import in_memory_format, put_in_format
-from compress.running.structure import count, floating, placed, shapes, tensors, with_gradients
+from compress.running.structure import count, placed, shapes
 
 # Images that a detector is shown to see whether it always returns as many boxes.
 TOLD_APART = 8
@@ -86,30 +83,28 @@ def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") 
     first = Distance(network.reading, function=strict)
     first.held_out(first.taught(result), result, count(network.example))  # before any work
     distance = Distance(network.reading, function=function)
-    in_place = _in_place(network, division, distance)
-    return Task(
-        network.model, division, job.loader, distance, kept, config.seed, job.track, in_place,
-        network.macs,
+    task = Task(
+        network.model, division, job.loader, distance, kept, config.seed, job.track,
+        network.in_place, network.macs,
     )  # fmt: skip
+    return dataclasses.replace(task, in_place=_in_place(task))
 
 
-def _in_place(network: Network, division: Division, distance: Distance) -> bool:
+def _in_place(task: Task) -> bool:
     """Whether gradients only come where what the forward changes in place is copied.
 
     Raises:
         GradientError: They do not come then either.
         ModelError: The forward fails, or the outputs cannot be compared.
     """
-    model = network.model
-    inputs = placed(first_inputs(division.learning, 1), network.device, network.memory_format)
-    right = taught(model, inputs, distance)
-    for in_place in (network.in_place, True):
-        with evaluation_mode(model), frozen(model), torch.enable_grad(), ExitStack() as stack:
-            if len(floating(inputs)) < len(tensors(inputs)):
-                stack.enter_context(gradients_begin(model))
-            stack.enter_context(changes_allowed(in_place=in_place))
-            result = run_with_gradients(model, with_gradients(inputs))
-            loss = distance.training(right, result, count(inputs))
+    model, weights = learner(task.original, task)
+    given = first_inputs(task.division.learning, 1)
+    inputs = placed(given, task.loader.device, task.loader.memory_format)
+    right = taught(task.original, inputs, task.distance)
+    for in_place in (task.in_place, True) if weights else ():
+        with evaluation_mode(model), torch.enable_grad(), changes_allowed(in_place=in_place):
+            result = run_with_gradients(model, inputs)
+            loss = task.distance.training(right, result, count(inputs))
             try:
                 backward(loss, ", or leave recovery out")
             except GradientError:
@@ -117,7 +112,7 @@ def _in_place(network: Network, division: Division, distance: Distance) -> bool:
                     raise
                 continue
         return in_place
-    return True
+    return task.in_place
 
 
 def check_recoverable(job: Job) -> None:
@@ -170,11 +165,12 @@ def kept_by_user(
         if site.name in locked or any(fnmatchcase(a, g) for a in site.aliases for g in globs)
         for alias in site.aliases
     }
-    everything = itertools.chain(
-        network.model.named_modules(remove_duplicate=False),
-        network.model.named_parameters(remove_duplicate=False),
+    # Not whole blocks, of which a glob such as *.0 for layers may be the name as well.
+    others = itertools.chain(
+        (n for n, m in network.model.named_modules(remove_duplicate=False) if m._parameters),
+        (n for n, _ in network.model.named_parameters(remove_duplicate=False)),
     )
-    asked = {n for n, _ in everything if any(fnmatchcase(n, g) for g in settings.get("keep", ()))}
+    asked = {n for n in others if any(fnmatchcase(n, g) for g in settings.get("keep", ()))}
     return frozenset(layers | asked)
 
 

@@ -23,6 +23,7 @@ from compress.errors import ArtefactError
 from compress.files import (
     CALIBRATION_FILE,
     MODEL_FILE,
+    RECOVERY_FILE,
     RUNTIME_FILE,
     UNFINISHED,
     atomic_update,
@@ -138,7 +139,7 @@ _STATISTICS = "the calibration"
 def _write(work: Work, config: RunConfig, folder: Path) -> list[str]:
     """Write what there is, in place of what an earlier run has left; return what it is."""
     kept = []
-    for stale in (MODEL_FILE, RUNTIME_FILE, "plan.json"):
+    for stale in (MODEL_FILE, RUNTIME_FILE, RECOVERY_FILE, "plan.json"):
         (folder / stale).unlink(missing_ok=True)
     # An earlier calibration stays if there is no newer one: this very run may have read it.
     if _save_statistics(work, folder / CALIBRATION_FILE):

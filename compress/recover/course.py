@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.data import Loader
 from compress.progress import Track, note, silent
 from compress.recover.distance import Distance
-from compress.recover.lessons import Division, Lessons, taught
+from compress.recover.lessons import Division, Lessons, come_again, taught
 from compress.recover.steps import Steps
 from compress.running.forward import (
     backward,
@@ -30,7 +30,7 @@ from compress.running.forward import (
     run_with_gradients,
 )
 from compress.running.memory_format import put_in_format
-from compress.running.structure import count, placed
+from compress.running.structure import checksum, count, placed
 from compress.running.structure import size as bytes_of
 from compress.vision.augment import MOVED, NONE, augmented
 
@@ -136,7 +136,7 @@ class Jury:
 
     def __init__(self, task: Task, kind: str = NONE) -> None:
         self._task, self._kind = task, kind
-        self._taught: list[Any] | None = None
+        self._taught: list[tuple[int, Any]] | None = None
 
     def distance(self, model: nn.Module) -> float:
         """How far a network's outputs are from the original's, the mean over images.
@@ -146,18 +146,17 @@ class Jury:
             ModelError: A forward fails.
         """
         total, images = 0.0, 0
-        kept: list[Any] = []
+        kept: list[tuple[int, Any]] = []
         task, held = self._task, self._task.division.held_out
         for number, (given, _) in enumerate(task.loader.batches(held)):
             shown = self._shown(given, number)
             inputs = placed(shown, task.loader.device, task.loader.memory_format)
-            right = (
-                taught(task.original, inputs, task.distance)
-                if self._taught is None
-                else self._taught[number]
-            )
-            if self._taught is None and bytes_of(right) * len(held) <= HELD_BYTES * count(inputs):
-                kept.append(right)
+            same = 0 if come_again(held) else checksum(shown)
+            right = self._known(number, same)
+            if right is None:
+                right = taught(task.original, inputs, task.distance)
+            if bytes_of(right) * len(held) <= HELD_BYTES * count(inputs):
+                kept.append((same, right))
             with torch.no_grad(), evaluation_mode(model):
                 result = run_model(model, inputs)
                 total += float(task.distance.held_out(right, result, count(inputs)).sum())
@@ -165,6 +164,11 @@ class Jury:
         if len(kept) == len(task.loader.batches(held)):
             self._taught = kept
         return max(total / images, 0.0)  # rounding can leave less than nothing
+
+    def _known(self, number: int, same: int) -> Any:
+        """What the original gave for a batch, where it was kept and the batch is the same."""
+        found = None if self._taught is None else self._taught[number]
+        return found[1] if found is not None and found[0] == same else None
 
     def _shown(self, inputs: Any, number: int) -> Any:
         """A batch as it is shown to both networks."""
@@ -188,8 +192,8 @@ def interval(steps: int, task: Task) -> int:
 def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """Return a copy of a network that can learn, and its parameters that may, by name.
 
-    Parameters that require no gradients are constants, unless most of the network requires none, as
-    one that was frozen to be used.
+    Parameters of the original that require no gradients are constants, unless most of the network
+    requires none, as one that was frozen to be used. What was made of them learns nevertheless.
     """
     copied = copy.deepcopy(model).float()
     put_in_format(copied, task.loader.memory_format)
@@ -202,7 +206,8 @@ def learner(model: nn.Module, task: Task) -> tuple[nn.Module, dict[str, nn.Param
     real = {n: p for n, p in copied.named_parameters() if p.is_floating_point()}
     numbers = sum(p.numel() for p in real.values())
     if 2 * sum(p.numel() for p in real.values() if p.requires_grad) > numbers:
-        kept |= {id(p) for p in real.values() if not p.requires_grad}
+        fixed = {n: p.shape for n, p in task.original.named_parameters() if not p.requires_grad}
+        kept |= {id(p) for n, p in real.items() if not p.requires_grad and fixed.get(n) == p.shape}
     for parameter in real.values():
         parameter.requires_grad_(id(parameter) not in kept)
     return copied, {n: p for n, p in real.items() if id(p) not in kept and p.numel()}

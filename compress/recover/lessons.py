@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import ImageSet, Loader, draw
+from compress.data.datasets import DatasetSource
 from compress.data.loading import seed_of
 from compress.data.workers import batches_from_workers
 from compress.errors import DataError
@@ -33,6 +34,11 @@ REPEATS = 4
 # How many images are held out, at most and of all; more only where more validated the compression.
 MOST_HELD_OUT = 1000
 HELD_OUT_SHARE = 0.2
+
+
+def come_again(images: ImageSet) -> bool:
+    """Whether images are the same each time; a data set of the user's may change them by itself."""
+    return images.held or not isinstance(images.source, DatasetSource)
 
 
 @dataclass(frozen=True)
@@ -155,14 +161,13 @@ class Lessons:
 
     def _taught(self, key: tuple[int, int], inputs: Any, given: Any) -> Any:
         again = self.sets * self.batches < self.steps
-        # A data set may draw its own changes, so that a batch is not the same when it comes again.
-        sum_of_all = checksum(given) if again else 0
-        if key in self._kept and self._kept[key][0] == sum_of_all:
+        same = checksum(given) if again and not come_again(self.images) else 0
+        if key in self._kept and self._kept[key][0] == same:
             return self._kept[key][1]
         found = taught(self.original, inputs, self.distance)
         size = bytes_of(found)
         if again and key not in self._kept and self._bytes + size <= KEPT_BYTES:
-            self._kept[key] = sum_of_all, found
+            self._kept[key] = same, found
             self._bytes += size
         return found
 

@@ -111,7 +111,7 @@ def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
     jury = Jury(trials.task, kind)
     tried: dict[float, tuple[float, nn.Module | None]] = {}
     usual = RATES.index(USUAL)
-    # From the usual rate down as long as that brings the network nearer, or else up.
+    # From the usual rate down as long as the network comes about as near, and then up.
     for rates in (RATES[usual:], RATES[usual::-1]):
         for rate in rates:
             if rate not in tried:

@@ -117,8 +117,9 @@ class SweepWork:
         sets = {"validation": inputs.split.validation}
         if self.options.test_points and inputs.test is not None:
             sets["test"] = inputs.test
-        yardstick = self.job.yardstick
-        return {name: Judge(original, found, yardstick, name) for name, found in sets.items()}
+        test = self.job.yardstick
+        by = {"validation": dataclasses.replace(test, labels_fit=False), "test": test}
+        return {name: Judge(original, of, by[name], name) for name, of in sets.items()}
 
     @cached_property
     def calibration(self) -> Calibration:

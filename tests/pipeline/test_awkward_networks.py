@@ -204,6 +204,7 @@ class Shifted(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(6)])
+        self.last = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
         self.head = nn.Linear(8, 3)
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -212,7 +213,10 @@ class Shifted(nn.Module):
             frames = x.view(x.size(0) // 4, 4, *x.shape[1:])
             moved = torch.cat([frames[:, 1:, :4], frames[:, :1, :4]], 1)
             x = x + block(torch.cat([moved, frames[:, :, 4:]], 2).flatten(0, 1)).relu()
-        return self.head(x.mean((2, 3)).view(-1, 4, 8).mean(1))
+        x = x.view(-1, 4, *x.shape[1:]).mean(1)  # an image each from here on
+        for block in self.last:
+            x = x + block(x).relu()
+        return self.head(x.mean((2, 3)))
 
 
 def test_frames_in_the_axis_of_images_are_refitted_together(
@@ -255,3 +259,33 @@ def test_a_file_of_statistics_may_hold_more_than_is_asked_for(tmp_path: Path) ->
     compress.compress_model(model, images, macs=0.6, calibration=file)
     found = compress.compress_model(model, images, energy=0.9, calibration=file)
     assert any(c.rewritten for c in found.plan.choices)
+
+
+class Cached(nn.Module):
+    """Fills a buffer in its first forward, and makes another."""
+
+    ramp: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("ramp", None)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.ramp is None:
+            self.ramp = torch.linspace(0.5, 1.5, images.shape[-1])
+            self.register_buffer("halves", self.ramp / 2, persistent=False)
+        x = self.second(self.first(images * self.ramp).relu()).relu() * self.halves
+        return self.head(x.mean((2, 3)))
+
+
+def test_buffers_that_a_forward_makes_are_no_part_of_a_result(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, out = torch.rand(40, 1, 8, 8), str(tmp_path / "out")
+    found = compress.compress_model(Cached().eval(), images, macs=0.6, output=out)
+    assert found.network.graph is not None
+    assert "ramp" not in load_file(tmp_path / "out" / "model.safetensors")
+    loaded = compress.load(out, model=Cached())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), found.model(images))

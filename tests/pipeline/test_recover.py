@@ -16,7 +16,9 @@ import compress
 from compress.artefact.manifest import read_manifest
 from compress.errors import ArtefactError
 from compress.files import RECOVERY_FILE
+from compress.network.baseline import prepare
 from compress.pipeline import recover as pipeline
+from compress.pipeline.recovery_stage import kept_by_user
 from compress.pipeline.run import compress_model
 
 # Ranks that hurt, and no refit, so that there is something to recover.
@@ -172,6 +174,38 @@ def test_what_cannot_recover_is_said_before_any_work(bench: Workbench) -> None:
     assert "minutes above 0" in text
 
 
+class Detached(torch.nn.Module):
+    """No gradient comes back to what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x.detach())
+
+
+class Spoiled(Detached):
+    """Changes in place what the gradient of a weight needs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.layers[0](x)
+        x.mul_(2)
+        return self.layers[2](found.relu())
+
+
+@pytest.mark.usefixtures("bench")
+@pytest.mark.parametrize("kind", [Detached, Spoiled])
+def test_whatever_gives_gradients_of_weights_can_recover(kind: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    given = {"params": 0.5, "recover": 0.01, "refit": False}
+    found = compress_model(kind().eval(), torch.randn(60, 16), **given)
+    assert found.result.recovery is not None
+    assert found.result.recovery.best <= found.result.recovery.start
+
+
 @pytest.mark.usefixtures("bench")  # for its clock
 def test_a_program_can_recover() -> None:
     images = torch.tensor(made_images(48, seed=1)[0]).unsqueeze(1).float() / 255
@@ -284,6 +318,15 @@ def test_a_broken_limit_loses_nothing_that_was_learned(bench: Workbench) -> None
     files = [bench.output(name) / "model.safetensors" for name in ("whole", "better")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not bench.output("better.unfinished").exists()
+
+
+def test_globs_for_layers_do_not_keep_blocks() -> None:
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    model = torch.nn.Sequential(block, torch.nn.PReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    network = prepare(model.eval(), torch.rand(1, 3, 6, 6))
+    assert kept_by_user(network, {"keep": ("*0",)}) == {"0.0"}
+    assert kept_by_user(network, {"keep": ("1",)}) == {"1"}
+    assert kept_by_user(network, {"keep": ("3.bias",)}) == {"3.bias"}
 
 
 @pytest.mark.usefixtures("small")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from compress.data import Loader, as_images
 from compress.data.held import hold
@@ -90,11 +91,26 @@ def test_a_tied_weight_is_kept_by_either_name() -> None:
 
 
 def test_constants_learn_nothing_but_a_frozen_network_does() -> None:
-    model = network(1)
-    model[1].bias.requires_grad_(False)
-    assert "1.bias" not in learner(model, task(network(0)))[1]
+    original, model = network(0), network(1)
+    for each in (original, model):
+        each[1].bias.requires_grad_(False)
+    assert "1.bias" not in learner(model, task(original))[1]
+    original[1].bias.requires_grad_(True)  # so that it is what was made of it that is frozen
+    assert "1.bias" in learner(model, task(original))[1]
     model.requires_grad_(False)
     assert len(learner(model, task(network(0)))[1]) == 4
+
+
+def test_held_out_images_that_change_by_themselves_are_asked_about_again() -> None:
+    class Random(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            (image,) = super().__getitem__(index)
+            return (image + torch.rand(()),)
+
+    images = as_images(Random(torch.randn(20, 12)))
+    original = network(0)
+    jury = Jury(Task(original, Division(images, images), Loader(8), Distance(READING)))
+    assert jury.distance(original) == jury.distance(original) == 0.0
 
 
 def test_nothing_comes_out_worse_than_it_went_in() -> None:
