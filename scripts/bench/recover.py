@@ -79,7 +79,11 @@ def some_of(folder: Path, count: int, seed: int, to: Path) -> Path:
 @click.option("--seeds", default="0,1,2", help="Seeds.")
 @click.option("--images", default=0, help="So many of the images, in place of all.")
 @click.option(
-    "--course", "courses", default=["--minutes 10"], multiple=True, help="Options of a recovery."
+    "--course",
+    "courses",
+    default=["--minutes 1", "--minutes 10"],
+    multiple=True,
+    help="Options of a recovery.",
 )
 def main(shared: str, macs: str, seeds: str, images: int, courses: tuple[str, ...]) -> None:
     """Measure recoveries of ResNet-20."""
