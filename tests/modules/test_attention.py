@@ -23,7 +23,6 @@ from compress.modules.attention import (
     attention_names,
     reads_child_weights,
     unpack,
-    unpack_attention,
 )
 from compress.vision.torchvision import torchvision_model
 
@@ -38,6 +37,13 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
             scale = 0.5 / math.sqrt(parameter.shape[-1])
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return module.double().eval()
+
+
+def all_unpacked(model: nn.Module) -> tuple[str, ...]:
+    """Unpack whatever can be, in place; return the names."""
+    names = attention_names(model)
+    assert unpack(model, names) is model
+    return names
 
 
 def normal(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -313,7 +319,7 @@ def test_encoder_equals_torch_with_masks(enable_nested_tensor: Any) -> None:
         {"mask": causal, "src_key_padding_mask": scattered},
     ]
     model = nn.ModuleDict({"encoder": copy.deepcopy(module)})
-    names = unpack_attention(model)
+    names = all_unpacked(model)
     inside = ("encoder.layers.0", "encoder.layers.1")
     assert names == (("encoder",) if enable_nested_tensor else inside)
     with torch.inference_mode():
@@ -325,7 +331,7 @@ def test_encoder_equals_torch_with_masks(enable_nested_tensor: Any) -> None:
 def test_whole_transformer_equals_torch() -> None:
     module = randomised(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))
     model = nn.Sequential(copy.deepcopy(module))
-    assert unpack_attention(model) == (
+    assert all_unpacked(model) == (
         "0.encoder",
         "0.decoder.layers.0.self_attn",
         "0.decoder.layers.0.multihead_attn",
@@ -399,7 +405,7 @@ def check_network(model: nn.Module, side: int, count: int, names_like: str) -> N
     """Unpack a network; outputs, tracing, projections and reloading must all hold."""
     x = normal(2, 3, side, side)
     original = copy.deepcopy(model)
-    names = unpack_attention(model)
+    names = all_unpacked(model)
     assert len(names) == count
     assert all(names_like in name for name in names)
     with torch.inference_mode():
@@ -409,7 +415,7 @@ def check_network(model: nn.Module, side: int, count: int, names_like: str) -> N
         assert all(called.rows)
         traced = torch.fx.symbolic_trace(model)
         torch.testing.assert_close(traced(x), expected, **EXACT)
-    assert unpack_attention(model) == ()
+    assert all_unpacked(model) == ()
     unpack(original, names)
     assert original.state_dict().keys() == model.state_dict().keys()
 
@@ -441,7 +447,7 @@ def test_a_saved_state_loads_into_a_fresh_model_unpacked_by_name() -> None:
         return randomised(nn.Sequential(encoder(), nn.MultiheadAttention(8, 2), layer), seed)
 
     model = build(0)
-    names = unpack_attention(model)
+    names = all_unpacked(model)
     fresh = unpack(build(1), names)
     fresh.load_state_dict(model.state_dict(), strict=True)
     x = normal(3, 4, 8)
@@ -467,7 +473,7 @@ def test_subclasses_and_modules_with_hooks_are_left_alone() -> None:
     plain = nn.MultiheadAttention(8, 2)
     model = nn.Sequential(Widened(8, 2), Reordered(8, 2), hooked, hooked_inside, odd, nested, plain)
     before = list(model.children())[:-1]
-    assert unpack_attention(model) == ("6",)
+    assert all_unpacked(model) == ("6",)
     assert list(model.children())[:-1] == before
     assert type(model[1].self_attn) is nn.MultiheadAttention
     with pytest.raises(UnsupportedLayer, match="Widened has no unpacked equal"):
@@ -490,16 +496,14 @@ def test_shared_modules_stay_shared() -> None:
     model = nn.ModuleDict(
         {"a": attention, "b": nn.Sequential(attention), "c": attention, "stack": stack}
     )
-    assert unpack_attention(model) == ("a", "stack")
+    assert all_unpacked(model) == ("a", "stack")
     assert type(model["a"]) is UnpackedAttention
     assert model["a"] is model["b"][0] is model["c"]
     assert model["stack"].layers[0] is model["stack"].layers[1]
 
 
-def test_a_root_is_returned_and_not_replaced_in_place() -> None:
+def test_a_root_is_returned_and_left_as_it_is() -> None:
     module = randomised(nn.MultiheadAttention(8, 2))
-    with pytest.raises(UnsupportedLayer, match="cannot be replaced in place"):
-        unpack_attention(module)
     assert attention_names(module) == ("",)
     new = unpack(module, attention_names(module))
     x = normal(4, 2, 8)

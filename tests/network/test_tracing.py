@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.modules.attention import unpack_attention
+from compress.modules.attention import attention_names, unpack
 from compress.network.sites import find_sites
 from compress.network.tracing import ends_in_sigmoid, trace
 
@@ -214,7 +214,7 @@ def test_the_graph_computes_the_same_for_any_number_of_images(
 ) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    unpack_attention(model)
+    unpack(model, attention_names(model))
     before = {n: v.clone() for n, v in model.state_dict().items()}
     graph = trace(model, torch.rand(1, 3, 8, 12))
     assert graph is not None

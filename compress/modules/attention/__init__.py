@@ -18,7 +18,6 @@ from compress.modules.attention.unpack import (
     attention_names,
     reads_child_weights,
     unpack,
-    unpack_attention,
 )
 from compress.modules.attention.window import UnpackedWindowAttention
 
@@ -30,5 +29,4 @@ __all__ = [
     "attention_names",
     "reads_child_weights",
     "unpack",
-    "unpack_attention",
 ]

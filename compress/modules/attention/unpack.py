@@ -73,26 +73,6 @@ def unpack(model: nn.Module, names: Iterable[str]) -> nn.Module:
     return model
 
 
-def unpack_attention(model: nn.Module) -> tuple[str, ...]:
-    """Replace every module that has an unpacked equal, in place.
-
-    Returns:
-        The names of the replaced modules, for `unpack` to repeat it.
-
-    Raises:
-        UnsupportedLayer: The root itself would have to be replaced. Use what
-            ``unpack(model, attention_names(model))`` returns instead.
-    """
-    names = attention_names(model)
-    if "" in names:
-        raise UnsupportedLayer(
-            f"the model is itself a {type(model).__name__} and cannot be replaced in place; use "
-            "what unpack(model, attention_names(model)) returns"
-        )
-    unpack(model, names)
-    return names
-
-
 def reads_child_weights(parent: nn.Module) -> tuple[str, ...]:
     """Name the linear layers below ``parent`` whose weights it reads instead of calling them.
 
