@@ -31,7 +31,7 @@ from compress.running.forward import (
     run_model,
     same_outputs,
 )
-from compress.running.modules import module_names, replace_module, swapped
+from compress.running.modules import is_hooked, module_names, replace_module, swapped
 from compress.running.structure import floating, like_weights, tensors
 
 # Two ways to round may be as far from each other as several times that either is from the truth.
@@ -305,7 +305,7 @@ class Baker:
 
         subclasses = [
             m for m in model.modules()
-            if base_of(m) and not (m._forward_hooks or m._forward_pre_hooks or is_parametrized(m))
+            if base_of(m) and not (is_hooked(m) or is_parametrized(m))
         ]  # fmt: skip
         if not subclasses:
             return {}

@@ -29,11 +29,12 @@ from torch import Tensor, fx, nn
 from compress.layers import kind_of
 from compress.network.sites import LayerSite
 from compress.running.forward import evaluation_mode
+from compress.running.modules import is_hooked
 from compress.running.structure import concatenated, tensors
 
-# Norms that treat every channel by itself in eval mode, with parameters of each.
 # So many channels are mixed with each other to find out whether mixtures of them would do.
 MIXED_TOGETHER = 64
+# Norms that treat every channel by itself in eval mode, with parameters of each.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -182,14 +183,10 @@ class _Classes:
         return torch.tensor([self.root(x) for x in labels.tolist()], dtype=torch.int64)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _plain(module: nn.Module) -> bool:
     """Whether a layer computes what a plain one does, with a weight of its own."""
     own = module._parameters.get("weight") is not None
-    return own and kind_of(module) is not None and not _hooked(module)
+    return own and kind_of(module) is not None and not is_hooked(module)
 
 
 class _Reader:
@@ -309,7 +306,7 @@ class _Reader:
         module = self.modules[name]
         if type(module) not in (*NORMS, nn.PReLU):
             self.classes.fix(read, f"{name} is a subclass that may do something else")
-        elif _hooked(module):
+        elif is_hooked(module):
             self.classes.fix(read, f"{name} carries forward hooks, which would be lost")
         self._merged(self.through, name, read)
         self.channels[node] = NodeChannels(axis, read)

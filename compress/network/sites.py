@@ -17,7 +17,7 @@ from compress.layers import kind_of, registered
 from compress.linalg.geometry import Geometry, Sizes
 from compress.linalg.schemes import SCHEMES
 from compress.running.forward import evaluation_mode, forward_hooks, run_model
-from compress.running.modules import module_names
+from compress.running.modules import is_hooked, module_names
 from compress.running.structure import count
 
 # What errors in outputs cost is a matrix of their number squared: of more outputs it would take
@@ -179,7 +179,7 @@ def _site(
         skip = reason or general
     elif calls is None:
         skip = skip or "never called in a forward pass (its parent may read its weight directly)"
-    elif module._forward_hooks or module._forward_pre_hooks:
+    elif is_hooked(module):
         skip = skip or "it carries forward hooks, which a rewrite would lose"
     else:
         skip = skip or kind.unsupported(module)

@@ -21,6 +21,11 @@ def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {module: tuple(listed) for module, listed in names.items()}
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module carries forward hooks, which one in its place would not."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of another, by qualified name."""
     parent, _, child = name.rpartition(".")
