@@ -74,6 +74,12 @@ def test_every_problem_is_reported_at_once() -> None:
     assert all(name in str(caught.value) for name in ("energy", "workers", "metric"))
 
 
+@pytest.mark.parametrize("settings", [{"task": "x"}, {"schemes": ("x",)}, {"workers": -1}])
+def test_a_problem_ends_with_one_full_stop(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"[^.]\.$"):
+        make_config(settings)
+
+
 def test_toml_gives_back_what_was_written(tmp_path: Path) -> None:
     config = make_config(
         {

@@ -24,7 +24,7 @@ from compress.config import (
     read_toml,
     settings_of,
 )
-from compress.errors import ConfigError
+from compress.errors import ConfigError, one_line
 from compress.linalg.schemes import SCHEME_NAMES
 from compress.plan import NARROW, SLICE
 from compress.rules import RULE_NAMES, RULES
@@ -361,7 +361,8 @@ def _set_up(config: RunConfig) -> None:
         torch.ones(1, device=config.device, dtype=torch.float64).item()
     # Unknown names, backends not built in and devices that are not there raise one each.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch goes on about builds and backends for paragraphs.
+        reason = one_line(error).partition(". ")[0]
         raise ConfigError(
             f"The device {config.device!r} cannot be used: {reason}. Pass --device cpu, or one "
             "that torch finds here."

@@ -127,7 +127,7 @@ class RunConfig:
         found = [*wrong_values(dataclasses.fields(self), self), *problems(self)]
         if found:
             text = "; ".join(found)
-            raise ConfigError(text if text.endswith("?") else text + ".")
+            raise ConfigError(text if text.endswith(("?", ".")) else text + ".")
 
     @property
     def chosen_rule(self) -> Rule:
