@@ -30,6 +30,7 @@ from compress.running.forward import (
     run_with_gradients,
 )
 from compress.running.memory_format import put_in_format
+from compress.running.precision import Forward, in_mixed_precision
 from compress.running.structure import checksum, count, placed
 from compress.running.structure import size as bytes_of
 from compress.vision.augment import MOVED, NONE, augmented
@@ -89,6 +90,8 @@ class State:
     Attributes:
         rate: Of the steps; a step back halves it.
         augmentation: How pictures are changed.
+        mixed: Whether both networks compute in mixed precision while one learns; what is held out
+            is always judged in full.
         planned: How many steps there may be, which decides the batches.
         total: How many there are to be by now.
         step: How many were begun.
@@ -107,6 +110,7 @@ class State:
     augmentation: str
     planned: int
     total: int
+    mixed: bool = False
     step: int = 0
     way: float = 0.0
     start: float = math.nan
@@ -283,7 +287,7 @@ class Course:
         task, state = self.task, self.state
         found = Lessons(
             task.division.learning, task.loader, task.original, task.distance,
-            state.augmentation, task.seed, state.planned,
+            state.augmentation, task.seed, state.planned, state.mixed,
         )  # fmt: skip
         found.seconds |= {k: v for k, v in state.seconds.items() if k in found.seconds}
         return found
@@ -294,8 +298,11 @@ class Course:
         for weight in self.weights.values():
             weight.grad = None
         allowed = changes_allowed(in_place=self.task.in_place)
+        forward: Forward = run_with_gradients
+        if state.mixed:
+            forward = in_mixed_precision(forward, self.task.loader.device)
         with torch.enable_grad(), evaluation_mode(self.model), allowed:
-            result = run_with_gradients(self.model, inputs)
+            result = forward(self.model, inputs)
             loss = distance.training(right, result, count(inputs))
             if not bool(loss.isfinite()):
                 return False

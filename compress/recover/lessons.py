@@ -22,7 +22,8 @@ from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.recover.distance import Distance
 from compress.running.forward import evaluation_mode, run_model
-from compress.running.structure import checksum, mapped, placed
+from compress.running.precision import in_mixed_precision
+from compress.running.structure import checksum, mapped, placed, tensors
 from compress.running.structure import size as bytes_of
 from compress.vision.augment import augmented
 
@@ -88,6 +89,7 @@ class Lessons:
         augmentation: A kind of `compress.vision.augment`.
         seed: Decides order and changes.
         steps: How many batches there will be, which decides how often each is seen.
+        mixed: Whether the original computes in mixed precision.
         seconds: What reading images and the original took, filled in.
     """
 
@@ -98,6 +100,7 @@ class Lessons:
     augmentation: str
     seed: int
     steps: int
+    mixed: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"images": 0.0, "original": 0.0})
     _kept: dict[tuple[int, int], tuple[int, Any]] = field(default_factory=dict)
     _bytes: int = 0
@@ -164,7 +167,7 @@ class Lessons:
         same = checksum(given) if again and not come_again(self.images) else 0
         if key in self._kept and self._kept[key][0] == same:
             return self._kept[key][1]
-        found = taught(self.original, inputs, self.distance)
+        found = taught(self.original, inputs, self.distance, mixed=self.mixed)
         size = bytes_of(found)
         if again and key not in self._kept and self._bytes + size <= KEPT_BYTES:
             self._kept[key] = same, found
@@ -184,14 +187,22 @@ class Lessons:
         return seed_of(self.seed, self.augmentation, *of)
 
 
-def taught(original: nn.Module, inputs: Any, distance: Distance) -> Any:
+def taught(original: nn.Module, inputs: Any, distance: Distance, *, mixed: bool = False) -> Any:
     """Return what has to be kept of what the original returns for a batch.
+
+    Args:
+        original: It, on the device of its inputs.
+        inputs: The batch.
+        distance: What is kept.
+        mixed: Whether it computes in mixed precision.
 
     Raises:
         ModelError: Its forward fails.
     """
+    device = next(iter(tensors(inputs).values())).device
+    forward = in_mixed_precision(run_model, device) if mixed else run_model
     with torch.no_grad(), evaluation_mode(original):
-        result = run_model(original, inputs)
+        result = forward(original, inputs)
     return mapped(distance.taught(result), _by_itself)
 
 

@@ -1,4 +1,4 @@
-"""How fast to go and how to change pictures: found by short trials on the images themselves.
+"""How fast and how precisely to go, and how to change pictures: found by trials on the images.
 
 Every trial is a small course from the same start, and held-out images judge it. A short trial
 cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
@@ -13,10 +13,14 @@ import math
 import time
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from compress.errors import ModelError
 from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
 from compress.recover.lessons import REPEATS
+from compress.running.precision import computes_in_bfloat16
 from compress.vision.augment import NONE, PASTED, are_pictures
 
 # Steps relative to each weight's size, from the largest down.
@@ -33,6 +37,11 @@ SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
 SHORTEST_TRIED, BY_HEART = 100, 8
 # How much worse a trial with changed pictures may come out.
 WORTH = 0.1
+# Mixed precision serves from so many multiply-accumulates a batch; before that the conversions cost
+# more. The gradient in it points where the one in full precision does, up to so much of a right
+# angle's cosine: gradients of two batches differ far more, and as the networks come nearer, what is
+# rounded off counts for more.
+WORTH_MIXING, ALIGNED = 1e8, 0.97
 # How many steps are timed, and how many times as many as fit by that there may be.
 TIMED = 3
 SPARE = 1.5
@@ -54,7 +63,11 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
     first, _ = next(iter(task.loader.batches(task.division.learning)))
     suited = PASTED if are_pictures(first) else NONE
     jury = Jury(task)
-    pace = None if length.steps is not None else _pace(model, task, jury, suited)
+    mixed, pace = _mixed(model, task), None
+    if length.steps is None:
+        paces = {way: _pace(model, task, jury, suited, mixed=way) for way in {False, mixed}}
+        mixed = mixed and paces[True].of_a_step < paces[False].of_a_step
+        pace = paces[mixed]
 
     def steps_left() -> int:
         if pace is None:
@@ -63,7 +76,7 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
 
     steps, rate, kind = steps_left(), USUAL, NONE
     if steps >= SHORTEST_TRIED and jury.distance(model) > 0:
-        trials = _Trials(model, task, steps)
+        trials = _Trials(model, task, steps, mixed)
         passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
         if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
             rate, kind = _chosen(trials, suited)
@@ -76,7 +89,7 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
     spent = time.perf_counter() - begun
     # The first steps are the slowest: there are batches for more than fit as far as is known.
     planned = steps if pace is None else math.ceil(SPARE * steps)
-    state = State(rate, kind, planned, steps, start=start, best=start, curve=((0, start),))
+    state = State(rate, kind, planned, steps, mixed, start=start, best=start, curve=((0, start),))
     state.seconds = {"search": spent, "all": spent}
     return _course(model, task, jury, state)
 
@@ -86,6 +99,31 @@ def _course(model: nn.Module, task: Task, jury: Jury, state: State) -> Course:
     return Course(task, copied, weights, state, jury)
 
 
+def _mixed(model: nn.Module, task: Task) -> bool:
+    """Whether the device is made for mixed precision, and gradients come out in it as they are."""
+    batch = min(task.loader.batch_size, len(task.division.learning))
+    if task.macs * batch < WORTH_MIXING or not computes_in_bfloat16(task.loader.device):
+        return False
+    full = _gradient(model, task, mixed=False)
+    try:
+        mixed = _gradient(model, task, mixed=True)
+    except ModelError:  # a forward may mix numbers of types that it knows with others
+        return False
+    if full is None or mixed is None:
+        return False
+    return float(F.cosine_similarity(full, mixed, dim=0)) >= ALIGNED
+
+
+def _gradient(model: nn.Module, task: Task, *, mixed: bool) -> Tensor | None:
+    """The gradient for a first batch, each weight's as long as it is large; None if not finite."""
+    course = _course(model, task, Jury(task), State(0.0, NONE, 1, 1, mixed))
+    inputs, right = next(course.lessons().begin(0))
+    if not course.step(inputs, right):
+        return None
+    slopes = [w.grad.flatten().double() for w in course.weights.values() if w.grad is not None]
+    return torch.cat([s / s.norm().clamp_min(1e-300) * s.numel() ** 0.5 for s in slopes])
+
+
 @dataclass(frozen=True)
 class _Trials:
     """Small courses from the same start."""
@@ -93,11 +131,12 @@ class _Trials:
     model: nn.Module
     task: Task
     steps: int
+    mixed: bool
 
     def after(self, rate: float, kind: str) -> nn.Module | None:
         """The network after a trial; None where it went astray."""
         steps = min(max(int(self.steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
-        state = State(rate, kind, steps, steps)
+        state = State(rate, kind, steps, steps, self.mixed)
         course = _course(self.model, self.task, Jury(self.task), state)
         for inputs, right in course.lessons().begin(0):
             if not course.step(inputs, right):
@@ -143,10 +182,15 @@ class _Pace:
     rest: float
     check: float
 
+    @property
+    def of_a_step(self) -> float:
+        """Seconds of a step that the original runs at."""
+        return self.original + self.rest
 
-def _pace(model: nn.Module, task: Task, jury: Jury, kind: str) -> _Pace:
+
+def _pace(model: nn.Module, task: Task, jury: Jury, kind: str, *, mixed: bool) -> _Pace:
     """Time a few steps that lead nowhere."""
-    course = _course(model, task, jury, State(0.0, kind, 1 + TIMED, 1 + TIMED))
+    course = _course(model, task, jury, State(0.0, kind, 1 + TIMED, 1 + TIMED, mixed))
     lessons = course.lessons()
     begun, original = time.perf_counter(), 0.0
     for number, (inputs, right) in enumerate(lessons.begin(0)):

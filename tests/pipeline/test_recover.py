@@ -20,6 +20,7 @@ from compress.network.baseline import prepare
 from compress.pipeline import recover as pipeline
 from compress.pipeline.recovery_stage import kept_by_user
 from compress.pipeline.run import compress_model
+from compress.recover import search
 
 # Ranks that hurt, and no refit, so that there is something to recover.
 RANKS = ("--rank", "conv1=1", "--rank", "conv2=1", "--no-refit", "--keep", "head")
@@ -54,6 +55,10 @@ def stop_at(patch: pytest.MonkeyPatch, look: int) -> None:
     patch.setattr(pipeline, "write_state", stopped)
 
 
+def found_report(bench: Workbench, name: str) -> str:
+    return (bench.output(name) / "report.html").read_text()
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
     return found
@@ -86,9 +91,11 @@ def test_outputs_come_nearer_and_all_else_stays(bench: Workbench, small: Path) -
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("precision", ["full", "mixed"])
 def test_steps_give_the_same_bytes_again_and_after_a_stop(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
+    monkeypatch.setattr(search, "_mixed", lambda *_: precision == "mixed")
     assert recover(bench, "--steps", "60", out="first").exit_code == 0
     assert recover(bench, "--steps", "60", out="again").exit_code == 0
     whole = (bench.output("first") / "model.safetensors").read_bytes()
@@ -105,6 +112,9 @@ def test_steps_give_the_same_bytes_again_and_after_a_stop(
     assert not read_manifest(unfinished).verified
     assert recover(bench, "--steps", "60", "--resume", out="stopped").exit_code == 0
     assert (bench.output("stopped") / "model.safetensors").read_bytes() == whole
+    assert bench.report("stopped")["result"]["recovery"]["precision"] == precision
+    said = "Both networks computed in mixed precision" in found_report(bench, "stopped")
+    assert said is (precision == "mixed")
     assert not unfinished.exists()
 
 

@@ -145,7 +145,8 @@ def test_a_loss_that_is_not_finite_steps_back_and_then_ends() -> None:
         assert torch.equal(weight, model.state_dict()[name])
 
 
-def test_a_course_goes_on_to_the_same_bytes() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_course_goes_on_to_the_same_bytes(mixed: bool) -> None:
     job, model = task(network(0)), network(1)
     nn.init.zeros_(model[1].bias)  # which has no size of its own
     kept: list[tuple[State, dict[str, Tensor]]] = []
@@ -154,6 +155,7 @@ def test_a_course_goes_on_to_the_same_bytes() -> None:
         kept.append((copy.deepcopy(state), {n: t.clone() for n, t in tensors.items()}))
 
     whole = course(model, job, 100)
+    whole.state.mixed = mixed
     whole.run(Length(steps=100), keep)
     for state, tensors in kept[3], kept[11]:
         copied, weights = learner(model, job)
@@ -382,3 +384,84 @@ def test_the_largest_steps_that_come_about_as_near_are_taken(
     found = begin(network(1), task(network(0)), Length(steps=800))
     assert found.state.rate == rate
     assert asked == tried
+
+
+def made_for_bfloat16(monkeypatch: pytest.MonkeyPatch, *, able: bool = True) -> None:
+    monkeypatch.setattr(search, "computes_in_bfloat16", lambda _: able)
+    monkeypatch.setattr(search, "WORTH_MIXING", 16)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_networks_learn_in_mixed_precision_where_the_device_is_made_for_it(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    made_for_bfloat16(monkeypatch, able=able)
+    original, model = network(0), network(1)
+    kinds: dict[str, set[torch.dtype]] = {"original": set(), "model": set()}
+
+    def noted(name: str) -> Any:
+        return lambda _, __, result: kinds[name].add(result.dtype)
+
+    original[1].register_forward_hook(noted("original"))
+    model[1].register_forward_hook(noted("model"))
+    found = begin(model, task(original, macs=1), Length(steps=800))
+    assert found.state.mixed is able
+    for seen in kinds.values():
+        seen.clear()
+    found.run(Length(steps=800))
+    # Held-out images are judged in full precision; the original's results for them were kept.
+    single = {torch.float32, torch.bfloat16} if able else {torch.float32}
+    assert kinds["model"] == single
+    assert kinds["original"] <= single
+    assert found.state.best < 0.25 * found.state.start
+    assert all(w.dtype == torch.float32 for w in found.best().parameters())
+
+
+def test_small_networks_learn_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "computes_in_bfloat16", lambda _: True)
+    found = begin(network(1), task(network(0), macs=1000), Length(steps=20))
+    assert not found.state.mixed
+
+
+def test_a_gradient_that_mixed_precision_turns_is_taken_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_for_bfloat16(monkeypatch)
+    original, model = network(0), network(0)
+    with torch.no_grad():
+        model[3].bias += 1e-5  # far less than what is rounded off
+    found = begin(model, task(original, macs=1), Length(steps=20))
+    assert not found.state.mixed
+
+
+def test_a_forward_that_fails_in_mixed_precision_runs_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Particular(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != torch.float32:
+                raise TypeError("single precision only")
+            return x
+
+    made_for_bfloat16(monkeypatch)
+    original, model = network(0), network(1)
+    model.insert(2, Particular())
+    found = begin(model, task(original, macs=1), Length(steps=120))
+    assert not found.state.mixed
+    found.run(Length(steps=120))
+    assert found.state.best < found.state.start
+
+
+def test_the_faster_precision_is_taken_where_the_time_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_for_bfloat16(monkeypatch)
+    for of_mixed, expected in ((0.5, True), (2.0, False)):
+        monkeypatch.setattr(
+            search,
+            "_pace",
+            lambda *_, mixed, of_mixed=of_mixed: search._Pace(0.0, of_mixed if mixed else 1.0, 0.0),
+        )
+        found = begin(network(1), task(network(0), macs=1), Length(seconds=20.0))
+        assert found.state.mixed is expected
+        assert 10 <= found.state.total <= (40 if expected else 20)
