@@ -12,20 +12,25 @@ from torch import Tensor, nn
 from compress.config import RunConfig
 from compress.data import Batches
 from compress.errors import ModelError, what_raised
+from compress.running.outputs import Reading, loss_of_all
 from compress.running.structure import tensors
 from compress.specs import import_function
 from compress.tasks import TASKS, TaskMeasure
 
 
-def loss_function(config: RunConfig, *, finite: bool = True) -> Any:
+def loss_function(config: RunConfig, reading: Reading | None = None, *, finite: bool = True) -> Any:
     """The user's own loss ``(result, targets) -> summed loss``, the task's, or None for Fisher's.
+
+    Where ``reading`` says that all of a result counts, so it does in the loss.
 
     It is called with all that the forward returns. Where it need not be ``finite``, the caller
     looks at that.
     """
     if not config.loss_fn:
         task = TASKS.get(config.task)
-        return None if task is None or task.loss is None else task.loss(config.seed)
+        if task is not None and task.loss is not None:
+            return task.loss(config.seed)
+        return loss_of_all(config.seed) if reading is not None and not reading.parts else None
     own = import_function(config.loss_fn, ModelError)
 
     def checked(result: Any, targets: Any) -> Tensor:

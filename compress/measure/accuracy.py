@@ -30,8 +30,9 @@ IMAGES_BESIDE = 256
 
 
 OWN_METRIC = (
-    "Pass --metric-fn package.module:function, which takes the model and the batches and returns a "
-    "number (higher is better)."
+    "Pass --task, such as --task segmentation or --task detection, or --metric-fn "
+    "package.module:function, which takes the model and the batches and returns a number (higher "
+    "is better)."
 )
 
 

@@ -27,7 +27,7 @@ from compress.running.finite import check_finite
 from compress.running.formats import formats_of
 from compress.running.forward import evaluation_mode, require_parameters, run_model
 from compress.running.modules import cast
-from compress.running.outputs import Reading, read_outputs
+from compress.running.outputs import Reading, listed_by_image, read_outputs
 from compress.running.structure import count, expanded, floating, like_weights, main_tensor
 from compress.tasks import TASKS, read_for
 
@@ -197,17 +197,20 @@ def _read(
     original: nn.Module, first: tuple[Any, Any], evidence: Evidence, *, sigmoid: bool
 ) -> Reading:
     """Decide what the outputs stand for, by the images that the targets belong to."""
-    (example, result), beside = first, frozenset[str]()
-    one = floating(result)
+    (example, result), beside, listed = first, frozenset[str](), False
+    alone, one = result, floating(result)
     asked = evidence.batch if len(one) > 1 or evidence.task in TASKS else None
     # A network that takes one image at a time has shown what it gives for one.
     with contextlib.suppress(ModelError):
         several = expanded(example, 2) if asked is None else asked()
         found = _output(original, several)
         beside = _beside_images(one, floating(found), count(several))
+        listed = listed_by_image(alone, found, count(several))
         result = result if asked is None else found
     if evidence.task in TASKS:
         return read_for(TASKS[evidence.task], result, evidence.targets, sigmoid=sigmoid)
+    if listed:
+        return Reading((), "all of the result, as it lists what was found in each image", False)
     return read_outputs(result, evidence.targets, sigmoid=sigmoid, beside=beside)
 
 

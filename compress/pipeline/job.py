@@ -86,7 +86,7 @@ class Job:
     @property
     def _asks_for_targets(self) -> bool:
         """Whether the loss may fail at the targets, which is to be known before images are read."""
-        return loss_function(self.config) is not None
+        return loss_function(self.config, self.network.reading) is not None
 
     def _weighed(self) -> Job:
         """Return the job with errors weighed as far as gradients tell what they cost.
@@ -138,7 +138,7 @@ class Job:
             schemes=schemes,
             weigh=config.metric == "loss",
             pool=config.pools,
-            loss=loss_function(config),
+            loss=loss_function(config, self.network.reading),
             samples_per_dimension=config.samples_per_dimension,
             seed=config.seed,
             reading=self.network.reading,

@@ -139,7 +139,7 @@ def _try_metric(metric: Metric, model: nn.Module, images: ImageSet, loader: Load
 def _try_loss(network: Network, images: ImageSet, loader: Loader, config: RunConfig) -> str:
     """Take the gradients of the loss on a few images; say what is wrong with them, if anything."""
     model = network.model
-    loss = loss_function(config)
+    loss = loss_function(config, network.reading)
     # A loss of targets asks something of whole batches.
     whole = loss is not None or images.source.collates
     most = loader.batch_size if whole else TRIED_FOR_GRADIENTS

@@ -7,7 +7,7 @@ calibration, the losses of single layers, and the figures of a comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,6 +115,22 @@ class Reading:
         """Return how far results are apart, ``[images]``; see `Part.divergence`."""
         pairs = zip(self.parts, self.outputs(before), self.outputs(after), strict=True)
         return torch.stack([part.divergence(p, q) for part, p, q in pairs]).sum(0)
+
+
+def listed_by_image(one: Any, several: Any, images: int) -> bool:
+    """Whether a network lists what it found in each image, as detectors do.
+
+    Args:
+        one: What its forward returned for one image.
+        several: And for several.
+        images: How many these were.
+    """
+    return all(
+        isinstance(result, list | tuple)
+        and len(result) == count
+        and all(isinstance(found, Mapping) for found in result)
+        for result, count in ((one, 1), (several, images))
+    )
 
 
 def listed_paths(found: dict[str, Tensor]) -> str:
@@ -273,3 +289,21 @@ def _clearly_right(output: Tensor, targets: Sequence[Any]) -> str:
     if right <= guess * total + _CLEARLY * math.sqrt(total * guess * (1 - guess)) or total < 8:
         return ""
     return f"logits, as its largest is the label of {right} of {total}"
+
+
+def loss_of_all(seed: int) -> LossFunction:
+    """Return a loss whose gradients have all that was found as their variance: scores and boxes.
+
+    Boxes count by the size of the largest, so that pixels do not outweigh scores.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(result: Any, _targets: Any) -> Tensor:
+        total = torch.zeros(())
+        for output in floating(result).values():
+            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+            scale = float(output.detach().abs().max()) if output.numel() else 1.0
+            total = total.to(output.device) + (output * signs).sum() / max(scale, 1e-6)
+        return total
+
+    return loss

@@ -6,13 +6,11 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.errors import CompressError, DataError, ModelError
 from compress.libraries.record import quiet
-from compress.running.outputs import LossFunction
-from compress.running.structure import floating
+from compress.running.outputs import loss_of_all
 from compress.tasks.record import (
     EXTRA,
     Measure,
@@ -112,24 +110,6 @@ def _as_list(value: Any) -> list[Any] | None:
     return [{key: part[image] for key, part in known.items()} for image in images]
 
 
-def _loss(seed: int) -> LossFunction:
-    """Return a loss whose gradients have all that was found as their variance: scores and boxes.
-
-    Boxes count by the size of the largest, so that pixels do not outweigh scores.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss(result: Any, _targets: Any) -> Tensor:
-        total = torch.zeros(())
-        for output in floating(result).values():
-            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            scale = float(output.detach().abs().max()) if output.numel() else 1.0
-            total = total.to(output.device) + (output * signs).sum() / max(scale, 1e-6)
-        return total
-
-    return loss
-
-
 DETECTION = Task(
     name="detection",
     measures=(
@@ -143,5 +123,5 @@ DETECTION = Task(
     fits=lambda _output, _target: False,
     read=as_values,
     scorer=_Scorer,
-    loss=_loss,
+    loss=loss_of_all,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from workbench import made_images
 
 import compress
 from compress.calibrate.held_out import HeldOutLoss
+from compress.measure import assess
 from compress.pipeline import promised
 from compress.pipeline.outcome import Compressed
 
@@ -116,6 +118,30 @@ def test_losses_that_slopes_do_not_show_count_too(monkeypatch: pytest.MonkeyPatc
     predicted, (second_order, alone) = watched.asked[0]
     assert alone["parts"].mean > 2 * second_order["parts"].mean
     assert alone["parts"].mean > 2 * predicted["parts"]
+
+
+def test_losses_alone_are_the_same_however_few_large_pictures_come_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure = assess.measured_losses
+    found: list[tuple[list[int], Losses]] = []
+
+    def noted(network: Any, model: Any, names: Any, batches: Any, *rest: Any) -> Losses:
+        losses = measure(network, model, names, batches, *rest)
+        found.append(([len(inputs) for inputs in batches], losses))
+        return losses
+
+    monkeypatch.setattr(assess, "measured_losses", noted)
+    monkeypatch.setattr(promised, "ratios", lambda *_: {})
+    for pictures in (8, 3):
+        monkeypatch.setattr(assess, "MOST_PIXELS", pictures * 8 * 8)
+        torch.manual_seed(0)
+        run()
+    at_once, few = (next(lost for size, lost in found if size == of) for of in ([8], [3, 3, 2]))
+    assert at_once.keys() == few.keys()
+    for name, loss in at_once.items():
+        assert few[name].mean == pytest.approx(loss.mean, rel=1e-5)
+        assert few[name].error == pytest.approx(loss.error, rel=1e-5)
 
 
 def test_it_is_chosen_anew_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,15 @@ from workbench import SPEC, Workbench, command, made_images, paragraph, trained
 
 import compress
 from compress.artefact.manifest import read_manifest
-from compress.errors import ArtefactError
+from compress.data import Loader, as_images
+from compress.data.held import hold
+from compress.errors import ArtefactError, ModelError
 from compress.files import RECOVERY_FILE
 from compress.network.baseline import prepare
 from compress.pipeline import recover as pipeline
-from compress.pipeline.recovery_stage import kept_by_user
+from compress.pipeline.recovery_stage import Recovering, Wish, kept_by_user
 from compress.pipeline.run import compress_model
-from compress.recover import search
+from compress.recover import Distance, Division, Task, search
 
 # Ranks that hurt, and no refit, so that there is something to recover.
 RANKS = ("--rank", "conv1=1", "--rank", "conv2=1", "--no-refit", "--keep", "head")
@@ -225,6 +227,53 @@ def test_a_program_can_recover() -> None:
     )  # fmt: skip
     assert made.result.recovery is not None
     assert made.result.recovery.steps >= 1
+
+
+@pytest.mark.usefixtures("bench")  # for its clock
+@pytest.mark.parametrize(("learned", "kept"), [(1e-4, False), (0.5, True)])
+def test_what_rounding_undoes_is_not_kept(learned: float, kept: bool) -> None:
+    original, model = trained(), trained()
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.bfloat16())
+        original.head.weight.copy_(model.head.weight * (1 + learned))
+    pictures = torch.tensor(made_images(48, seed=1)[0]).unsqueeze(1).float() / 255
+    loader = Loader(16)
+    sets = [hold(as_images(part), loader) for part in (pictures[:32], pictures[32:])]
+    reading = prepare(original, pictures[:1]).reading
+    keep = frozenset(name for name, _ in model.named_parameters() if not name.startswith("head"))
+    job = Task(original, Division(*sets), loader, Distance(reading), keep)
+    recovering = Recovering(model, job, Wish(steps=60), torch.bfloat16)
+    course = recovering.begin()
+    found = recovering.run(course)
+    assert (found is not model) is kept
+    assert (course.state.best < course.state.start) is kept
+    assert (course.state.best_step > 0) is kept
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_finds_more_or_fewer_things_is_compressed_and_not_recovered_in_a_run() -> None:
+    class Finder(torch.nn.Module):
+        """Returns as many boxes as an image has bright places."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = trained()
+
+        def forward(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+            scores = self.layers(x)
+            bright = (x > 0.6).flatten(1).sum(1).tolist()
+            return [
+                {"boxes": s.expand(n, 3), "scores": s[0].expand(n)}
+                for s, n in zip(scores, bright, strict=True)
+            ]
+
+    pictures = torch.tensor(made_images(48, seed=1)[0]).unsqueeze(1).float() / 255
+    made = compress_model(Finder().eval(), pictures, macs=0.6, no_latency=True)
+    assert made.network.reading.parts == ()
+    assert made.plan.metric == "loss"
+    assert made.result.layers[1].scheme != "dense"
+    with pytest.raises(ModelError, match="number of outputs differs from image to image"):
+        compress_model(Finder().eval(), pictures, macs=0.6, recover=0.02)
 
 
 def other_checkpoint(bench: Workbench) -> dict[str, str]:
