@@ -300,6 +300,7 @@ def recorded(course: Course, wish: Wish, before: float | None) -> Recovery:
         batch_size=course.lessons().batch_size,
         rate=state.rate,
         augmentation=state.augmentation,
+        features=tuple(state.features),
         precision="mixed" if state.mixed else "full",
         start=state.start,
         best=state.best,

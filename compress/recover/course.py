@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from compress.data import Loader
 from compress.progress import Track, note, silent
 from compress.recover.distance import Distance
-from compress.recover.lessons import Division, Lessons, come_again, taught
+from compress.recover.features import Features
+from compress.recover.lessons import Division, Lessons, Right, come_again, taught
 from compress.recover.steps import Steps
 from compress.running.forward import (
     backward,
@@ -90,6 +91,7 @@ class State:
     Attributes:
         rate: Of the steps; a step back halves it.
         augmentation: How pictures are changed.
+        features: What a mean squared error of features on the way counts, by place.
         mixed: Whether both networks compute in mixed precision while one learns; what is held out
             is always judged in full.
         planned: How many steps there may be, which decides the batches.
@@ -111,6 +113,7 @@ class State:
     planned: int
     total: int
     mixed: bool = False
+    features: dict[str, float] = field(default_factory=dict)
     step: int = 0
     way: float = 0.0
     start: float = math.nan
@@ -236,6 +239,7 @@ class Course:
     jury: Jury
 
     def __post_init__(self) -> None:
+        self._features = Features(self.state.features)
         self._steps = self._first_steps()
         self._best = {name: w.detach().clone() for name, w in self.weights.items()}
 
@@ -287,12 +291,12 @@ class Course:
         task, state = self.task, self.state
         found = Lessons(
             task.division.learning, task.loader, task.original, task.distance,
-            state.augmentation, task.seed, state.planned, state.mixed,
+            state.augmentation, task.seed, state.planned, state.mixed, self._features,
         )  # fmt: skip
         found.seconds |= {k: v for k, v in state.seconds.items() if k in found.seconds}
         return found
 
-    def step(self, inputs: Any, right: Any) -> bool:
+    def step(self, inputs: Any, right: Right) -> bool:
         """Take one step; say whether that went, which it does not where numbers are not finite."""
         state, distance = self.state, self.task.distance
         for weight in self.weights.values():
@@ -302,8 +306,10 @@ class Course:
         if state.mixed:
             forward = in_mixed_precision(forward, self.task.loader.device)
         with torch.enable_grad(), evaluation_mode(self.model), allowed:
-            result = forward(self.model, inputs)
-            loss = distance.training(right, result, count(inputs))
+            with self._features.seen(self.model) as features:
+                result = forward(self.model, inputs)
+            loss = distance.training(right.outputs, result, count(inputs))
+            loss = loss + self._features.apart(right.features, features)
             if not bool(loss.isfinite()):
                 return False
             backward(loss)

@@ -1,7 +1,8 @@
 """Batches to learn from, with what the original makes of them.
 
 Where images are seen several times, the same batches come again in another order, so that what the
-original returns for them is computed once and kept. Everything follows from the seed and the number
+original returns for them is computed once and kept; what it computes on the way is too much for
+that. Everything follows from the seed and the number
 of a step: a course that goes on where it was stopped sees what it would have seen.
 """
 
@@ -21,6 +22,7 @@ from compress.data.loading import seed_of
 from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.recover.distance import Distance
+from compress.recover.features import Features, Seen
 from compress.running.forward import evaluation_mode, run_model
 from compress.running.precision import in_mixed_precision
 from compress.running.structure import checksum, mapped, placed, tensors
@@ -35,6 +37,11 @@ REPEATS = 4
 # How many images are held out, at most and of all; more only where more validated the compression.
 MOST_HELD_OUT = 1000
 HELD_OUT_SHARE = 0.2
+
+
+def repeats(features: Features) -> int:
+    """How often a batch is seen, where nothing but what the original returns has to be kept."""
+    return 1 if features.weights else REPEATS
 
 
 def come_again(images: ImageSet) -> bool:
@@ -77,6 +84,19 @@ def divided(images: ImageSet, fitted: int, seed: int) -> Division:
     return Division(images.subset(fit + learning), images.subset(validation + further))
 
 
+@dataclass(frozen=True)
+class Right:
+    """What the original makes of a batch.
+
+    Attributes:
+        outputs: What `Distance.taught` keeps of its result.
+        features: What it computes on the way, by place.
+    """
+
+    outputs: Any
+    features: Seen = field(default_factory=dict)
+
+
 @dataclass
 class Lessons:
     """Batches to learn from.
@@ -90,6 +110,7 @@ class Lessons:
         seed: Decides order and changes.
         steps: How many batches there will be, which decides how often each is seen.
         mixed: Whether the original computes in mixed precision.
+        features: What it is asked for beside its outputs.
         seconds: What reading images and the original took, filled in.
     """
 
@@ -101,8 +122,9 @@ class Lessons:
     seed: int
     steps: int
     mixed: bool = False
+    features: Features = field(default_factory=Features)
     seconds: dict[str, float] = field(default_factory=lambda: {"images": 0.0, "original": 0.0})
-    _kept: dict[tuple[int, int], tuple[int, Any]] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], tuple[int, Right]] = field(default_factory=dict)
     _bytes: int = 0
     _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
@@ -120,9 +142,9 @@ class Lessons:
     def sets(self) -> int:
         """How many sets of batches there are, each of all images in an order of its own."""
         passes = -(-self.steps // self.batches)
-        return max(1, -(-passes // REPEATS))
+        return max(1, -(-passes // repeats(self.features)))
 
-    def begin(self, step: int) -> Iterator[tuple[Any, Any]]:
+    def begin(self, step: int) -> Iterator[tuple[Any, Right]]:
         """Yield the inputs of each step from one on, placed, and what the original makes of them.
 
         Raises:
@@ -162,14 +184,16 @@ class Lessons:
         order = self._order(len(self.images), "set", drawn)
         return order[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def _taught(self, key: tuple[int, int], inputs: Any, given: Any) -> Any:
+    def _taught(self, key: tuple[int, int], inputs: Any, given: Any) -> Right:
         again = self.sets * self.batches < self.steps
         same = checksum(given) if again and not come_again(self.images) else 0
         if key in self._kept and self._kept[key][0] == same:
             return self._kept[key][1]
-        found = taught(self.original, inputs, self.distance, mixed=self.mixed)
-        size = bytes_of(found)
-        if again and key not in self._kept and self._bytes + size <= KEPT_BYTES:
+        with self.features.seen(self.original) as features:
+            outputs = taught(self.original, inputs, self.distance, mixed=self.mixed)
+        found = Right(outputs, features)
+        size = bytes_of(outputs)
+        if again and not features and key not in self._kept and self._bytes + size <= KEPT_BYTES:
             self._kept[key] = same, found
             self._bytes += size
         return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
-from compress.recover.lessons import REPEATS
+from compress.recover.features import Features, shared
+from compress.recover.lessons import repeats
+from compress.running.forward import evaluation_mode, run_model
 from compress.running.precision import computes_in_bfloat16
+from compress.running.structure import count
 from compress.vision.augment import NONE, PASTED, are_pictures
 
 # Steps relative to each weight's size, from the largest down.
@@ -63,35 +66,61 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
     first, _ = next(iter(task.loader.batches(task.division.learning)))
     suited = PASTED if are_pictures(first) else NONE
     jury = Jury(task)
-    mixed, pace = _mixed(model, task), None
+    ways = _Ways(suited, features=_features(model, task, suited))
+    ways, pace = replace(ways, mixed=_mixed(model, task, ways)), None
     if length.steps is None:
-        paces = {way: _pace(model, task, jury, suited, mixed=way) for way in {False, mixed}}
-        mixed = mixed and paces[True].of_a_step < paces[False].of_a_step
-        pace = paces[mixed]
+        pace = _pace(model, task, jury, ways)
+        if ways.mixed:
+            full = replace(ways, mixed=False)
+            other = _pace(model, task, jury, full)
+            ways, pace = (ways, pace) if pace.of_a_step < other.of_a_step else (full, other)
 
     def steps_left() -> int:
         if pace is None:
             return length.steps or 1
-        return _steps_in((length.seconds or 0.0) - (time.perf_counter() - begun), pace, task)
+        left = (length.seconds or 0.0) - (time.perf_counter() - begun)
+        return _steps_in(left, pace, task, ways.features)
 
-    steps, rate, kind = steps_left(), USUAL, NONE
+    steps, rate = steps_left(), USUAL
+    tried, ways = ways, replace(ways, kind=NONE)
     if steps >= SHORTEST_TRIED and jury.distance(model) > 0:
-        trials = _Trials(model, task, steps, mixed)
+        trials = _Trials(model, task, steps)
         passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
         if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
-            rate, kind = _chosen(trials, suited)
+            rate, ways = _chosen(trials, tried)
         elif suited != NONE and passes >= BY_HEART:
-            kind = _suitable(trials, suited, rate, trials.after(rate, suited))
-    if kind != NONE:
-        jury = Jury(task, kind)
+            ways = _suitable(trials, tried, rate, trials.after(rate, tried))
+    if ways.kind != NONE:
+        jury = Jury(task, ways.kind)
     start = jury.distance(model)
     steps = steps_left()
     spent = time.perf_counter() - begun
     # The first steps are the slowest: there are batches for more than fit as far as is known.
     planned = steps if pace is None else math.ceil(SPARE * steps)
-    state = State(rate, kind, planned, steps, mixed, start=start, best=start, curve=((0, start),))
+    state = ways.state(rate, steps, planned)
+    state.start, state.best, state.curve = start, start, ((0, start),)
     state.seconds = {"search": spent, "all": spent}
     return _course(model, task, jury, state)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """How a network may learn.
+
+    Attributes:
+        kind: How pictures are changed.
+        features: What is compared on the way.
+        mixed: Whether networks compute in mixed precision.
+    """
+
+    kind: str
+    features: Features
+    mixed: bool = False
+
+    def state(self, rate: float, steps: int, planned: int | None = None) -> State:
+        """Where a course of so many steps begins."""
+        features = dict(self.features.weights)
+        return State(rate, self.kind, planned or steps, steps, self.mixed, features)
 
 
 def _course(model: nn.Module, task: Task, jury: Jury, state: State) -> Course:
@@ -99,14 +128,24 @@ def _course(model: nn.Module, task: Task, jury: Jury, state: State) -> Course:
     return Course(task, copied, weights, state, jury)
 
 
-def _mixed(model: nn.Module, task: Task) -> bool:
+def _features(model: nn.Module, task: Task, kind: str) -> Features:
+    """What both networks compute on the way, as far as the first batch shows."""
+    course = _course(model, task, Jury(task), State(0.0, kind, 1, 1))
+    inputs, right = next(course.lessons().begin(0))
+    with torch.no_grad(), evaluation_mode(course.model):
+        result = run_model(course.model, inputs)
+        distance = float(task.distance.training(right.outputs, result, count(inputs)))
+    return shared(task.original, course.model, inputs, distance)
+
+
+def _mixed(model: nn.Module, task: Task, ways: _Ways) -> bool:
     """Whether the device is made for mixed precision, and gradients come out in it as they are."""
     batch = min(task.loader.batch_size, len(task.division.learning))
     if task.macs * batch < WORTH_MIXING or not computes_in_bfloat16(task.loader.device):
         return False
-    full = _gradient(model, task, mixed=False)
+    full = _gradient(model, task, ways)
     try:
-        mixed = _gradient(model, task, mixed=True)
+        mixed = _gradient(model, task, replace(ways, mixed=True))
     except ModelError:  # a forward may mix numbers of types that it knows with others
         return False
     if full is None or mixed is None:
@@ -114,9 +153,9 @@ def _mixed(model: nn.Module, task: Task) -> bool:
     return float(F.cosine_similarity(full, mixed, dim=0)) >= ALIGNED
 
 
-def _gradient(model: nn.Module, task: Task, *, mixed: bool) -> Tensor | None:
+def _gradient(model: nn.Module, task: Task, ways: _Ways) -> Tensor | None:
     """The gradient for a first batch, each weight's as long as it is large; None if not finite."""
-    course = _course(model, task, Jury(task), State(0.0, NONE, 1, 1, mixed))
+    course = _course(model, task, Jury(task), ways.state(0.0, 1))
     inputs, right = next(course.lessons().begin(0))
     if not course.step(inputs, right):
         return None
@@ -131,13 +170,11 @@ class _Trials:
     model: nn.Module
     task: Task
     steps: int
-    mixed: bool
 
-    def after(self, rate: float, kind: str) -> nn.Module | None:
+    def after(self, rate: float, ways: _Ways) -> nn.Module | None:
         """The network after a trial; None where it went astray."""
         steps = min(max(int(self.steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
-        state = State(rate, kind, steps, steps, self.mixed)
-        course = _course(self.model, self.task, Jury(self.task), state)
+        course = _course(self.model, self.task, Jury(self.task), ways.state(rate, steps))
         for inputs, right in course.lessons().begin(0):
             if not course.step(inputs, right):
                 return None
@@ -145,33 +182,48 @@ class _Trials:
         return course.model
 
 
-def _chosen(trials: _Trials, kind: str) -> tuple[float, str]:
-    """The rate and the augmentation that held-out images speak for."""
-    jury = Jury(trials.task, kind)
+def _chosen(trials: _Trials, ways: _Ways) -> tuple[float, _Ways]:
+    """The rate, the features and the augmentation that held-out images speak for."""
+    jury = Jury(trials.task, ways.kind)
     tried: dict[float, tuple[float, nn.Module | None]] = {}
     usual = RATES.index(USUAL)
     # From the usual rate down as long as the network comes about as near, and then up.
     for rates in (RATES[usual:], RATES[usual::-1]):
         for rate in rates:
             if rate not in tried:
-                found = trials.after(rate, kind)
-                distance = math.inf if found is None else jury.distance(found)
-                tried[rate] = distance if distance < math.inf else math.inf, found
+                tried[rate] = _judged(trials, jury, rate, ways)
             if tried[rate][0] > (1 + NEAR) * min(distance for distance, _ in tried.values()):
                 break  # what lies beyond is farther still
     least = min(distance for distance, _ in tried.values())
     near = [r for r, (d, _) in tried.items() if d <= least * (1 + NEAR) < math.inf]
     rate = max(near, default=RATES[-1])
-    return rate, _suitable(trials, kind, rate, tried[rate][1])
+    distance, found = tried[rate]
+    if ways.features.weights:
+        without = replace(ways, features=Features())
+        other, model = _judged(trials, jury, rate, without)
+        if other < distance:
+            ways, found = without, model
+    return rate, _suitable(trials, ways, rate, found)
 
 
-def _suitable(trials: _Trials, kind: str, rate: float, found: nn.Module | None) -> str:
-    """The augmentation, if a trial with it was not clearly worse than one without; else none."""
-    if kind == NONE:
-        return NONE
-    jury, plain = Jury(trials.task), trials.after(rate, NONE)
-    best = math.inf if plain is None else jury.distance(plain)
-    return kind if found is not None and jury.distance(found) <= best * (1 + WORTH) else NONE
+def _judged(
+    trials: _Trials, jury: Jury, rate: float, ways: _Ways
+) -> tuple[float, nn.Module | None]:
+    """How far away a network is after a trial, and the network."""
+    found = trials.after(rate, ways)
+    distance = math.inf if found is None else jury.distance(found)
+    return (distance if distance < math.inf else math.inf), found
+
+
+def _suitable(trials: _Trials, ways: _Ways, rate: float, found: nn.Module | None) -> _Ways:
+    """With changed pictures, if a trial with them was not clearly worse than one without."""
+    if ways.kind == NONE:
+        return ways
+    plain = replace(ways, kind=NONE)
+    jury = Jury(trials.task)
+    best, _ = _judged(trials, jury, rate, plain)
+    changed = found is not None and jury.distance(found) <= best * (1 + WORTH)
+    return ways if changed else plain
 
 
 @dataclass(frozen=True)
@@ -188,9 +240,9 @@ class _Pace:
         return self.original + self.rest
 
 
-def _pace(model: nn.Module, task: Task, jury: Jury, kind: str, *, mixed: bool) -> _Pace:
+def _pace(model: nn.Module, task: Task, jury: Jury, ways: _Ways) -> _Pace:
     """Time a few steps that lead nowhere."""
-    course = _course(model, task, jury, State(0.0, kind, 1 + TIMED, 1 + TIMED, mixed))
+    course = _course(model, task, jury, ways.state(0.0, 1 + TIMED))
     lessons = course.lessons()
     begun, original = time.perf_counter(), 0.0
     for number, (inputs, right) in enumerate(lessons.begin(0)):
@@ -205,13 +257,13 @@ def _pace(model: nn.Module, task: Task, jury: Jury, kind: str, *, mixed: bool) -
     return _Pace(original / TIMED, max(spent - original, 0.0) / TIMED, check)
 
 
-def _steps_in(seconds: float, pace: _Pace, task: Task) -> int:
+def _steps_in(seconds: float, pace: _Pace, task: Task, features: Features) -> int:
     """How many steps fit into some seconds, with the checks on the way; one at least."""
     batches = max(len(task.division.learning) // task.loader.batch_size, 1)
     steps = 1
     for _ in range(3):  # how often the original runs depends on how often batches come again
         passes = -(-steps // batches)
-        new = min(max(1, -(-passes // REPEATS)) * batches, steps) / steps
+        new = min(max(1, -(-passes // repeats(features))) * batches, steps) / steps
         checks = steps / interval(steps, task) * pace.check
         steps = max(1, int((seconds - checks) / max(pace.rest + new * pace.original, 1e-9)))
     return steps

@@ -58,8 +58,9 @@ def row(before: Path, after: Path) -> str:
         f"{what} {spent[what] / spent['all']:.0%}" for what in ("images", "original", "search")
     )
     return (
-        f"{lost(before)} | {lost(after)} | {recovery['steps']} of {recovery['batch_size']} "
-        f"| {spent['all']:.0f} | {shares} | {recovery['rate']:g}, {recovery['augmentation']}"
+        f"{lost(before)} | {lost(after)} | {recovery['start']:.3f} | {recovery['best']:.3f} "
+        f"| {recovery['steps']} of {recovery['batch_size']} | {spent['all']:.0f} | {shares} "
+        f"| {recovery['rate']:g}, {recovery['augmentation']}, {recovery['precision']}"
     )
 
 
@@ -89,9 +90,9 @@ def main(shared: str, macs: str, seeds: str, images: int, courses: tuple[str, ..
     """Measure recoveries of ResNet-20."""
     root = Path(shared)
     checkpoint = str(root / "checkpoints/resnet20-cifar10.safetensors")
-    print("| MACs kept | seed | course | points lost before | after | steps | seconds "
-          "| of these | rate, pictures |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| MACs kept | seed | course | points lost before | after | distance before | after "
+          "| steps | seconds | of these | rate, pictures, precision |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for fraction, seed in itertools.product(macs.split(","), seeds.split(",")):
         with tempfile.TemporaryDirectory() as name:
             before, after = Path(name) / "before", Path(name) / "after"

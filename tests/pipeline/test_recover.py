@@ -114,8 +114,12 @@ def test_steps_give_the_same_bytes_again_and_after_a_stop(
     assert not read_manifest(unfinished).verified
     assert recover(bench, "--steps", "60", "--resume", out="stopped").exit_code == 0
     assert (bench.output("stopped") / "model.safetensors").read_bytes() == whole
-    assert bench.report("stopped")["result"]["recovery"]["precision"] == precision
-    said = "Both networks computed in mixed precision" in found_report(bench, "stopped")
+    recovery = bench.report("stopped")["result"]["recovery"]
+    assert recovery["precision"] == precision
+    report = found_report(bench, "stopped")
+    assert len(recovery["features"]) == 2
+    assert "What 2 blocks on the way gave" in report
+    said = "Both networks computed in mixed precision" in report
     assert said is (precision == "mixed")
     assert not unfinished.exists()
 

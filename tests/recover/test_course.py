@@ -374,8 +374,8 @@ def test_the_largest_steps_that_come_about_as_near_are_taken(
         def distance(self, model: nn.Module) -> float:
             return model.found if isinstance(model, Rated) else super().distance(model)
 
-    def after(_: Any, rate: float, kind: str) -> nn.Module:
-        assert kind == "none"
+    def after(_: Any, rate: float, ways: Any) -> nn.Module:
+        assert ways.kind == "none"
         asked.append(rate)
         return Rated(distances[rate])
 
@@ -383,7 +383,8 @@ def test_the_largest_steps_that_come_about_as_near_are_taken(
     monkeypatch.setattr(search._Trials, "after", after)
     found = begin(network(1), task(network(0)), Length(steps=800))
     assert found.state.rate == rate
-    assert asked == tried
+    # At the rate that is taken, features are tried without as well.
+    assert asked == [*tried, rate]
 
 
 def made_for_bfloat16(monkeypatch: pytest.MonkeyPatch, *, able: bool = True) -> None:
@@ -460,7 +461,9 @@ def test_the_faster_precision_is_taken_where_the_time_is_given(
         monkeypatch.setattr(
             search,
             "_pace",
-            lambda *_, mixed, of_mixed=of_mixed: search._Pace(0.0, of_mixed if mixed else 1.0, 0.0),
+            lambda *given, of_mixed=of_mixed: search._Pace(
+                0.0, of_mixed if given[-1].mixed else 1.0, 0.0
+            ),
         )
         found = begin(network(1), task(network(0), macs=1), Length(seconds=20.0))
         assert found.state.mixed is expected

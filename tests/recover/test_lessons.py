@@ -86,7 +86,7 @@ def test_images_that_change_by_themselves_are_asked_about_again() -> None:
     images = as_images(Random(numbered(8, 3)))
     found = Lessons(images, Loader(4), Original(), distance, NONE, 0, 2 * REPEATS)
     for inputs, right in found.begin(0):
-        assert torch.equal(right[0], inputs)
+        assert torch.equal(right.outputs[0], inputs)
 
 
 def test_only_the_part_of_a_result_that_counts_is_kept_in_memory() -> None:

@@ -1,0 +1,175 @@
+"""What two networks compute on the way, and that a network learns faster by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.data import Loader, as_images
+from compress.data.held import hold
+from compress.recover import Course, Distance, Division, Length, State, Task, begin, search
+from compress.recover.course import Jury, learner
+from compress.recover.features import PLACES, WEIGHT, Features, shared
+from compress.recover.lessons import Lessons, repeats
+from compress.running.outputs import Part, Reading
+
+READING = Reading((Part("", "classes"),), "", True)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x).relu())
+
+
+class Stack(nn.Module):
+    """Blocks in a row, and a head."""
+
+    def __init__(self, seed: int, blocks: int = 3, width: int = 6) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+            self.head = nn.Linear(8, 4)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+def pictures(count: int = 96) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(5))
+
+
+def task(original: nn.Module, **settings: Any) -> Task:
+    loader = Loader(16)
+    sets = [hold(as_images(part), loader) for part in (pictures()[:80], pictures()[80:])]
+    return Task(original, Division(*sets), loader, Distance(READING), **settings)
+
+
+def test_blocks_of_the_same_name_and_shape_are_compared() -> None:
+    original, model = Stack(0, blocks=2), Stack(1, blocks=2, width=5)
+    found = shared(original, model, pictures(8), 0.5)
+    # Hidden layers of other widths are none, and the whole row gives what its last block does.
+    assert list(found.weights) == ["blocks.0", "blocks"]
+    with found.seen(original) as right, found.seen(model) as own, torch.no_grad():
+        original(pictures(8))
+        model(pictures(8))
+    assert torch.equal(right["blocks"], original.blocks(pictures(8)))
+    apart = [
+        found.weights[name] * float((right[name] - own[name]).square().mean()) for name in right
+    ]
+    assert apart == pytest.approx([WEIGHT * 0.5 / 2] * 2)
+    assert float(found.apart(right, own)) == pytest.approx(WEIGHT * 0.5)
+    assert float(found.apart(right, {})) == 0
+    assert Features().apart({}, {}) == 0
+
+
+def test_layers_are_compared_where_there_are_no_blocks() -> None:
+    made = [nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).eval() for _ in range(2)]
+    assert list(shared(made[0], made[1], pictures(8), 1.0).weights) == ["0", "1"]
+
+
+def test_at_most_so_many_places_are_compared_from_front_to_back() -> None:
+    found = shared(Stack(0, blocks=20), Stack(1, blocks=20), pictures(8), 1.0)
+    assert len(found.weights) == PLACES
+    assert list(found.weights)[-1] == "blocks"
+    numbers = [int(name.split(".")[1]) for name in list(found.weights)[:-1]]
+    assert numbers == sorted(numbers)
+    assert max(numbers) > 14
+
+
+def test_what_is_alike_already_is_not_compared() -> None:
+    original, model = Stack(0), Stack(0)
+    assert not shared(original, model, pictures(8), 1.0).weights
+    with torch.no_grad():
+        model.blocks[1].two.bias += 1
+    assert list(shared(original, model, pictures(8), 1.0).weights) == ["blocks.1", "blocks"]
+    assert not shared(original, model, pictures(8), 0.0).weights
+
+
+def test_what_is_called_twice_is_not_compared() -> None:
+    class Twice(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.blocks[2](self.blocks[1](self.blocks[0](self.blocks[0](x)))))
+
+    original, model = Twice(0), Twice(1)
+    assert list(shared(original, model, pictures(8), 1.0).weights) == ["blocks.1", "blocks.2"]
+
+
+def compressed(original: Stack, width: int) -> Stack:
+    """A stack with only some of the hidden units, scaled up for those that are gone."""
+    model = Stack(1, blocks=len(original.blocks), width=width)
+    with torch.no_grad():
+        model.head.load_state_dict(original.head.state_dict())
+        for own, block in zip(model.blocks, original.blocks, strict=True):
+            own.one.weight.copy_(block.one.weight[:width])  # type: ignore[union-attr, index, operator]
+            own.one.bias.copy_(block.one.bias[:width])  # type: ignore[union-attr, index, operator]
+            scale = block.one.out_features / width  # type: ignore[union-attr, operator]
+            own.two.weight.copy_(block.two.weight[:, :width] * scale)  # type: ignore[union-attr, index, operator]
+            own.two.bias.copy_(block.two.bias)  # type: ignore[union-attr, operator]
+    return model
+
+
+def test_a_network_comes_nearer_in_as_many_steps_with_features() -> None:
+    original = Stack(0, blocks=6, width=24)
+    with torch.no_grad():
+        for block in original.blocks:
+            block.one.weight *= 2  # type: ignore[union-attr, operator]
+            block.two.weight *= 2  # type: ignore[union-attr, operator]
+    model, job = compressed(original, 8), task(original)
+    jury = Jury(job)
+    start = jury.distance(model)
+    features = search._features(model, job, "none")
+    assert len(features.weights) == 6
+    found = []
+    for weights in ({}, dict(features.weights)):
+        copied, learning = learner(model, job)
+        state = State(0.01, "none", 150, 150, features=weights, start=start, best=start)
+        course = Course(job, copied, learning, state, jury)
+        course.run(Length(steps=150))
+        found.append(course.state.best)
+    without, with_features = found
+    assert with_features < 0.95 * without < start
+
+
+@pytest.mark.parametrize("help_", [True, False])
+def test_held_out_images_decide_about_features(
+    monkeypatch: pytest.MonkeyPatch, help_: bool
+) -> None:
+    class Judge(Jury):
+        def distance(self, model: nn.Module) -> float:
+            return getattr(model, "told", 1.0)
+
+    def after(_: Any, __: float, ways: Any) -> nn.Module:
+        model = Stack(2)
+        model.told = 0.5 if bool(ways.features.weights) is help_ else 0.6  # type: ignore[assignment]
+        return model
+
+    monkeypatch.setattr(search, "Jury", Judge)
+    monkeypatch.setattr(search._Trials, "after", after)
+    found = begin(Stack(1), task(Stack(0)), Length(steps=800))
+    assert bool(found.state.features) is help_
+
+
+def test_the_original_is_asked_every_time_where_features_count() -> None:
+    original, model = Stack(0), Stack(1)
+    asked: list[int] = []
+    original.register_forward_hook(lambda *_: asked.append(1))
+    features = shared(original, model, pictures(8), 1.0)
+    assert (repeats(features), repeats(Features())) == (1, 4)
+    images = hold(as_images(pictures(16)), Loader(8))
+    for used, times in ((features, 12), (Features(), 4)):
+        lessons = Lessons(
+            images, Loader(8), original, Distance(READING), "none", 0, 12, features=used
+        )
+        asked.clear()
+        rights = [right for _, right in lessons.begin(0)]
+        assert len(asked) == times
+        assert all(right.features.keys() == used.weights.keys() for right in rights)
