@@ -155,7 +155,7 @@ def recovery() -> Recovery:
         images=800, held_out_images=200, steps=400, batch_size=64, rate=0.003,
         augmentation="pasted", start=0.52, best=0.41, best_step=300, before=0.88,
         checks=tuple(RecoveryCheck(100 * i, value) for i, value in enumerate(distances)),
-        seconds={"all": 60.0},
+        features=("blocks.0", "blocks"), precision="mixed", seconds={"all": 60.0},
     )  # fmt: skip
 
 

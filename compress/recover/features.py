@@ -7,19 +7,25 @@ in the same shape; blocks rather than single layers, where there are any.
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
-from compress.running.structure import tensors
+from compress.running.structure import part, tensors
 
+# So many images show which places there are, since all that a network computes can be much.
+LOOKED_AT = 8
 # At so many places, evenly spread over the network.
-PLACES = 8
+PLACES = 4
 # At the start all of them together weigh so many times what the outputs do.
 WEIGHT = 10.0
 # Where squares are this much apart, relative to the original's, there is nothing to learn.
@@ -50,7 +56,8 @@ class Features:
         """How far features are apart, all places together; a scalar."""
         return sum(
             (
-                weight * (own[name].float() - original[name].float()).square().mean()
+                # In one operation each way, since maps are large; in the precision that they have.
+                weight * F.mse_loss(own[name], original[name].to(own[name].dtype)).float()
                 for name, weight in self.weights.items()
                 # A forward need not come by everywhere each time.
                 if name in own and name in original and own[name].shape == original[name].shape
@@ -59,7 +66,7 @@ class Features:
         )
 
 
-def shared(original: nn.Module, model: nn.Module, inputs: Any, distance: float) -> Features:
+def shared(original: nn.Module, model: nn.Module, inputs: Any) -> Features:
     """Find features that two networks have in common, and what they count.
 
     Each place counts as much as any other at the start.
@@ -68,42 +75,44 @@ def shared(original: nn.Module, model: nn.Module, inputs: Any, distance: float) 
         original: The network to learn from.
         model: The one that learns, as it is at the start.
         inputs: A batch, where the networks are.
-        distance: How far the outputs are apart for it, as a loss counts them.
 
     Raises:
         ModelError: A forward fails.
     """
-    right, own = (_all_features(network, inputs) for network in (original, model))
+    few = part(inputs, 0, LOOKED_AT)
+    there, here = (_places(network, few) for network in (original, model))
+    names = [name for name, shape in here.items() if there.get(name) == shape]
+    blocks = [name for name in names if any(True for _ in original.get_submodule(name).children())]
+    names = blocks if len(blocks) > 1 else names
+    all_places = Features(dict.fromkeys(names, 1.0))
+    right, own = (_computed(network, few, all_places) for network in (original, model))
     errors = {}
-    for name, value in own.items():
-        if name in right and right[name].shape == value.shape:
-            size = float(right[name].float().square().mean())
-            error = float((value.float() - right[name].float()).square().mean())
-            if ALIKE * size < error < float("inf"):
-                errors[name] = error
-    blocks = [name for name in errors if any(True for _ in original.get_submodule(name).children())]
-    names = blocks if len(blocks) > 1 else list(errors)
+    for name in names:
+        size = float(right[name].float().square().mean())
+        error = float((own[name].float() - right[name].float()).square().mean())
+        if ALIKE * size < error < math.inf:
+            errors[name] = error
+    names = list(errors)
     places = min(PLACES, len(names))
     chosen = [names[(i + 1) * len(names) // places - 1] for i in range(places)]
-    each = WEIGHT * distance / max(places, 1)
-    return Features({name: each / errors[name] for name in chosen} if each > 0 else {})
+    return Features({name: WEIGHT / places / errors[name] for name in chosen})
 
 
-def _all_features(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """What modules give that are called once, in order, what is returned in the end left out.
+def _places(model: nn.Module, inputs: Any) -> dict[str, torch.Size]:
+    """The shapes of what modules give that are called once, in order, but for the result itself.
 
     Where several give the same tensor, as a block and its last layer do, only the last has it.
     """
-    found: dict[str, Tensor] = {}
-    calls: dict[str, int] = {}
+    found: dict[str, tuple[torch.Size, weakref.ref[Tensor]]] = {}
+    calls: Counter[str] = Counter()
 
     def counting(name: str) -> ForwardHook:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
+            calls[name] += 1
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-                for other in [n for n, t in found.items() if t is output]:
+                for other in [n for n, (_, same) in found.items() if same() is output]:
                     del found[other]
-                found[name] = output
+                found[name] = output.shape, weakref.ref(output)
 
         return hook
 
@@ -111,10 +120,16 @@ def _all_features(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     with torch.no_grad(), evaluation_mode(model), forward_hooks(hooks):
         result = list(tensors(run_model(model, inputs)).values())
     return {
-        name: value
-        for name, value in found.items()
-        if calls[name] == 1 and not any(value is output for output in result)
+        name: shape
+        for name, (shape, same) in found.items()
+        if calls[name] == 1 and not any(same() is output for output in result)
     }
+
+
+def _computed(model: nn.Module, inputs: Any, places: Features) -> dict[str, Tensor]:
+    with torch.no_grad(), evaluation_mode(model), places.seen(model) as found:
+        run_model(model, inputs)
+    return found
 
 
 def _noting(name: str, found: dict[str, Tensor]) -> ForwardHook:

@@ -3,8 +3,8 @@
 Every trial is a small course from the same start, and held-out images judge it. A short trial
 cannot show what changed pictures are for, which is that few images are not learnt by heart; so they
 are used unless they are clearly in the way of the held-out images as they are. A course too short
-to look for a rate takes a usual one, and leaves pictures as they are if it sees each only a few
-times.
+to look for a rate takes a usual one, matches nothing but outputs, and leaves pictures as they are
+if it sees each only a few times.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from compress.errors import ModelError
 from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
 from compress.recover.features import Features, shared
 from compress.recover.lessons import repeats
-from compress.running.forward import evaluation_mode, run_model
 from compress.running.precision import computes_in_bfloat16
-from compress.running.structure import count
 from compress.vision.augment import NONE, PASTED, are_pictures
 
 # Steps relative to each weight's size, from the largest down.
@@ -32,6 +30,9 @@ USUAL = 0.001
 # A trial has little time to settle, and so speaks for steps that are too small for a whole course:
 # the largest are taken with which it does not end so much farther away than the nearest one.
 NEAR = 0.04
+# Features take time, and may end up in the way of the outputs: they are matched only where the
+# network comes so many times as far with them in a trial.
+FASTER = 1.25
 # Each trial takes this share of all steps, and so many.
 TRIAL_SHARE = 1 / 40
 SHORTEST_TRIAL, LONGEST_TRIAL = 10, 100
@@ -69,11 +70,7 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
     ways = _Ways(suited, features=_features(model, task, suited))
     ways, pace = replace(ways, mixed=_mixed(model, task, ways)), None
     if length.steps is None:
-        pace = _pace(model, task, jury, ways)
-        if ways.mixed:
-            full = replace(ways, mixed=False)
-            other = _pace(model, task, jury, full)
-            ways, pace = (ways, pace) if pace.of_a_step < other.of_a_step else (full, other)
+        ways, pace = _faster(model, task, jury, ways)
 
     def steps_left() -> int:
         if pace is None:
@@ -81,15 +78,7 @@ def begin(model: nn.Module, task: Task, length: Length) -> Course:
         left = (length.seconds or 0.0) - (time.perf_counter() - begun)
         return _steps_in(left, pace, task, ways.features)
 
-    steps, rate = steps_left(), USUAL
-    tried, ways = ways, replace(ways, kind=NONE)
-    if steps >= SHORTEST_TRIED and jury.distance(model) > 0:
-        trials = _Trials(model, task, steps)
-        passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
-        if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
-            rate, ways = _chosen(trials, tried)
-        elif suited != NONE and passes >= BY_HEART:
-            ways = _suitable(trials, tried, rate, trials.after(rate, tried))
+    rate, ways = _found(model, task, jury, steps_left(), ways)
     if ways.kind != NONE:
         jury = Jury(task, ways.kind)
     start = jury.distance(model)
@@ -128,14 +117,28 @@ def _course(model: nn.Module, task: Task, jury: Jury, state: State) -> Course:
     return Course(task, copied, weights, state, jury)
 
 
+def _found(
+    model: nn.Module, task: Task, jury: Jury, steps: int, ways: _Ways
+) -> tuple[float, _Ways]:
+    """The rate, and the ways that suit, by as many trials as so many steps leave time for."""
+    trials = _Trials(model, task, steps)
+    far = steps >= SHORTEST_TRIED and jury.distance(model) > 0
+    if far and int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
+        return _chosen(trials, ways)
+    ways = replace(ways, features=Features())
+    passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
+    if ways.kind != NONE and (not far or passes < BY_HEART):
+        ways = replace(ways, kind=NONE)
+    if ways.kind != NONE:
+        ways = _suitable(trials, ways, USUAL, trials.after(USUAL, ways))
+    return USUAL, ways
+
+
 def _features(model: nn.Module, task: Task, kind: str) -> Features:
     """What both networks compute on the way, as far as the first batch shows."""
     course = _course(model, task, Jury(task), State(0.0, kind, 1, 1))
-    inputs, right = next(course.lessons().begin(0))
-    with torch.no_grad(), evaluation_mode(course.model):
-        result = run_model(course.model, inputs)
-        distance = float(task.distance.training(right.outputs, result, count(inputs)))
-    return shared(task.original, course.model, inputs, distance)
+    inputs, _ = next(course.lessons().begin(0))
+    return shared(task.original, course.model, inputs)
 
 
 def _mixed(model: nn.Module, task: Task, ways: _Ways) -> bool:
@@ -201,7 +204,8 @@ def _chosen(trials: _Trials, ways: _Ways) -> tuple[float, _Ways]:
     if ways.features.weights:
         without = replace(ways, features=Features())
         other, model = _judged(trials, jury, rate, without)
-        if other < distance:
+        start = jury.distance(trials.model)
+        if start - distance < FASTER * (start - other):
             ways, found = without, model
     return rate, _suitable(trials, ways, rate, found)
 
@@ -238,6 +242,16 @@ class _Pace:
     def of_a_step(self) -> float:
         """Seconds of a step that the original runs at."""
         return self.original + self.rest
+
+
+def _faster(model: nn.Module, task: Task, jury: Jury, ways: _Ways) -> tuple[_Ways, _Pace]:
+    """The precision in which steps take less time, and their pace."""
+    pace = _pace(model, task, jury, ways)
+    if not ways.mixed:
+        return ways, pace
+    full = replace(ways, mixed=False)
+    other = _pace(model, task, jury, full)
+    return (ways, pace) if pace.of_a_step < other.of_a_step else (full, other)
 
 
 def _pace(model: nn.Module, task: Task, jury: Jury, ways: _Ways) -> _Pace:

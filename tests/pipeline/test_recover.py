@@ -117,8 +117,6 @@ def test_steps_give_the_same_bytes_again_and_after_a_stop(
     recovery = bench.report("stopped")["result"]["recovery"]
     assert recovery["precision"] == precision
     report = found_report(bench, "stopped")
-    assert len(recovery["features"]) == 2
-    assert "What 2 blocks on the way gave" in report
     said = "Both networks computed in mixed precision" in report
     assert said is (precision == "mixed")
     assert not unfinished.exists()

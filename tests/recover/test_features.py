@@ -55,7 +55,7 @@ def task(original: nn.Module, **settings: Any) -> Task:
 
 def test_blocks_of_the_same_name_and_shape_are_compared() -> None:
     original, model = Stack(0, blocks=2), Stack(1, blocks=2, width=5)
-    found = shared(original, model, pictures(8), 0.5)
+    found = shared(original, model, pictures(8))
     # Hidden layers of other widths are none, and the whole row gives what its last block does.
     assert list(found.weights) == ["blocks.0", "blocks"]
     with found.seen(original) as right, found.seen(model) as own, torch.no_grad():
@@ -65,33 +65,31 @@ def test_blocks_of_the_same_name_and_shape_are_compared() -> None:
     apart = [
         found.weights[name] * float((right[name] - own[name]).square().mean()) for name in right
     ]
-    assert apart == pytest.approx([WEIGHT * 0.5 / 2] * 2)
-    assert float(found.apart(right, own)) == pytest.approx(WEIGHT * 0.5)
+    assert apart == pytest.approx([WEIGHT / 2] * 2)
+    assert float(found.apart(right, own)) == pytest.approx(WEIGHT)
     assert float(found.apart(right, {})) == 0
     assert Features().apart({}, {}) == 0
 
 
 def test_layers_are_compared_where_there_are_no_blocks() -> None:
     made = [nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).eval() for _ in range(2)]
-    assert list(shared(made[0], made[1], pictures(8), 1.0).weights) == ["0", "1"]
+    assert list(shared(made[0], made[1], pictures(8)).weights) == ["0", "1"]
 
 
 def test_at_most_so_many_places_are_compared_from_front_to_back() -> None:
-    found = shared(Stack(0, blocks=20), Stack(1, blocks=20), pictures(8), 1.0)
+    found = shared(Stack(0, blocks=20), Stack(1, blocks=20), pictures(8))
     assert len(found.weights) == PLACES
     assert list(found.weights)[-1] == "blocks"
     numbers = [int(name.split(".")[1]) for name in list(found.weights)[:-1]]
-    assert numbers == sorted(numbers)
-    assert max(numbers) > 14
+    assert numbers == [4, 9, 14]
 
 
 def test_what_is_alike_already_is_not_compared() -> None:
     original, model = Stack(0), Stack(0)
-    assert not shared(original, model, pictures(8), 1.0).weights
+    assert not shared(original, model, pictures(8)).weights
     with torch.no_grad():
         model.blocks[1].two.bias += 1
-    assert list(shared(original, model, pictures(8), 1.0).weights) == ["blocks.1", "blocks"]
-    assert not shared(original, model, pictures(8), 0.0).weights
+    assert list(shared(original, model, pictures(8)).weights) == ["blocks.1", "blocks"]
 
 
 def test_what_is_called_twice_is_not_compared() -> None:
@@ -100,48 +98,37 @@ def test_what_is_called_twice_is_not_compared() -> None:
             return self.head(self.blocks[2](self.blocks[1](self.blocks[0](self.blocks[0](x)))))
 
     original, model = Twice(0), Twice(1)
-    assert list(shared(original, model, pictures(8), 1.0).weights) == ["blocks.1", "blocks.2"]
+    assert list(shared(original, model, pictures(8)).weights) == ["blocks.1", "blocks.2"]
 
 
-def compressed(original: Stack, width: int) -> Stack:
-    """A stack with only some of the hidden units, scaled up for those that are gone."""
-    model = Stack(1, blocks=len(original.blocks), width=width)
-    with torch.no_grad():
-        model.head.load_state_dict(original.head.state_dict())
-        for own, block in zip(model.blocks, original.blocks, strict=True):
-            own.one.weight.copy_(block.one.weight[:width])  # type: ignore[union-attr, index, operator]
-            own.one.bias.copy_(block.one.bias[:width])  # type: ignore[union-attr, index, operator]
-            scale = block.one.out_features / width  # type: ignore[union-attr, operator]
-            own.two.weight.copy_(block.two.weight[:, :width] * scale)  # type: ignore[union-attr, index, operator]
-            own.two.bias.copy_(block.two.bias)  # type: ignore[union-attr, operator]
-    return model
-
-
-def test_a_network_comes_nearer_in_as_many_steps_with_features() -> None:
-    original = Stack(0, blocks=6, width=24)
-    with torch.no_grad():
-        for block in original.blocks:
-            block.one.weight *= 2  # type: ignore[union-attr, operator]
-            block.two.weight *= 2  # type: ignore[union-attr, operator]
-    model, job = compressed(original, 8), task(original)
-    jury = Jury(job)
-    start = jury.distance(model)
-    features = search._features(model, job, "none")
-    assert len(features.weights) == 6
-    found = []
-    for weights in ({}, dict(features.weights)):
+def test_a_step_matches_features_as_well_and_in_the_end_the_outputs_alone() -> None:
+    original, model = Stack(0), Stack(1)
+    job = task(original)
+    found = shared(original, model, pictures(16))
+    gradients = []
+    for way, weights in ((0.0, {}), (0.0, dict(found.weights)), (1.0, dict(found.weights))):
         copied, learning = learner(model, job)
-        state = State(0.01, "none", 150, 150, features=weights, start=start, best=start)
-        course = Course(job, copied, learning, state, jury)
-        course.run(Length(steps=150))
-        found.append(course.state.best)
-    without, with_features = found
-    assert with_features < 0.95 * without < start
+        state = State(0.0, "none", 10, 10, features=weights, way=way)
+        course = Course(job, copied, learning, state, Jury(job))
+        inputs, right = next(course.lessons().begin(0))
+        assert course.step(inputs, right)
+        gradients.append(copied.blocks[0].one.weight.grad.clone())  # type: ignore[union-attr, operator]
+    plain, with_features, end = gradients
+    torch.testing.assert_close(end, plain)
+    # By hand: the outputs' loss, and as many times that as the features are apart.
+    copied, _ = learner(model, job)
+    with found.seen(original) as theirs, found.seen(copied) as own:
+        taught = original(inputs).detach()
+        loss = job.distance.training((taught,), copied(inputs), len(inputs))
+    apart = sum(w * (own[n] - theirs[n].detach()).square().mean() for n, w in found.weights.items())
+    (loss + loss.detach() * apart).backward()
+    torch.testing.assert_close(with_features, copied.blocks[0].one.weight.grad)  # type: ignore[union-attr]
+    assert not torch.allclose(with_features, plain)
 
 
-@pytest.mark.parametrize("help_", [True, False])
-def test_held_out_images_decide_about_features(
-    monkeypatch: pytest.MonkeyPatch, help_: bool
+@pytest.mark.parametrize(("nearer", "matched"), [(0.5, True), (0.52, False), (0.7, False)])
+def test_features_are_matched_where_a_trial_comes_a_quarter_farther_with_them(
+    monkeypatch: pytest.MonkeyPatch, nearer: float, matched: bool
 ) -> None:
     class Judge(Jury):
         def distance(self, model: nn.Module) -> float:
@@ -149,20 +136,25 @@ def test_held_out_images_decide_about_features(
 
     def after(_: Any, __: float, ways: Any) -> nn.Module:
         model = Stack(2)
-        model.told = 0.5 if bool(ways.features.weights) is help_ else 0.6  # type: ignore[assignment]
+        model.told = nearer if ways.features.weights else 0.6  # type: ignore[assignment]
         return model
 
     monkeypatch.setattr(search, "Jury", Judge)
     monkeypatch.setattr(search._Trials, "after", after)
     found = begin(Stack(1), task(Stack(0)), Length(steps=800))
-    assert bool(found.state.features) is help_
+    assert bool(found.state.features) is matched
+
+
+def test_courses_too_short_for_trials_match_outputs_alone() -> None:
+    for steps in (20, 200):
+        assert not begin(Stack(1), task(Stack(0)), Length(steps=steps)).state.features
 
 
 def test_the_original_is_asked_every_time_where_features_count() -> None:
     original, model = Stack(0), Stack(1)
     asked: list[int] = []
     original.register_forward_hook(lambda *_: asked.append(1))
-    features = shared(original, model, pictures(8), 1.0)
+    features = shared(original, model, pictures(8))
     assert (repeats(features), repeats(Features())) == (1, 4)
     images = hold(as_images(pictures(16)), Loader(8))
     for used, times in ((features, 12), (Features(), 4)):

@@ -20,6 +20,8 @@ def test_every_form_shows_every_look() -> None:
     assert 'id="plot-recovery"' in page
     assert page.count('href="#recovery"') == 1
     assert "mirrored, shifted and pasted into each other" in page
+    assert "What 2 blocks on the way gave was matched too." in page
+    assert "Both networks computed in mixed precision." in page
     assert "| 300 | 0.41 (kept) |" in render_markdown(report)
     assert "fell from 0.52 to 0.41, 88.00% on the test images before it." in page
 
