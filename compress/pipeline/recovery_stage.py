@@ -94,6 +94,7 @@ def _in_place(task: Task) -> bool:
     """Whether gradients only come where what the forward changes in place is copied.
 
     Raises:
+        ConfigError: There is nothing to learn.
         GradientError: They do not come then either.
         ModelError: The forward fails, or the outputs cannot be compared.
     """
@@ -101,7 +102,9 @@ def _in_place(task: Task) -> bool:
     given = first_inputs(task.division.learning, 1)
     inputs = placed(given, task.loader.device, task.loader.memory_format)
     right = taught(task.original, inputs, task.distance)
-    for in_place in (task.in_place, True) if weights else ():
+    if not weights:
+        raise ConfigError("All weights are kept, so that there is nothing to learn; keep fewer.")
+    for in_place in (task.in_place, True):
         with evaluation_mode(model), torch.enable_grad(), changes_allowed(in_place=in_place):
             result = run_with_gradients(model, inputs)
             loss = task.distance.training(right, result, count(inputs))

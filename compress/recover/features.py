@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.running.forward import ForwardHook, evaluation_mode, forward_hooks, run_model
-from compress.running.structure import part, tensors
+from compress.running.structure import count, part, tensors
 
 # So many images show which places there are, since all that a network computes can be much.
 LOOKED_AT = 8
@@ -79,7 +79,9 @@ def shared(original: nn.Module, model: nn.Module, inputs: Any) -> Features:
     Raises:
         ModelError: A forward fails.
     """
-    few = part(inputs, 0, LOOKED_AT)
+    # What a collate function of the user's puts together may not be cut into images.
+    whole = any(t.dim() == 0 or len(t) != count(inputs) for t in tensors(inputs).values())
+    few = inputs if whole else part(inputs, 0, LOOKED_AT)
     there, here = (_places(network, few) for network in (original, model))
     names = [name for name, shape in here.items() if there.get(name) == shape]
     blocks = [name for name in names if any(True for _ in original.get_submodule(name).children())]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.errors import ModelError
+from compress.errors import GradientError, ModelError
 from compress.recover.course import Course, Jury, Length, State, Task, interval, learner
 from compress.recover.features import Features, shared
 from compress.recover.lessons import repeats
@@ -42,9 +42,8 @@ SHORTEST_TRIED, BY_HEART = 100, 8
 # How much worse a trial with changed pictures may come out.
 WORTH = 0.1
 # Mixed precision serves from so many multiply-accumulates a batch; before that the conversions cost
-# more. The gradient in it points where the one in full precision does, up to so much of a right
-# angle's cosine: gradients of two batches differ far more, and as the networks come nearer, what is
-# rounded off counts for more.
+# more. Its gradient must have this cosine at least with that in full precision. Those of two
+# batches differ far more, but as the networks come nearer, what is rounded off counts for more.
 WORTH_MIXING, ALIGNED = 1e8, 0.97
 # How many steps are timed, and how many times as many as fit by that there may be.
 TIMED = 3
@@ -149,7 +148,7 @@ def _mixed(model: nn.Module, task: Task, ways: _Ways) -> bool:
     full = _gradient(model, task, ways)
     try:
         mixed = _gradient(model, task, replace(ways, mixed=True))
-    except ModelError:  # a forward may mix numbers of types that it knows with others
+    except (ModelError, GradientError):  # a forward may count on single precision
         return False
     if full is None or mixed is None:
         return False

@@ -182,6 +182,8 @@ def test_what_cannot_recover_is_said_before_any_work(bench: Workbench) -> None:
     text = paragraph(bench.run(*RANKS, "--recover", "0.02", **one_image(bench)), 3)
     assert "at least two" in text
     assert bench.leftovers() == ["one.npz"]
+    text = paragraph(bench.run("--keep", "*", "--macs", "1", "--recover", "0.02"), 2)
+    assert "nothing to learn" in text
     text = paragraph(bench.run(*RANKS, "--recover", "1", "--progressive"), 2)
     assert "contradict each other" in text
     text = paragraph(bench.run(*RANKS, "--recover", "0"), 2)

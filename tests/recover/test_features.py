@@ -145,6 +145,17 @@ def test_features_are_matched_where_a_trial_comes_a_quarter_farther_with_them(
     assert bool(found.state.features) is matched
 
 
+def test_a_batch_that_is_no_row_of_images_is_shown_as_a_whole() -> None:
+    class Scaled(Stack):
+        def forward(self, x: Tensor, scale: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x[rows] * scale)
+
+    original, model = Scaled(0), Scaled(1)
+    batch = pictures(12), torch.tensor(2.0), torch.arange(11)
+    found = shared(original, model, batch)
+    assert list(found.weights) == ["blocks.0", "blocks.1", "blocks"]
+
+
 def test_courses_too_short_for_trials_match_outputs_alone() -> None:
     for steps in (20, 200):
         assert not begin(Stack(1), task(Stack(0)), Length(steps=steps)).state.features
