@@ -18,19 +18,16 @@ from compress.specs import import_function
 from compress.tasks import TASKS, TaskMeasure
 
 
-def loss_function(config: RunConfig, reading: Reading | None = None, *, finite: bool = True) -> Any:
-    """The user's own loss ``(result, targets) -> summed loss``, the task's, or None for Fisher's.
+def loss_function(config: RunConfig, reading: Reading, *, finite: bool = True) -> Any:
+    """The user's own loss ``(result, targets) -> summed loss``, or None for Fisher's.
 
-    Where ``reading`` says that all of a result counts, so it does in the loss.
+    Where all of a result counts, as of a detector, it is a loss of all that was found.
 
     It is called with all that the forward returns. Where it need not be ``finite``, the caller
     looks at that.
     """
     if not config.loss_fn:
-        task = TASKS.get(config.task)
-        if task is not None and task.loss is not None:
-            return task.loss(config.seed)
-        return loss_of_all(config.seed) if reading is not None and not reading.parts else None
+        return None if reading.parts else loss_of_all(config.seed)
     own = import_function(config.loss_fn, ModelError)
 
     def checked(result: Any, targets: Any) -> Tensor:

@@ -197,8 +197,9 @@ def _read(
     original: nn.Module, first: tuple[Any, Any], evidence: Evidence, *, sigmoid: bool
 ) -> Reading:
     """Decide what the outputs stand for, by the images that the targets belong to."""
-    (example, result), beside, listed = first, frozenset[str](), False
-    alone, one = result, floating(result)
+    example, alone = first
+    result, one = alone, floating(alone)
+    beside, listed = frozenset[str](), False
     asked = evidence.batch if len(one) > 1 or evidence.task in TASKS else None
     # A network that takes one image at a time has shown what it gives for one.
     with contextlib.suppress(ModelError):

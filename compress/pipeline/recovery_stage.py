@@ -76,7 +76,9 @@ def task_of(job: Job, division: Division, kept: frozenset[str], goal: str = "") 
     config, network = job.config, job.network
     # One that is not finite on the way is the course's to deal with; at first it is a mistake.
     function, strict = (
-        loss_function(config.replace(loss_fn=goal, task=""), finite=finite) if goal else None
+        loss_function(config.replace(loss_fn=goal), network.reading, finite=finite)
+        if goal
+        else None
         for finite in (False, True)
     )
     result = network.result
@@ -99,11 +101,11 @@ def _in_place(task: Task) -> bool:
         ModelError: The forward fails, or the outputs cannot be compared.
     """
     model, weights = learner(task.original, task)
+    if not weights:
+        raise ConfigError("All weights are kept, so that there is nothing to learn; keep fewer.")
     given = first_inputs(task.division.learning, 1)
     inputs = placed(given, task.loader.device, task.loader.memory_format)
     right = taught(task.original, inputs, task.distance)
-    if not weights:
-        raise ConfigError("All weights are kept, so that there is nothing to learn; keep fewer.")
     for in_place in (task.in_place, True):
         with evaluation_mode(model), torch.enable_grad(), changes_allowed(in_place=in_place):
             result = run_with_gradients(model, inputs)
@@ -115,7 +117,7 @@ def _in_place(task: Task) -> bool:
                     raise
                 continue
         return in_place
-    return task.in_place
+    return True  # for type checkers: the last turn has returned or raised
 
 
 def check_recoverable(job: Job) -> None:

@@ -120,17 +120,15 @@ def _found(
     model: nn.Module, task: Task, jury: Jury, steps: int, ways: _Ways
 ) -> tuple[float, _Ways]:
     """The rate, and the ways that suit, by as many trials as so many steps leave time for."""
-    trials = _Trials(model, task, steps)
-    far = steps >= SHORTEST_TRIED and jury.distance(model) > 0
-    if far and int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
+    trials, outputs = _Trials(model, task, steps), replace(ways, features=Features())
+    if steps < SHORTEST_TRIED or jury.distance(model) == 0:
+        return USUAL, replace(outputs, kind=NONE)
+    if int(steps * TRIAL_SHARE) >= SHORTEST_TRIAL:
         return _chosen(trials, ways)
-    ways = replace(ways, features=Features())
     passes = steps * min(task.loader.batch_size / len(task.division.learning), 1)
-    if ways.kind != NONE and (not far or passes < BY_HEART):
-        ways = replace(ways, kind=NONE)
-    if ways.kind != NONE:
-        ways = _suitable(trials, ways, USUAL, trials.after(USUAL, ways))
-    return USUAL, ways
+    if ways.kind == NONE or passes < BY_HEART:
+        return USUAL, replace(outputs, kind=NONE)
+    return USUAL, _suitable(trials, outputs, USUAL, trials.after(USUAL, outputs))
 
 
 def _features(model: nn.Module, task: Task, kind: str) -> Features:

@@ -278,6 +278,24 @@ def recovery_sentence(report: Report) -> str:
     )
 
 
+def recovery_caption(found: Report) -> str:
+    """Say how a network learned, under the plot of its distance from the original."""
+    pasted = found["augmentation"] == "pasted"
+    pictures = "mirrored, shifted and pasted into each other" if pasted else "as they are"
+    said = [
+        f"How far the outputs on {text.plural(found['held_out_images'], 'held-out image')} were "
+        "from the original's, at every look.",
+        f"Steps of {text.number(found['rate'])} of each weight's size, "
+        f"{text.plural(found['batch_size'], 'image')} each; pictures {pictures}.",
+    ]
+    if found["features"]:
+        blocks = text.plural(len(found["features"]), "block")
+        said.append(f"What {blocks} on the way gave was matched too.")
+    if found["precision"] == "mixed":
+        said.append("Both networks computed in mixed precision.")
+    return " ".join(said)
+
+
 def verdict_text(report: Report) -> str:
     """The badge's words."""
     gates = report["gates"]

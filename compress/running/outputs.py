@@ -292,9 +292,10 @@ def _clearly_right(output: Tensor, targets: Sequence[Any]) -> str:
 
 
 def loss_of_all(seed: int) -> LossFunction:
-    """Return a loss whose gradients have all that was found as their variance: scores and boxes.
+    """Return a loss whose gradients have all that a network returns as their variance.
 
-    Boxes count by the size of the largest, so that pixels do not outweigh scores.
+    Each output counts by the size of its largest number, so that boxes in pixels do not outweigh
+    scores.
     """
     generator = torch.Generator().manual_seed(seed)
 

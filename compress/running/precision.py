@@ -18,7 +18,7 @@ def computes_in_bfloat16(device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # torch before 2.11 does not say what a processor can do.
+    # Older versions of torch do not say what a processor can do.
     if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     able = torch.cpu.get_capabilities()

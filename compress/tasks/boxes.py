@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compress.errors import CompressError, DataError, ModelError
 from compress.libraries.record import quiet
-from compress.running.outputs import loss_of_all
 from compress.tasks.record import (
     EXTRA,
     Measure,
@@ -123,5 +122,4 @@ DETECTION = Task(
     fits=lambda _output, _target: False,
     read=as_values,
     scorer=_Scorer,
-    loss=loss_of_all,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.errors import DataError, ModelError, one_line
 from compress.libraries.record import quiet
 from compress.result import CustomMetric
-from compress.running.outputs import LossFunction, Part, Reading, listed_paths
+from compress.running.outputs import Part, Reading, listed_paths
 from compress.running.structure import tensors
 from compress.vision.torchvision import load_torchvision
 
@@ -168,7 +168,6 @@ class Task:
             (None where there is none that the task accepts).
         read: What that output stands for.
         scorer: Makes a scorer.
-        loss: The loss by default; None for Fisher's by what the output stands for.
     """
 
     name: str
@@ -179,7 +178,6 @@ class Task:
     fits: Fits
     read: Read
     scorer: Callable[[Setup], Scorer]
-    loss: Callable[[int], LossFunction] | None = None
 
     def misfit(self, what: str) -> DataError:
         """Return the error of targets that are not what the task takes."""
