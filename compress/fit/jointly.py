@@ -4,7 +4,7 @@ The refit in execution order (`compress.fit.in_order`) is linear: it fits each l
 the activation, as if what follows could not tell apart errors that a ReLU will cut off, and one
 layer does not know what a later one of the same block could mend. Here the graph is cut where a
 single tensor carries everything on, and all weights in a stretch of a few blocks are improved
-jointly, by a short run of Adam on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network
+jointly, by falling steps (`compress.linalg.steps`) on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network
 where the stretch ends and ``G`` the Fisher weighting there (block reconstruction: Li et al.,
 "BRECQ", 2021; activation-aware targets: Zhang et al. 2015). Layers that the rule left dense take
 part, which costs nothing; those that must stay as they are do not. A stretch keeps its new weights

@@ -23,6 +23,7 @@ from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
+from compress.linalg.steps import Steps, operations_for
 from compress.network.sites import LayerSite
 from compress.running.forward import backward, changes_allowed
 from compress.running.structure import (
@@ -41,9 +42,9 @@ STEP_IMAGES = 32
 # Large maps tell as much with fewer of them: positions a step, and the fewest images.
 STEP_POSITIONS = 1 << 16
 LEAST_IMAGES = 4
-# Steps are this part of each weight's root mean square: factors are balanced, layers differ.
-STEP = 0.01
-LARGEST_GRADIENT = 10.0
+# The largest steps, relative to each weight's root mean square; see `compress.linalg.steps`. They
+# grow to that over this share of all, and then fall to nothing.
+STEP, WARM_UP = 0.005, 1 / 20
 
 
 class StretchWalk(Walk):
@@ -218,7 +219,7 @@ class Stretch:
         return sum(float(e) * n for e, n in found) / max(sum(n for _, n in found), 1)
 
     def train(self, scale: float, seed: int) -> None:
-        """Run Adam with a falling step over the fit images, in a seeded order.
+        """Take falling steps over the fit images, in a seeded order.
 
         Layers that no gradient reaches from the stretch's end, as where the forward detaches what
         lies between, stay as they are.
@@ -246,26 +247,26 @@ class Stretch:
         most = max(STEP_POSITIONS // max(self.positions, 1), LEAST_IMAGES)
         if self.walk.reads_numbers(self.segment):  # which may be those of a whole batch
             most = STEP_IMAGES
-        scales = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in parameters]
-        groups = [{"params": [p], "lr": STEP * s} for p, s in zip(parameters, scales, strict=True)]
-        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        total = EPOCHS * len(steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: 0.5 * (1 + math.cos(math.pi * step / total))
+        macs = sum(self.walk.traced.sites[name].macs for name in self.segment.layers)
+        moving = Steps.begin(
+            {str(number): parameter for number, parameter in enumerate(parameters)},
+            operations_for(macs * min(STEP_IMAGES, most)),
         )
+        total = EPOCHS * len(steps)
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(EPOCHS):
-            for index in torch.randperm(len(steps), generator=generator).tolist():
-                adam.zero_grad()
+        for epoch in range(EPOCHS):
+            order = torch.randperm(len(steps), generator=generator).tolist()
+            for number, index in enumerate(order, epoch * len(steps)):
+                for parameter in parameters:
+                    parameter.grad = None
                 parts = _drawn([(b, sizes[b]) for b in steps[index]], most, generator)
                 images = sum(end - start for _, start, end in parts)
                 for batch, start, end in parts:
                     with changes_allowed(in_place=in_place):
                         error, count = self._loss(batch, start, end)
                         backward(error * (count / images / scale))
-                nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-                adam.step()
-                schedule.step()
+                warm = min(1.0, (number + 1) / max(1, WARM_UP * total))
+                moving.step(STEP * warm * 0.5 * (1 + math.cos(math.pi * number / total)))
 
     def _loss(self, batch: int, start: int = 0, end: int | None = None) -> tuple[Tensor, int]:
         """Weighted error of images of a batch, their mean, and how many they are."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import Loader
+from compress.linalg.steps import Steps, operations_for
 from compress.progress import Track, note, silent
 from compress.recover.distance import Distance
 from compress.recover.features import Features
 from compress.recover.lessons import Division, Lessons, Right, come_again, taught
-from compress.recover.steps import Steps
 from compress.running.forward import (
     backward,
     changes_allowed,
@@ -43,8 +43,6 @@ CHECKS, CHECKING = 20, 0.1
 MOST_STEPS_BACK = 3
 # How many times the start's distance the held-out images may get to before a step back.
 LOST = 1.5
-# The share of the operations of learning from a batch that the choice of a direction may take.
-DIRECTION = 0.1
 # The original's results for the held-out images are kept up to so many bytes.
 HELD_BYTES = 1 << 28
 
@@ -371,9 +369,8 @@ class Course:
 
     def _first_steps(self) -> Steps:
         """Steps from the weights as they are."""
-        # Forward and backward take some six operations for each multiply-accumulate.
-        learning = 6 * self.task.macs * self.lessons().batch_size
-        return Steps.begin(self.weights, DIRECTION * learning)
+        macs = self.task.macs * self.lessons().batch_size
+        return Steps.begin(self.weights, operations_for(macs))
 
     def _replan(self, length: Length) -> None:
         """Fit the number of steps to the time that is left, where it is given."""

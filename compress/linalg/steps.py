@@ -27,6 +27,8 @@ AVERAGE = 0.98
 MOMENTUM, ALIKE = 0.95, 1 / 3
 # A quintic that brings singular values near 1 in a few turns (Jordan et al., 2024).
 QUINTIC, TURNS = (3.4445, -4.7750, 2.0315), 5
+# The share of the operations of learning from a batch that the choice of a direction may take.
+DIRECTION = 0.1
 _TINY = 1e-12
 
 
@@ -127,6 +129,12 @@ class Steps:
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
         self.length, self.taken = length, taken
+
+
+def operations_for(macs: float) -> float:
+    """How many operations may go into directions where a forward takes so many MACs."""
+    # Forward and backward take some six operations for each multiply-accumulate.
+    return DIRECTION * 6 * macs
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
