@@ -4,11 +4,11 @@ The refit in execution order (`compress.fit.in_order`) is linear: it fits each l
 the activation, as if what follows could not tell apart errors that a ReLU will cut off, and one
 layer does not know what a later one of the same block could mend. Here the graph is cut where a
 single tensor carries everything on, and all weights in a stretch of a few blocks are improved
-jointly, by falling steps (`compress.linalg.steps`) on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of the compressed network
-where the stretch ends and ``G`` the Fisher weighting there (block reconstruction: Li et al.,
-"BRECQ", 2021; activation-aware targets: Zhang et al. 2015). Layers that the rule left dense take
-part, which costs nothing; those that must stay as they are do not. A stretch keeps its new weights
-where held-out images agree.
+jointly, by falling steps (`compress.linalg.steps`) on ``Σ_p Δ_pᵀ G Δ_p`` with ``Δ`` the error of
+the compressed network where the stretch ends and ``G`` the Fisher weighting there (block
+reconstruction: Li et al., "BRECQ", 2021; activation-aware targets: Zhang et al. 2015). Layers that
+the rule left dense take part, which costs nothing; those that must stay as they are do not. A
+stretch keeps its new weights where held-out images agree.
 
 The error of every position at a cut teaches more than that of the logits: refitting the whole
 network, or blocks through the dense rest of it, for the logits came out worse on other images.
