@@ -30,6 +30,9 @@ class Width:
         inputs: Channels that it reads.
         outputs: Channels that it gives.
         biased: Whether it has a bias, which it may have got.
+        inputs_kept: Which of the original's channels the inputs are, ascending; empty where they
+            are all of them, or mixtures.
+        outputs_kept: The same of the outputs.
     """
 
     name: str
@@ -37,6 +40,8 @@ class Width:
     inputs: int
     outputs: int
     biased: bool = False
+    inputs_kept: tuple[int, ...] = ()
+    outputs_kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,12 +229,45 @@ def cut(
         for alias in names[name]:
             replace_module(new, alias, narrow)
         kept[name] = stays
-        widths.append(Width(name, names[name], *widths_of(narrow)))
+        listed = [_listed(part) for part in (stays.inputs, stays.outputs)]
+        widths.append(Width(name, names[name], *widths_of(narrow), False, *listed))
         if name in by_name:
             geometry = registered_kind(narrow).geometry(narrow)
             biased = narrow._parameters.get("bias") is not None
             by_name[name] = replace(by_name[name], geometry=geometry, biased=biased)
     return Cut(new, by_name, kept, _nodes(channels, groups), tuple(widths))
+
+
+def _listed(part: Part | None) -> tuple[int, ...]:
+    """Which channels stay, where they are the original's own and not all."""
+    return () if part is None or part.turn is not None else tuple(part.stay.tolist())
+
+
+def kept_by(widths: Iterable[Width], model: nn.Module) -> dict[str, Kept]:
+    """What modules keep, by name; those that keep mixtures are left out, as nothing tells which.
+
+    Args:
+        widths: How wide modules became.
+        model: The network before that.
+
+    Raises:
+        ValueError: Channels that cannot be those of a module.
+    """
+    found = {}
+    for width in widths:
+        before = widths_of(model.get_submodule(width.name))
+        sides = (width.inputs, width.inputs_kept), (width.outputs, width.outputs_kept)
+        parts: list[Part | None] = []
+        for whole, (count, kept) in zip(before, sides, strict=True):
+            if kept and (len(kept) != count or list(kept) != sorted({*kept}) or kept[-1] >= whole):
+                raise ValueError(f"module {width.name!r} cannot have kept such channels")
+            if kept:
+                parts.append(Part(torch.tensor(kept)))
+            elif count == whole:
+                parts.append(None)
+        if len(parts) == len(before):
+            found[width.name] = Kept(*parts)
+    return found
 
 
 def _stay(gone: set[int], count: int) -> Tensor:

@@ -15,15 +15,13 @@ from torch import nn
 
 from compress import __version__
 from compress.artefact.manifest import Manifest, Replacement, versions
-from compress.calibrate.removal import group_widths
 from compress.config import Role, RunConfig, settings_of
 from compress.inputs.checkpoint.reading import listed
 from compress.measure.assess import Assessment, Rewritten
 from compress.network.baking import copied
 from compress.network.baseline import Network
-from compress.network.channels import ChannelMap
 from compress.network.mirror import Mirror, replacements_of
-from compress.network.narrowing import Cut, widths_at
+from compress.network.narrowing import Cut
 from compress.pipeline.job import Job
 from compress.plan import Plan
 from compress.report import gate_sentence, judged
@@ -122,7 +120,7 @@ class Record:
     def manifest(self, result: Result) -> Manifest:
         """Say how the result is rebuilt and where it came from."""
         rewritten = self.rewritten
-        manifest = manifest_of(self.job, rewritten.plan, rewritten.final)
+        manifest = manifest_of(self.job, rewritten.plan, rewritten.final, rewritten.replaced.cut)
         if self.recovery is not None:
             fit = self.job.inputs.split.fit
             recovered = {"data": fit.fingerprint, "seed": self.job.config.seed}
@@ -200,17 +198,17 @@ def _biased(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name)._parameters.get("bias") is not None
 
 
-def manifest_of(job: Job, plan: Plan, final: nn.Module) -> Manifest:
+def manifest_of(job: Job, plan: Plan, final: nn.Module, cut: Cut | None) -> Manifest:
     """Say how a model that nothing has verified yet is rebuilt and where it came from.
 
     Args:
         job: What was worked on.
         plan: What was done to each layer.
         final: The model as it is saved.
+        cut: The channels that were taken out of it.
     """
     fit = job.inputs.split.fit
     sites = {site.name: site for site in job.network.sites}
-    channels = job.network.channels if any(c.width for c in plan.choices) else ChannelMap()
     return Manifest(
         model=job.inputs.spec,
         source_sha256=job.inputs.sha256,
@@ -221,7 +219,7 @@ def manifest_of(job: Job, plan: Plan, final: nn.Module) -> Manifest:
         folded=tuple((pair.layer, pair.norm) for pair in job.network.folded),
         widths=tuple(
             replace(width, biased=_biased(final, width.name))
-            for width in widths_at(job.network.model, channels, group_widths(plan, channels))
+            for width in (() if cut is None else cut.widths)
         ),
         replacements=tuple(
             Replacement(c.name, sites[c.name].aliases, c.scheme, c.ranks)

@@ -90,6 +90,7 @@ def compress_network(
         del calibration
         work.before_refit()
         replaced = job.fitter.replace(fitted)
+        work.cut = replaced.cut
     recovery = None
     if config.recover is not None:
         work.model = as_saved(replaced.model, job.inputs.dtype)  # should it fail

@@ -30,6 +30,7 @@ from compress.files import (
     check_output,
     write_atomically,
 )
+from compress.network.narrowing import Cut
 from compress.pipeline.job import Job
 from compress.pipeline.outcome import Clock, manifest_of
 from compress.pipeline.reloading import check_reload
@@ -52,6 +53,7 @@ class Work:
         calibration: Its statistics, with the `CalibrationKey` that they are written under. None
             before, or where they lie in a file of the user's.
         plan: What it chose.
+        cut: The channels that were taken out of the model.
         model: The fitted model, in the dtype it is saved in; None before, and once a limit is
             known to be broken.
         memory_format: What the model lies in.
@@ -61,6 +63,7 @@ class Work:
     job: Job | None = None
     calibration: tuple[Calibration, CalibrationKey] | None = None
     plan: Plan | None = None
+    cut: Cut | None = None
     model: nn.Module | None = None
     memory_format: str = "contiguous"
 
@@ -172,7 +175,7 @@ def _save_model(work: Work, path: Path) -> bool:
     if work.model is None or job is None or plan is None:
         return False
     try:
-        save(work.model, manifest_of(job, plan, work.model), path)
+        save(work.model, manifest_of(job, plan, work.model, work.cut), path)
         write_runtime(path.parent, Runtime(work.memory_format))
         check_reload(work.model, job.network, path)
     except ArtefactError:  # not finite, no room, or not the same: then the plan has to do

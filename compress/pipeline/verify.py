@@ -28,6 +28,7 @@ from compress.measure.layers import measure_layers
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
+from compress.network.narrowing import Cut, kept_by
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
 from compress.pipeline.pictures import Pair
@@ -181,13 +182,18 @@ def verified_layers(
     """
     replaced = {r.name: r for r in manifest.replacements}
     narrow = {w.name: (w.inputs, w.outputs) for w in manifest.widths}
+    kept = kept_by(manifest.widths, network.model)
     element = next(compressed.parameters()).element_size()
     errors = {}
-    if replaced:
+    sites = {site.name: site for site in network.sites}
+    names = [
+        name for name in sites
+        if name in kept or (name in replaced and name not in narrow)
+    ]  # fmt: skip
+    if names:
         plain = copy.deepcopy(compressed).float()
-        # Which channels stay is not recorded, so that the layers that read them are not compared.
-        names = [name for name in replaced if name not in narrow]
-        errors = measure_layers(network.model, plain, names, batches)
+        cut = Cut(network.model, sites, kept)
+        errors = measure_layers(network.model, plain, names, batches, cut)
     layers = []
     for site in network.sites:
         found = replaced.get(site.name)

@@ -61,6 +61,9 @@ WRONG = {
     "no channels": Width("second.2", ("second.2",), 1, 1),
     "the model": Width("", ("",), 1, 1),
     "another shape": Width("second.3", ("second.3",), 1, 1),
+    "not of the network": Width("second.0", ("second.0",), 4, 8, inputs_kept=(1, 3, 4, 8)),
+    "twice": Width("second.0", ("second.0",), 4, 8, inputs_kept=(1, 3, 3, 5)),
+    "too few": Width("second.0", ("second.0",), 8, 8, outputs_kept=(1, 3)),
     "too large to be": Width("second.0", ("second.0",), 8, 10**12),
 }
 

@@ -19,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench import Workbench, command, made_images, paragraph
 
 import compress
+from compress.artefact.manifest import read_manifest
 from compress.choose import check_plan
 from compress.errors import PlanError
+from compress.measure.layers import measure_layers
 from compress.network.baseline import Network
 from compress.pipeline.outcome import Compressed
+from compress.pipeline.verify import verified_layers
 from compress.plan import NARROW, Choice, Plan, read_plan
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
@@ -364,3 +367,37 @@ def test_streams_are_cut_in_directions_unless_that_is_left_out(tmp_path: Path) -
         with torch.no_grad():
             assert torch.equal(loaded(images(5)), made.model(images(5)))
         assert macs(loaded) <= 0.5 * macs(model)
+
+
+def test_narrower_layers_of_a_result_are_compared_with_the_original(tmp_path: Path) -> None:
+    """What a run measured is measured again from the file, which says which channels stay."""
+    model = settled(mobile())
+    made = compress.compress_model(
+        model, images(), **FEW, schemes=("output", "narrow"), output=str(tmp_path / "out")
+    )
+    manifest = read_manifest(tmp_path / "out")
+    batches = [(images(40, seed=3), None)]
+    read = compress.load(tmp_path / "out", model=mobile())
+    found = {x.name: x for x in verified_layers(made.network, manifest, read, batches)}
+    names = [c.name for c in made.plan.choices if c.rewritten]
+    expected = measure_layers(made.network.model, made.model, names, batches, made.cut)
+    assert {w.name for w in manifest.widths} & set(names)
+    assert [n for n in found if found[n].errors.validation_alone is not None] == names
+    for name, (alone, in_place) in expected.items():
+        errors = found[name].errors
+        assert errors.validation_alone == alone
+        assert errors.validation_in_place == in_place
+
+
+def test_of_mixtures_nothing_says_what_they_are_compared_with(tmp_path: Path) -> None:
+    made = compress.compress_model(
+        settled(mobile()), images(), macs=0.85, no_latency=True, schemes=("slice",),
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    manifest = read_manifest(tmp_path / "out")
+    assert all(w.inputs_kept == w.outputs_kept == () for w in manifest.widths)
+    read = compress.load(tmp_path / "out", model=mobile())
+    layers = verified_layers(made.network, manifest, read, [(images(40), None)])
+    sliced = [x for x in layers if x.name in {w.name for w in manifest.widths}]
+    assert sliced
+    assert all(x.errors.validation_alone is None for x in sliced)
