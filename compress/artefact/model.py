@@ -29,7 +29,7 @@ from compress.linalg.schemes import SCHEME_NAMES, scheme_named
 from compress.modules.attention import unpack
 from compress.network.baking import bake_weights, put_plain
 from compress.network.chains import empty_chain
-from compress.network.narrowing import kept_by, resized
+from compress.network.narrowing import kept_in, resized
 from compress.network.norms import after_norm
 from compress.running.finite import not_finite
 from compress.running.memory_format import put_in_format
@@ -206,9 +206,9 @@ def restructure(model: nn.Module, manifest: Manifest) -> nn.Module:
         for name, other in list(model.named_modules(remove_duplicate=False)):
             if other is found:
                 replace_module(model, name, rest)
-    kept_by(manifest.widths, model)  # what it says of itself has to be possible
     for width in manifest.widths:
         module = model.get_submodule(width.name)
+        kept_in(width, module)  # what it says has to be possible, though only comparisons use it
         narrow = resized(module, width.inputs, width.outputs, biased=width.biased)
         for alias in width.aliases:
             replace_module(model, alias, narrow)

@@ -23,7 +23,7 @@ from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
-from compress.linalg.steps import Steps, operations_for
+from compress.linalg.steps import Steps, falling, operations_for
 from compress.network.sites import LayerSite
 from compress.running.forward import backward, changes_allowed
 from compress.running.structure import (
@@ -266,7 +266,7 @@ class Stretch:
                         error, count = self._loss(batch, start, end)
                         backward(error * (count / images / scale))
                 warm = min(1.0, (number + 1) / max(1, WARM_UP * total))
-                moving.step(STEP * warm * 0.5 * (1 + math.cos(math.pi * number / total)))
+                moving.step(STEP * warm * falling(number / total))
 
     def _loss(self, batch: int, start: int = 0, end: int | None = None) -> tuple[Tensor, int]:
         """Weighted error of images of a batch, their mean, and how many they are."""

@@ -9,6 +9,7 @@ step (as in LARS: You et al., 2017; Adafactor: Shazeer and Stern, 2018).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -129,6 +130,15 @@ class Steps:
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
         self.length, self.taken = length, taken
+
+
+def falling(way: float) -> float:
+    """The part of a rate that is left at a point of a course: half a cosine, from 1 to 0.
+
+    Args:
+        way: The share of the course that is behind.
+    """
+    return 0.5 * (1 + math.cos(math.pi * way))
 
 
 def operations_for(macs: float) -> float:

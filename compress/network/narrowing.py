@@ -243,31 +243,28 @@ def _listed(part: Part | None) -> tuple[int, ...]:
     return () if part is None or part.turn is not None else tuple(part.stay.tolist())
 
 
-def kept_by(widths: Iterable[Width], model: nn.Module) -> dict[str, Kept]:
-    """What modules keep, by name; those that keep mixtures are left out, as nothing tells which.
+def kept_in(width: Width, module: nn.Module) -> Kept | None:
+    """Which channels a module kept; None of mixtures, as nothing tells which they are.
 
     Args:
-        widths: How wide modules became.
-        model: The network before that.
+        width: How wide it became.
+        module: It, as it was before.
 
     Raises:
-        ValueError: Channels that cannot be those of a module.
+        ValueError: Channels that it cannot have kept.
     """
-    found = {}
-    for width in widths:
-        before = widths_of(model.get_submodule(width.name))
-        sides = (width.inputs, width.inputs_kept), (width.outputs, width.outputs_kept)
-        parts: list[Part | None] = []
-        for whole, (count, kept) in zip(before, sides, strict=True):
-            if kept and (len(kept) != count or list(kept) != sorted({*kept}) or kept[-1] >= whole):
+    sides = (width.inputs, width.inputs_kept), (width.outputs, width.outputs_kept)
+    parts: list[Part | None] = []
+    for whole, (count, kept) in zip(widths_of(module), sides, strict=True):
+        if kept:
+            if len(kept) != count or list(kept) != sorted({*kept}) or kept[-1] >= whole:
                 raise ValueError(f"module {width.name!r} cannot have kept such channels")
-            if kept:
-                parts.append(Part(torch.tensor(kept)))
-            elif count == whole:
-                parts.append(None)
-        if len(parts) == len(before):
-            found[width.name] = Kept(*parts)
-    return found
+            parts.append(Part(torch.tensor(kept)))
+        elif count == whole:
+            parts.append(None)
+        else:
+            return None
+    return Kept(*parts)
 
 
 def _stay(gone: set[int], count: int) -> Tensor:

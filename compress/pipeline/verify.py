@@ -28,7 +28,7 @@ from compress.measure.layers import measure_layers
 from compress.measure.speed import Stopwatch, costs
 from compress.network.baking import copied
 from compress.network.baseline import Network, prepare
-from compress.network.narrowing import Cut, kept_by
+from compress.network.narrowing import Cut, kept_in
 from compress.pipeline.evidence import evidence_of
 from compress.pipeline.outcome import current_versions, limits_of
 from compress.pipeline.pictures import Pair
@@ -182,7 +182,8 @@ def verified_layers(
     """
     replaced = {r.name: r for r in manifest.replacements}
     narrow = {w.name: (w.inputs, w.outputs) for w in manifest.widths}
-    kept = kept_by(manifest.widths, network.model)
+    known = {w.name: kept_in(w, network.model.get_submodule(w.name)) for w in manifest.widths}
+    kept = {name: found for name, found in known.items() if found is not None}
     element = next(compressed.parameters()).element_size()
     errors = {}
     sites = {site.name: site for site in network.sites}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import Loader
-from compress.linalg.steps import Steps, operations_for
+from compress.linalg.steps import Steps, falling, operations_for
 from compress.progress import Track, note, silent
 from compress.recover.distance import Distance
 from compress.recover.features import Features
@@ -314,8 +314,7 @@ class Course:
                 return False
             backward(loss)
         warm = min(1.0, (self._steps.taken + 1) / max(1, min(WARM_UP, state.planned // 10)))
-        fall = 0.5 * (1 + math.cos(math.pi * state.way))
-        if not self._steps.step(state.rate * warm * fall):
+        if not self._steps.step(state.rate * warm * falling(state.way)):
             return False
         state.way += (1 - state.way) / max(state.total - state.step, 1)
         return True
