@@ -16,6 +16,7 @@ from compress.calibrate.fisher import Objective
 from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
 from compress.errors import GradientError
+from compress.fit.blend import blended, can_be_blended
 from compress.fit.cuts import NUMBERS, Segment
 from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import holds_numbers
@@ -175,13 +176,17 @@ class StretchWalk(Walk):
                 )
                 target = self.across(batch, dense, segment.start, segment.end, compressed=False)
                 self.frontier.put(batch, {"stretch": Pair(target, given)})
+                if dense is not given and not self.held_out[batch]:
+                    original = self.cut.of_node(self.lockstep.nodes[segment.start].name, dense)
+                    if can_be_blended(given, original):
+                        self.frontier.put(batch, {"original": Pair(original, original)})
         self.position = segment.start
 
     def finish(self, segment: Segment) -> None:
         """Take all batches to the end of a stretch."""
         with torch.no_grad():
             for batch in range(len(self.held_out)):
-                (pair,) = self.frontier.take(batch).values()
+                pair = self.frontier.take(batch)["stretch"]
                 reached = self.through(segment, batch, pair.compressed)
                 self.frontier.put(batch, {"cut": Pair(pair.dense, reached)})
         self.position = segment.end
@@ -263,29 +268,41 @@ class Stretch:
                 images = sum(end - start for _, start, end in parts)
                 for batch, start, end in parts:
                     with changes_allowed(in_place=in_place):
-                        error, count = self._loss(batch, start, end)
+                        error, count = self._loss(batch, start, end, generator)
                         backward(error * (count / images / scale))
                 warm = min(1.0, (number + 1) / max(1, WARM_UP * total))
                 moving.step(STEP * warm * falling(number / total))
 
-    def _loss(self, batch: int, start: int = 0, end: int | None = None) -> tuple[Tensor, int]:
-        """Weighted error of images of a batch, their mean, and how many they are."""
-        (pair,) = self.walk.frontier.look(batch).values()
+    def _loss(
+        self,
+        batch: int,
+        start: int = 0,
+        end: int | None = None,
+        draws: torch.Generator | None = None,
+    ) -> tuple[Tensor, int]:
+        """Weighted error of images of a batch, their mean, and how many they are.
+
+        With ``draws``, the input is blended with the original network's.
+        """
+        here = self.walk.frontier.look(batch)
+        pair = here["stretch"]
         size = self.walk.sizes[batch]
         whole = start == 0 and end in (None, size)
         # Where frames or tokens lie in the axis of images, each image has several rows, and not
         # always as many at both ends.
-        values = pair.compressed, pair.dense
-        whole = whole or any(count(value) % size for value in values)
-        given, target = (
-            value if whole else part(value, rows * start, rows * (end or size))
-            for value in values
-            for rows in (count(value) // size,)
-        )
+        whole = whole or any(count(value) % size for value in (pair.compressed, pair.dense))
+
+        def of_images(value: Any) -> Any:
+            rows = count(value) // size
+            return value if whole else part(value, rows * start, rows * (end or size))
+
+        given = of_images(pair.compressed)
+        if draws is not None and "original" in here:
+            given = blended(given, of_images(here["original"].dense), draws)
         output = self.walk.through(self.segment, batch, given)
         images = size if whole else (end or size) - start
         last = self.walk.lockstep.nodes[self.segment.end].name
-        wanted = self.walk.cut.of_node(last, target)
+        wanted = self.walk.cut.of_node(last, of_images(pair.dense))
         return (channel_rows(output - wanted) @ self.root.mT).square().sum() / images, images
 
 
