@@ -166,7 +166,10 @@ class StretchWalk(Walk):
                 yield end, gradient
 
     def advance(self, segment: Segment) -> None:
-        """Bring all batches to a stretch's start with what it should give."""
+        """Bring all batches to a stretch's start with what it should give.
+
+        Those to learn from also keep what the original network has there.
+        """
         with torch.no_grad():
             for batch in range(len(self.held_out)):
                 (pair,) = self.frontier.take(batch).values()
