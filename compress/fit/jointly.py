@@ -95,39 +95,30 @@ def refit_jointly(
         if not images.whole:
             images = RefitImages(pieces(images.fit), pieces(images.validation))
         walk.start(images)
-        shapes = walk.shapes()
-        positions = walk.positions(shapes)
+        values = walk.values(whole=images.whole)
+        positions = [value.positions for value in values]
         cuts = find_segments(traced.graph, traced.model, names, positions)
-        # Before any work: most of a U-Net is one stretch, and often one that does not suit.
-        segments = [
-            segment
-            for segment in join(cuts, BLOCKS, positions)
-            if _suits(shapes[segment.end], [sites[n] for n in segment.layers])
-        ]
+        ends = {
+            s: values[s.end].behind_layers([sites[n].kind for n in s.layers])
+            for s in join(cuts, BLOCKS, positions)
+        }
+        segments = {segment: end for segment, end in ends.items() if end.axis is not None}
         for name in (n for segment in segments for n in segment.layers if n not in factors):
             walk.free(sites[name])
         metrics = walk.metrics(segments, settings) if settings.weigh and segments else {}
         for segment in track(segments, "refit jointly", len(segments)):
             walk.advance(segment)
-            shape = shapes[segment.end]
-            assert shape is not None  # or it would not suit
+            end = segments[segment]
             kept = walk.cut.nodes.get(walk.lockstep.nodes[segment.end].name)
-            channels = shape[1] if kept is None else len(kept[1].stay)
+            channels = end.channels if kept is None else len(kept[1].stay)
             root = metrics.get(segment.end, torch.eye(channels)).to(walk.device)
-            stretch = Stretch(walk, segment, root, positions[segment.end])
+            by_image = values[segment.start].by_image and end.by_image
+            stretch = Stretch(walk, segment, root, end, by_image)
             better = _improve(stretch, current.factors, settings.seed)
             current.factors.update(better.factors)
             current.kept.update(better.kept)
             walk.finish(segment)
     return current
-
-
-def _suits(shape: torch.Size | None, layers: list[LayerSite]) -> bool:
-    """Whether axis 1 of a stretch's output is sure to be its channels."""
-    if shape is None:
-        return False
-    kind = {4: "Conv2d", 5: "Conv3d"}.get(len(shape))
-    return len(shape) == 2 or (kind is not None and all(s.kind == kind for s in layers))
 
 
 def _improve(stretch: Stretch, factors: Mapping[str, Factors], seed: int) -> Improved:

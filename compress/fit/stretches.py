@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,11 @@ from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
 from compress.errors import GradientError
 from compress.fit.blend import blended, can_be_blended
-from compress.fit.cuts import NUMBERS, Segment
+from compress.fit.cuts import Segment
 from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import holds_numbers
-from compress.fit.walk import RefitSettings, Traced, Walk, channel_rows
+from compress.fit.values import Value, channel_axes
+from compress.fit.walk import RefitSettings, Traced, Walk
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
@@ -53,7 +53,7 @@ class StretchWalk(Walk):
 
     Attributes:
         layers: The compressed network's layers that may change, by name.
-        number_nodes: Names of the nodes that give numbers, once `shapes` was called.
+        number_nodes: Names of the nodes that give numbers, once `values` was called.
     """
 
     def __init__(self, traced: Traced, frontier: Frontier) -> None:
@@ -71,39 +71,50 @@ class StretchWalk(Walk):
         """Let a dense layer differ between the networks."""
         self.place(site, copy.deepcopy(self.layer(site)))
 
-    def shapes(self) -> list[torch.Size | None]:
-        """Of each node, the shape of what it gives for the first batch; None of no tensor.
+    def values(self, *, whole: bool = False) -> list[Value]:
+        """What each node gives for the first batch; notes which of them give numbers.
 
-        Notes which nodes give numbers.
+        Args:
+            whole: Whether batches must stay as they are.
         """
         nodes = self.lockstep.nodes
-        first = nodes[0].name
-        images = cloned(self.frontier.look(0)[first].dense)
-        environment = {first: Pair(images, images)}
-        found: list[torch.Size | None] = []
-        with torch.no_grad():
-            for node in nodes:
-                if node.name not in environment:
-                    self.lockstep.run(environment, [node])
-                value = environment[node.name].dense
-                if node.op != "output" and holds_numbers(value):
-                    self.number_nodes.add(node.name)
-                found.append(value.shape if isinstance(value, Tensor) else None)
+        images = cloned(self.frontier.look(0)[nodes[0].name].dense)
+        size = self.sizes[0]
+        shapes = self._shapes(images)
+        # Whose first axis does not follow the number of images cannot be parted by it.
+        other_size = size // 2 or 2
+        if whole:
+            other = {}
+        elif size > 1:
+            other = self._shapes(part(images, 0, other_size))
+        else:
+            other = self._shapes(concatenated([images, images]))
+        axes = channel_axes(nodes, self.lockstep.modules, shapes)
+        found = []
+        for node in nodes:
+            if node.name in self.number_nodes:
+                found.append(Value.numbers())
+                continue
+            shape, second = shapes.get(node.name), other.get(node.name)
+            by_image = _follows(shape, size, second, other_size)
+            found.append(Value.of(shape, axes.get(node.name), size, by_image=by_image))
         return found
 
-    def positions(self, shapes: Sequence[torch.Size | None]) -> list[int]:
-        """Of each node's value, how many positions an image has for one channel.
-
-        0 of what is not a tensor with channels, and `NUMBERS` of numbers.
-        """
-        images = self.sizes[0]
-        known = [s if s is not None and len(s) > 1 else None for s in shapes]
-        found = [0 if s is None else s[0] * math.prod(s[2:]) // images for s in known]
+    @torch.no_grad()
+    def _shapes(self, images: Any) -> dict[str, torch.Size]:
+        """Shapes of all tensors that nodes give for some images, by node."""
         nodes = self.lockstep.nodes
-        return [
-            NUMBERS if node.name in self.number_nodes else count
-            for node, count in zip(nodes, found, strict=True)
-        ]
+        environment = {nodes[0].name: Pair(images, images)}
+        found: dict[str, torch.Size] = {}
+        for node in nodes:
+            if node.name not in environment:
+                self.lockstep.run(environment, [node])
+            value = environment[node.name].dense
+            if isinstance(value, Tensor):
+                found[node.name] = value.shape
+            elif node.op != "output" and holds_numbers(value):
+                self.number_nodes.add(node.name)
+        return found
 
     def reads_numbers(self, segment: Segment) -> bool:
         """Whether a stretch reads numbers that came before it."""
@@ -121,8 +132,16 @@ class StretchWalk(Walk):
         numbers = self.numbers(batch, compressed=compressed)
         return self.lockstep.across(value, start, end, numbers, compressed=compressed)
 
-    def metrics(self, segments: list[Segment], settings: RefitSettings) -> dict[int, Tensor]:
-        """Return ``R [channels, channels]``, ``Rᵀ R = G``, for stretches that end in channels."""
+    def metrics(
+        self, segments: Mapping[Segment, Value], settings: RefitSettings
+    ) -> dict[int, Tensor]:
+        """Return ``R [channels, channels]``, ``Rᵀ R = G``, by where stretches end.
+
+        Args:
+            segments: The stretches, with what they end with.
+            settings: Loss and seed.
+        """
+        values = {segment.end: value for segment, value in segments.items()}
         moments: dict[int, Moments] = {}
         fitted = self.batches(held_out=False)
         images = sum(self.sizes[batch] for batch in fitted)
@@ -130,7 +149,7 @@ class StretchWalk(Walk):
         for batch in fitted:
             found = self._gradients(batch, segments, objective, in_place=settings.in_place)
             for end, gradient in found:
-                rows = channel_rows(gradient)
+                rows = values[end].rows(gradient)
                 into = moments.setdefault(end, Moments(1, rows.shape[1], self.device))
                 into.update(rows.unsqueeze(0))
         return {
@@ -146,9 +165,9 @@ class StretchWalk(Walk):
         return self.cut.nodes[name][1].of_matrix(weighting)
 
     def _gradients(
-        self, batch: int, segments: list[Segment], objective: Objective, *, in_place: bool
+        self, batch: int, segments: Iterable[Segment], objective: Objective, *, in_place: bool
     ) -> Iterator[tuple[int, Tensor]]:
-        """Gradients of a batch's loss at the ends that have channels."""
+        """Gradients of a batch's loss where stretches end."""
         nodes = self.lockstep.nodes
         value = with_gradients(self.frontier.look(batch)[nodes[0].name].dense)
         ends, at = {}, 0
@@ -162,7 +181,7 @@ class StretchWalk(Walk):
             total = objective(rebuilt(self.traced.result, outputs), self.labels[batch])
             gradients = torch.autograd.grad(total, list(ends.values()), allow_unused=True)
         for end, gradient in zip(ends, gradients, strict=True):
-            if gradient is not None and gradient.dim() in (2, 4):
+            if gradient is not None:
                 yield end, gradient
 
     def advance(self, segment: Segment) -> None:
@@ -200,6 +219,13 @@ class StretchWalk(Walk):
         return found
 
 
+def _follows(shape: torch.Size | None, images: int, other: torch.Size | None, more: int) -> bool:
+    """Whether the first axis alone tells the values of so many images from those of others."""
+    if not shape or not other:
+        return False
+    return shape[0] * more == other[0] * images and shape[1:] == other[1:]
+
+
 @dataclass(frozen=True)
 class Stretch:
     """One stretch of the compressed network, with all batches at its start.
@@ -208,13 +234,15 @@ class Stretch:
         walk: The walk that stands there.
         segment: Where it is, and its layers.
         root: ``R [channels, channels]``, with ``Rᵀ R = G`` what its error is weighted by.
-        positions: How many an image has where it ends.
+        ends: What it gives.
+        by_image: Whether a batch can be parted where it begins and where it ends.
     """
 
     walk: StretchWalk
     segment: Segment
     root: Tensor
-    positions: int = 1
+    ends: Value
+    by_image: bool = True
 
     def parameters(self) -> list[nn.Parameter]:
         """All weights that may change."""
@@ -252,8 +280,9 @@ class Stretch:
         sizes, batches = self.walk.sizes, self.walk.batches(held_out=False)
         each = max(STEP_IMAGES // sizes[0], 1)
         steps = [batches[i : i + each] for i in range(0, len(batches), each)]
-        most = max(STEP_POSITIONS // max(self.positions, 1), LEAST_IMAGES)
-        if self.walk.reads_numbers(self.segment):  # which may be those of a whole batch
+        most = max(STEP_POSITIONS // max(self.ends.positions, 1), LEAST_IMAGES)
+        # Numbers may be those of a whole batch.
+        if self.walk.reads_numbers(self.segment) or not self.by_image:
             most = STEP_IMAGES
         macs = sum(self.walk.traced.sites[name].macs for name in self.segment.layers)
         moving = Steps.begin(
@@ -293,7 +322,11 @@ class Stretch:
         whole = start == 0 and end in (None, size)
         # Where frames or tokens lie in the axis of images, each image has several rows, and not
         # always as many at both ends.
-        whole = whole or any(count(value) % size for value in (pair.compressed, pair.dense))
+        whole = (
+            whole
+            or not self.by_image
+            or any(count(value) % size for value in (pair.compressed, pair.dense))
+        )
 
         def of_images(value: Any) -> Any:
             rows = count(value) // size
@@ -306,7 +339,8 @@ class Stretch:
         images = size if whole else (end or size) - start
         last = self.walk.lockstep.nodes[self.segment.end].name
         wanted = self.walk.cut.of_node(last, of_images(pair.dense))
-        return (channel_rows(output - wanted) @ self.root.mT).square().sum() / images, images
+        rows = self.ends.rows(output - wanted)
+        return (rows @ self.root.mT).square().sum() / images, images
 
 
 def _drawn(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from compress.fit.factors import Factors
 from compress.fit.frontier import Frontier, Pair
@@ -140,8 +140,3 @@ class Walk:
     def batches(self, *, held_out: bool) -> list[int]:
         """Numbers of the batches that only decide, or of those that are fitted to."""
         return [batch for batch, only in enumerate(self.held_out) if only == held_out]
-
-
-def channel_rows(value: Tensor) -> Tensor:
-    """``[batch, channels, ...]`` as ``[rows, channels]``."""
-    return value.flatten(2).transpose(1, 2).flatten(0, 1) if value.dim() > 2 else value

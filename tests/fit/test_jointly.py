@@ -119,7 +119,7 @@ def test_sizes_read_at_the_start_do_not_join_everything(images: Tensor) -> None:
     found = factors_of(network, images[:64], ranks)
     walk = StretchWalk(traced_of(network), Frontier(1 << 30, Path()))
     walk.start(RefitImages(labelled(images[:5]), []))
-    positions = walk.positions(walk.shapes())
+    positions = [value.positions for value in walk.values()]
     segments = find_segments(network.graph, network.model, {n: n for n in ranks}, positions)
     assert [s.layers for s in segments] == [("first", "second"), ("third", "fourth")]
     assert [walk.reads_numbers(s) for s in segments] == [False, True]
@@ -171,9 +171,9 @@ def test_a_stretch_ends_before_a_pooling(network: Network) -> None:
 def test_positions_are_those_of_one_image(network: Network, images: Tensor, tmp_path: Path) -> None:
     walk = StretchWalk(traced_of(network), Frontier(1 << 30, tmp_path))
     walk.start(RefitImages(labelled(images[:5]), []))
-    *found, output = walk.positions(walk.shapes())
-    assert found == positions_of(network)[:-1]
-    assert output == 0
+    *found, output = walk.values()
+    assert [value.positions for value in found] == positions_of(network)[:-1]
+    assert output.positions == 0
 
 
 def parts_at(*ends: int, start: int = 0) -> list[Segment]:
