@@ -1,9 +1,9 @@
-"""Points lost by a MobileNet-like network on CIFAR-10, which is trained here first.
+"""Points lost by networks for CIFAR-10 that are trained here first, one at a time.
 
-    python scripts/bench/mobile.py train --shared ../shared --output runs/mobile
-    python scripts/bench/mobile.py sweep --output runs/mobile
+    python scripts/bench/trained.py train vit --shared ../shared --output runs/vit
+    python scripts/bench/trained.py sweep vit --output runs/vit
 
-The network learns from 16,000 of the training images. It has never seen the other 4,000, so that
+A network learns from 16,000 of the training images. It has never seen the other 4,000, so that
 settings may be chosen by them; the test images judge once.
 """
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from compress.commands.group import cli
 from compress.data import Preprocessing, open_dataset
 from compress.files import write_atomically
+from compress.vision.torchvision import load_torchvision
 
 HERE = Path(__file__).resolve()
 UNSEEN = 4000
@@ -71,6 +72,40 @@ def mobile() -> nn.Module:
     )  # fmt: skip
 
 
+def vit() -> nn.Module:
+    """A vision transformer with a class token, of 64 patches (Dosovitskiy et al., 2021)."""
+    torchvision, _ = load_torchvision()
+    model: nn.Module = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=512,
+        num_classes=10,
+    )  # fmt: skip
+    return model
+
+
+def swin() -> nn.Module:
+    """A transformer whose windows shift (Liu et al., "Swin Transformer", 2021)."""
+    torchvision, _ = load_torchvision()
+    model: nn.Module = torchvision.models.SwinTransformer(
+        patch_size=[2, 2], embed_dim=48, depths=[2, 2, 2], num_heads=[3, 6, 12],
+        window_size=[4, 4], stochastic_depth_prob=0.1, num_classes=10,
+    )  # fmt: skip
+    return model
+
+
+def convnext() -> nn.Module:
+    """Depthwise convolutions and linear layers by turns (Liu et al., "ConvNeXt", 2022)."""
+    torchvision, _ = load_torchvision()
+    block = torchvision.models.convnext.CNBlockConfig
+    model: nn.Module = torchvision.models.ConvNeXt(
+        [block(48, 96, 2), block(96, 192, 4), block(192, None, 2)],
+        stochastic_depth_prob=0.1, layer_scale=0.1, num_classes=10,
+    )  # fmt: skip
+    return model
+
+
+NETWORKS = {"mobile": mobile, "vit": vit, "swin": swin, "convnext": convnext}
+
+
 def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of a folder, ``[N, 3, 32, 32]`` in bytes, and their classes."""
     pictures = open_dataset(f"imagefolder:{folder}", Preprocessing())
@@ -79,14 +114,21 @@ def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, np.array([int(label) for _, label in pairs])
 
 
-def _learn(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
+def _optimizer(network: str, model: nn.Module) -> tuple[torch.optim.Optimizer, float]:
+    """What suits a kind of network, and its largest rate."""
+    if network == "mobile":
+        return torch.optim.SGD(
+            model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4, lr=0.1
+        ), 0.1
+    return torch.optim.AdamW(model.parameters(), weight_decay=0.05, lr=1e-3), 1e-3
+
+
+def _learn(network: str, model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
     """Train with a one-cycle schedule on mirrored and shifted images."""
     size, batch = len(images), 128
-    optimizer = torch.optim.SGD(
-        model.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4, lr=0.1
-    )
+    optimizer, rate = _optimizer(network, model)
     steps = epochs * (size // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
     model.train()
     for _ in tqdm(range(epochs), unit="epoch"):
@@ -100,7 +142,9 @@ def _learn(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> Non
             mirrored = torch.rand(len(shown)) < 0.5
             shown = torch.where(mirrored[:, None, None, None], shown.flip(3), shown)
             shown = shown.to(memory_format=torch.channels_last)
-            loss = F.cross_entropy(model(shown), labels[chosen])
+            with torch.autocast("cpu", torch.bfloat16, enabled=network != "mobile"):
+                result = model(shown)
+            loss = F.cross_entropy(result.float(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -110,14 +154,15 @@ def _learn(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> Non
 
 @click.group()
 def main() -> None:
-    """Train a MobileNet-like network, and compress it."""
+    """Train a network, and compress it."""
 
 
 @main.command()
+@click.argument("network", type=click.Choice(list(NETWORKS)))
 @click.option("--shared", type=click.Path(path_type=Path), default=HERE.parents[3] / "shared")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/mobile"))
+@click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--epochs", default=18)
-def train(shared: Path, output: Path, epochs: int) -> None:
+def train(network: str, shared: Path, output: Path, epochs: int) -> None:
     """Train the network, and leave its images beside it."""
     output.mkdir(parents=True, exist_ok=True)
     images, labels = _arrays(shared / "data/cifar10/train")
@@ -131,9 +176,9 @@ def train(shared: Path, output: Path, epochs: int) -> None:
         np.savez_compressed(output / f"{name}.npz", images=pictures, labels=classes)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     torch.manual_seed(0)
-    model = mobile().to(memory_format=torch.channels_last)
+    model = NETWORKS[network]().to(memory_format=torch.channels_last)
     inputs = (torch.from_numpy(sets["learnt"][0]).float() / 255 - mean) / std
-    _learn(model, inputs, torch.from_numpy(sets["learnt"][1]), epochs)
+    _learn(network, model, inputs, torch.from_numpy(sets["learnt"][1]), epochs)
     write_atomically(
         output / "weights.safetensors",
         save(model.to(memory_format=torch.contiguous_format).state_dict()),
@@ -141,22 +186,22 @@ def train(shared: Path, output: Path, epochs: int) -> None:
 
 
 @main.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/mobile"))
+@click.argument("network", type=click.Choice(list(NETWORKS)))
+@click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--macs", default="0.8,0.65,0.5", help="Budgets of MACs.")
-@click.option("--images", default="2000", help="Calibration images.")
 @click.option("--seed", default="0")
 @click.option("--test", default="test", help="Images to judge by: test or unseen.")
-def sweep(output: Path, macs: str, images: str, seed: str, test: str) -> None:
-    """Compress it to each budget with the defaults."""
-    result = output / f"sweep-{test}-{images}-{seed}"
+def sweep(network: str, output: Path, macs: str, seed: str, test: str) -> None:
+    """Compress it to each budget with the defaults, on 2,000 of the images that it learned from."""
+    result = output / f"sweep-{test}-{seed}"
     mean, std = (",".join(map(str, values)) for values in (MEAN, STD))
     sys.exit(
         cli.main(
             [
-                "sweep", str(output / "weights.safetensors"), "--model", f"{HERE}:mobile",
+                "sweep", str(output / "weights.safetensors"), "--model", f"{HERE}:{network}",
                 "--data", f"tensors:{output / 'learnt.npz'}",
                 "--test", f"tensors:{output / test}.npz", "--mean", mean, "--std", std,
-                "--calibration-images", images, "--seed", seed, "--macs", macs, "--no-latency",
+                "--calibration-images", "2000", "--seed", seed, "--macs", macs, "--no-latency",
                 "--output", str(result),
             ],
             standalone_mode=False,
