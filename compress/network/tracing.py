@@ -30,6 +30,8 @@ IMAGES, IMAGES_IF_LARGE = 11, 3
 _LARGE = 3 * 320 * 320
 # Where torch.fx puts tensors that a forward makes without looking at its input.
 _CONSTANT = "_tensor_constant"
+# Torch's own modules that only call others: what is inside belongs to the graph like any layers.
+_OPEN = (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.TransformerEncoder)
 # Nodes whose targets are names in the model.
 _NAMED = ("call_module", "get_attr")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
@@ -46,8 +48,18 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
     Returns:
         A graph whose calls name the model's modules, whose one placeholder stands for all inputs,
         and whose output is a tuple of all tensors that the forward returns. It is checked against
-        the forward on other images and other numbers of them.
+        the forward on other images and other numbers of them. Torch's encoders and decoders are
+        followed inside, or single nodes where they decide by values, as of a mask in a buffer.
     """
+    graph = _traced(model, example, others, frozenset())
+    whole = frozenset(m for m in model.modules() if isinstance(m, _OPEN))
+    return _traced(model, example, others, whole) if graph is None and whole else graph
+
+
+def _traced(
+    model: nn.Module, example: Any, others: Sequence[Any], whole: frozenset[nn.Module]
+) -> fx.Graph | None:
+    """The graph, as of `trace`, with some more modules as single nodes."""
     large = main_tensor(example).numel() > _LARGE
     images = _images(example, IMAGES_IF_LARGE if large else IMAGES)
     root = _AllOutputs(model)
@@ -55,7 +67,7 @@ def trace(model: nn.Module, example: Any, others: Sequence[Any] = ()) -> fx.Grap
     try:
         with evaluation_mode(model), torch.no_grad():
             run_model(model, images)  # so that buffers of the forward's own making are there
-            graph = _Tracer(images, _special_norms(model)).trace(root)
+            graph = _Tracer(images, whole | _special_norms(model)).trace(root)
             made = _made_by_forward(graph, own, _tensors_of(root))
         constants = {n: v for n, v in vars(root).items() if n.startswith(_CONSTANT)} | made
         vars(model).update(constants)
@@ -252,14 +264,15 @@ class _Tracer(fx.Tracer):
 
     Args:
         images: The example's inputs ``[N, ...]``.
-        norms: Subclasses of BatchNorm that can be folded, which stay whole for that.
+        single: Modules that are one node each, beside those of torch: subclasses of BatchNorm that
+            can be folded, and those that cannot be followed inside.
     """
 
     proxy_buffer_attributes = True  # as parameters are, or they could not meet a number of images
 
-    def __init__(self, images: Any, norms: frozenset[nn.Module]) -> None:
+    def __init__(self, images: Any, single: frozenset[nn.Module]) -> None:
         super().__init__()
-        self.images, self.norms = images, norms
+        self.images, self.single = images, single
         self.count = len(main_tensor(images))
         self.running = False
         self.whole: dict[int, fx.Node] = {}
@@ -276,7 +289,8 @@ class _Tracer(fx.Tracer):
         # Unpacked attention stays open: its projections are layers like any other.
         home = type(m).__module__
         own = home.startswith("compress.modules") and "attention" not in home
-        return own or m in self.norms or super().is_leaf_module(m, module_qualified_name)
+        leaf = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPEN)
+        return own or m in self.single or leaf
 
     def call_module(
         self,

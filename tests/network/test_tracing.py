@@ -239,6 +239,56 @@ def test_numbers_of_the_forward_leave_no_nodes() -> None:
     assert len(checked.nodes) == len(plain.nodes)
 
 
+class Stack(nn.Module):
+    """Torch's own encoder or decoder, with tokens along the first axis or the second."""
+
+    def __init__(self, kind: str, mask: str = "none", *, batch_first: bool = True) -> None:
+        super().__init__()
+        given = {"batch_first": batch_first, "dim_feedforward": 24}
+        self.kind, self.mask = kind, mask
+        self.images = 0 if batch_first else 1
+        self.body: nn.Module
+        if kind == "encoder":
+            layer = nn.TransformerEncoderLayer(12, 3, **given)
+            self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        else:
+            self.body = nn.TransformerDecoder(nn.TransformerDecoderLayer(12, 3, **given), 2)
+        self.register_buffer("buffer", nn.Transformer.generate_square_subsequent_mask(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0].transpose(0, self.images)
+        masks = {
+            "none": lambda: None,
+            "buffer": lambda: self.buffer,
+            "made": lambda: nn.Transformer.generate_square_subsequent_mask(8),
+        }
+        mask = masks[self.mask]()
+        found: Tensor = self.body(x, mask) if self.kind == "encoder" else self.body(x, x, mask)
+        return found.transpose(0, self.images)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "buffer", "made"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_encoders_and_decoders_are_followed_inside(
+    kind: str, mask: str, *, batch_first: bool
+) -> None:
+    """Not where they look at the numbers of a mask: then they are single nodes."""
+    torch.manual_seed(0)
+    model = Stack(kind, mask, batch_first=batch_first).eval()
+    unpack(model, attention_names(model))
+    graph = trace(model, torch.rand(1, 3, 8, 12))
+    assert graph is not None
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    assert ("body" in called) == (mask == "buffer")
+    assert ("body.layers.1.linear2" in called) == (mask != "buffer")
+    traced = fx.GraphModule(model, graph)
+    for count in (1, 5, 8):
+        x = torch.rand(count, 3, 8, 12)
+        with torch.no_grad():
+            assert_equal_tensors(traced(x), model(x))
+
+
 class ByContent(Base):
     def __init__(self, how: str) -> None:
         super().__init__()
