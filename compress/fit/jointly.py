@@ -20,7 +20,6 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from compress.calibrate.problems import bias_of
@@ -109,11 +108,8 @@ def refit_jointly(
         for segment in track(segments, "refit jointly", len(segments)):
             walk.advance(segment)
             end = segments[segment]
-            kept = walk.cut.nodes.get(walk.lockstep.nodes[segment.end].name)
-            channels = end.channels if kept is None else len(kept[1].stay)
-            root = metrics.get(segment.end, torch.eye(channels)).to(walk.device)
             by_image = values[segment.start].by_image and end.by_image
-            stretch = Stretch(walk, segment, root, end, by_image)
+            stretch = Stretch(walk, segment, metrics.get(segment.end), end, by_image)
             better = _improve(stretch, current.factors, settings.seed)
             current.factors.update(better.factors)
             current.kept.update(better.kept)

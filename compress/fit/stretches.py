@@ -81,14 +81,10 @@ class StretchWalk(Walk):
         images = cloned(self.frontier.look(0)[nodes[0].name].dense)
         size = self.sizes[0]
         shapes = self._shapes(images)
-        # Whose first axis does not follow the number of images cannot be parted by it.
-        other_size = size // 2 or 2
-        if whole:
-            other = {}
-        elif size > 1:
-            other = self._shapes(part(images, 0, other_size))
-        else:
-            other = self._shapes(concatenated([images, images]))
+        # What does not follow the number of images along its first axis cannot be parted there.
+        other = {}
+        if not whole:
+            other = self._shapes(part(concatenated([images, images]), 0, size + 1))
         axes = channel_axes(nodes, self.lockstep.modules, shapes)
         found = []
         for node in nodes:
@@ -96,7 +92,7 @@ class StretchWalk(Walk):
                 found.append(Value.numbers())
                 continue
             shape, second = shapes.get(node.name), other.get(node.name)
-            by_image = _follows(shape, size, second, other_size)
+            by_image = _follows(shape, second, size)
             found.append(Value.of(shape, axes.get(node.name), size, by_image=by_image))
         return found
 
@@ -219,11 +215,11 @@ class StretchWalk(Walk):
         return found
 
 
-def _follows(shape: torch.Size | None, images: int, other: torch.Size | None, more: int) -> bool:
-    """Whether the first axis alone tells the values of so many images from those of others."""
-    if not shape or not other:
+def _follows(shape: torch.Size | None, another: torch.Size | None, images: int) -> bool:
+    """Whether a first axis follows the images: shapes are of so many, and of one more."""
+    if not shape or not another:
         return False
-    return shape[0] * more == other[0] * images and shape[1:] == other[1:]
+    return shape[0] * (images + 1) == another[0] * images and shape[1:] == another[1:]
 
 
 @dataclass(frozen=True)
@@ -233,16 +229,17 @@ class Stretch:
     Attributes:
         walk: The walk that stands there.
         segment: Where it is, and its layers.
-        root: ``R [channels, channels]``, with ``Rᵀ R = G`` what its error is weighted by.
+        root: ``R [channels, channels]``, with ``Rᵀ R = G`` what its error is weighted by; None
+            where all channels count alike.
         ends: What it gives.
         by_image: Whether a batch can be parted where it begins and where it ends.
     """
 
     walk: StretchWalk
     segment: Segment
-    root: Tensor
+    root: Tensor | None
     ends: Value
-    by_image: bool = True
+    by_image: bool
 
     def parameters(self) -> list[nn.Parameter]:
         """All weights that may change."""
@@ -339,8 +336,10 @@ class Stretch:
         images = size if whole else (end or size) - start
         last = self.walk.lockstep.nodes[self.segment.end].name
         wanted = self.walk.cut.of_node(last, of_images(pair.dense))
-        rows = self.ends.rows(output - wanted)
-        return (rows @ self.root.mT).square().sum() / images, images
+        errors = self.ends.rows(output - wanted)
+        if self.root is not None:
+            errors = errors @ self.root.mT
+        return errors.square().sum() / images, images
 
 
 def _drawn(

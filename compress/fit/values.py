@@ -24,8 +24,6 @@ _MOVES = frozenset({
     "swapaxes", "swapdims", "t", "transpose", "unflatten", "view",
 })  # fmt: skip
 
-_UNTOLD = "nothing tells which axis of the value counts channels"
-
 
 @dataclass(frozen=True)
 class Value:
@@ -46,31 +44,21 @@ class Value:
 
     @classmethod
     def of(
-        cls, shape: torch.Size | None, axis: int | None, images: int, *, by_image: bool = True
+        cls, shape: torch.Size | None, axis: int | None, images: int, *, by_image: bool
     ) -> Value:
         """What a node gives for so many images."""
         if shape is None or len(shape) < 2:
             return cls(shape, by_image=by_image)
         if axis is None and len(shape) == 2:
             axis = 1
-        others = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :]) if axis else 0
-        return cls(shape, axis, (others or shape[0] * math.prod(shape[2:])) // images, by_image)
+        around = list(shape)
+        around.pop(1 if axis is None else axis)
+        return cls(shape, axis, math.prod(around) // images, by_image)
 
     @classmethod
     def numbers(cls) -> Value:
         """What holds no tensors."""
         return cls(positions=NUMBERS)
-
-    @property
-    def channels(self) -> int:
-        """How many there are.
-
-        Raises:
-            ValueError: There is no telling.
-        """
-        if self.shape is None or self.axis is None:
-            raise ValueError(_UNTOLD)
-        return self.shape[self.axis]
 
     def rows(self, value: Tensor) -> Tensor:
         """Such a value, perhaps of fewer channels, as ``[rows, channels]``.
@@ -79,7 +67,7 @@ class Value:
             ValueError: Nothing tells where its channels are.
         """
         if self.axis is None:
-            raise ValueError(_UNTOLD)
+            raise ValueError("nothing tells which axis of the value counts channels")
         return value.movedim(self.axis, -1).flatten(0, -2)
 
     def behind_layers(self, kinds: Iterable[str]) -> Value:

@@ -82,16 +82,6 @@ def vit() -> nn.Module:
     return model
 
 
-def swin() -> nn.Module:
-    """A transformer whose windows shift (Liu et al., "Swin Transformer", 2021)."""
-    torchvision, _ = load_torchvision()
-    model: nn.Module = torchvision.models.SwinTransformer(
-        patch_size=[2, 2], embed_dim=48, depths=[2, 2, 2], num_heads=[3, 6, 12],
-        window_size=[4, 4], stochastic_depth_prob=0.1, num_classes=10,
-    )  # fmt: skip
-    return model
-
-
 def convnext() -> nn.Module:
     """Depthwise convolutions and linear layers by turns (Liu et al., "ConvNeXt", 2022)."""
     torchvision, _ = load_torchvision()
@@ -103,7 +93,7 @@ def convnext() -> nn.Module:
     return model
 
 
-NETWORKS = {"mobile": mobile, "vit": vit, "swin": swin, "convnext": convnext}
+NETWORKS = {"mobile": mobile, "vit": vit, "convnext": convnext}
 
 
 def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
