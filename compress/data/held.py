@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from compress.data.images import ImageSet
-from compress.data.loading import Loader, Split
+from compress.data.loading import Batches, Loader, Split
 from compress.data.targets import size
 from compress.progress import Track, silent
 from compress.running.structure import concatenated, count, mapped, part, shapes
@@ -105,6 +105,37 @@ def _held_targets(images: ImageSet, cap: int) -> tuple[Any, ...] | None:
     if size(images.target(0)) * len(images) > cap:
         return None
     return tuple(images.target(i) for i in range(len(images)))
+
+
+@dataclass
+class ReadOnce:
+    """The batches of a set, read as far as they are asked for, and kept for the next time.
+
+    Attributes:
+        batches: They.
+        cap: Bytes that may be kept; what is beyond is read again.
+    """
+
+    batches: Batches
+    cap: int = HELD_BYTES
+    _kept: list[tuple[Any, Any]] = field(default_factory=list)
+    _bytes: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yield inputs and targets, batch by batch.
+
+        Raises:
+            DataError: An image cannot be read, or two differ in shape.
+        """
+        yield from tuple(self._kept)
+        for inputs, targets in self.batches.after(len(self._kept)):
+            taken = size_of_inputs(inputs) + size(targets)
+            if self._bytes + taken <= self.cap:
+                self._kept.append((inputs, targets))
+                self._bytes += taken
+            else:
+                self._bytes = self.cap  # those kept are the first ones, without gaps
+            yield inputs, targets
 
 
 def hold_split(split: Split, loader: Loader, track: Track = silent) -> Split:

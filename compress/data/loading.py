@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,27 @@ from compress.data.workers import batches_from_workers
 from compress.errors import DataError
 from compress.running.structure import concatenated, mapped, placed, shapes
 
+# How many images a recovery judges itself by, at most and of all; those that validated are the
+# first of them.
+MOST_HELD_OUT = 1000
+HELD_OUT_SHARE = 0.2
+
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint images to fit and to validate on, with the plain record of how they were drawn."""
+    """Disjoint images, with the plain record of how they were drawn.
+
+    Attributes:
+        fit: To fit to.
+        validation: To validate on.
+        record: How they were drawn.
+        further: What else may be learnt from, in the order in which it should be; None if nothing.
+    """
 
     fit: ImageSet
     validation: ImageSet
     record: dict[str, Any]
+    further: ImageSet | None = None
 
 
 def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 0.25) -> Split:
@@ -40,7 +53,8 @@ def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 
     """
     if min(count, len(images)) < 1:
         raise DataError(f"{images.source.described} holds no images to calibrate on.")
-    fit, validation, _ = draw(len(images), count, seed, validation_fraction)
+    found = draw(len(images), count, seed, validation_fraction)
+    fit, validation = found.fit, found.validation
     drawn = hashlib.sha256(json.dumps([fit, validation]).encode()).hexdigest()
     record = {
         "seed": seed,
@@ -50,17 +64,42 @@ def split(images: ImageSet, count: int, seed: int, validation_fraction: float = 
         "validation_fraction": validation_fraction,
         "indices_sha256": drawn,
     }
-    return Split(fit=images.subset(fit), validation=images.subset(validation), record=record)
+    return Split(
+        fit=images.subset(fit),
+        validation=images.subset(validation),
+        record=record,
+        further=images.subset(found.further),
+    )
 
 
-def draw(
-    images: int, count: int, seed: int, validation_fraction: float = 0.25
-) -> tuple[list[int], list[int], list[int]]:
-    """Draw positions to fit and to validate on, as `split` does; also those that are left."""
+@dataclass(frozen=True)
+class Drawn:
+    """Positions of images, each in one of these.
+
+    Attributes:
+        fit: To fit to.
+        validation: To validate on.
+        further: What else may be learnt from.
+        held_out: What nothing but a recovery looks at, to judge itself by.
+    """
+
+    fit: list[int]
+    validation: list[int]
+    further: list[int]
+    held_out: list[int]
+
+
+def draw(images: int, count: int, seed: int, validation_fraction: float = 0.25) -> Drawn:
+    """Draw positions to fit and to validate on, as `split` does, and divide those that are left."""
     total = min(count, images)
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tolist()
     validating = min(max(round(total * validation_fraction), 1), total - 1)
-    return order[: total - validating], order[total - validating : total], order[total:]
+    wanted = min(MOST_HELD_OUT, max(1, round(images * HELD_OUT_SHARE)))
+    last = images - min(max(wanted - validating, 0), images - total)
+    return Drawn(
+        order[: total - validating], order[total - validating : total], order[total:last],
+        order[last:],
+    )  # fmt: skip
 
 
 def seed_of(*of: Any) -> int:
@@ -83,6 +122,11 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
+
+    def after(self, number: int) -> Batches:
+        """Those that come after so many."""
+        left = range(min(number * self.batch_size, len(self.images)), len(self.images))
+        return replace(self, images=self.images.subset(left)) if number else self
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         positions = range(len(self.images))

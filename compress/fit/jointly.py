@@ -48,10 +48,12 @@ class Improved:
     Attributes:
         factors: Of the replaced layers, new where the held-out error of their stretch fell.
         kept: New weights, by parameter name, of the dense layers in such stretches.
+        further: How many images beside those fitted to it learned from.
     """
 
     factors: dict[str, Factors]
     kept: dict[str, Weights]
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def refit_jointly(
         for name, found in factors.items():
             walk.install(sites[name], found)
         if not images.whole:
-            images = RefitImages(pieces(images.fit), pieces(images.validation))
+            fit, validation = pieces(images.fit), pieces(images.validation)
+            images = RefitImages(fit, validation, pieces(images.further))
         walk.start(images)
         values = walk.values(whole=images.whole)
         positions = [value.positions for value in values]
@@ -105,6 +108,8 @@ def refit_jointly(
         for name in (n for segment in segments for n in segment.layers if n not in factors):
             walk.free(sites[name])
         metrics = walk.metrics(segments, settings) if settings.weigh and segments else {}
+        added = walk.add_further(images.further, segments, values)
+        current = replace(current, further=added)
         for segment in track(segments, "refit jointly", len(segments)):
             walk.advance(segment)
             end = segments[segment]

@@ -13,7 +13,7 @@ from compress.calibrate.problems import absorbed_bias, bias_of, fit_problem, lay
 from compress.calibrate.recipe import Recipe
 from compress.calibrate.removal import Narrower, group_widths
 from compress.calibrate.statistics import FEW_SAMPLES, Calibration, LayerStatistics
-from compress.data import ImageSet, Loader, Split
+from compress.data import Loader, Split
 from compress.fit.by_module import Watched, refit_by_module
 from compress.fit.factors import Factors, partly, whole
 from compress.fit.in_order import refit
@@ -25,7 +25,7 @@ from compress.fit.predict import (
     seen_errors,
     unseen_mse,
 )
-from compress.fit.walk import RefitImages, RefitSettings, Traced
+from compress.fit.walk import Labelled, RefitImages, RefitSettings, Traced
 from compress.fit.whole import SHARES, best_share, divergences
 from compress.layers import registered_kind
 from compress.linalg.fit import fit
@@ -36,6 +36,7 @@ from compress.network.sites import LayerSite
 from compress.plan import NARROWER, Choice, Plan
 from compress.progress import Track, silent
 from compress.running.memory_format import in_memory_format
+from compress.running.structure import placed
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class RefitPath:
         path: ``"graph"`` along the network's graph, ``"modules"`` by watching its layers, or
             ``"none"``.
         reason: Why not along the graph; empty where they were.
+        further: How many images beside those fitted to the joint refit learned from.
     """
 
     path: str = "none"
     reason: str = ""
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Fitter:
         recipe: How its statistics were taken, which is how errors are weighed.
         refit: Whether factors are refitted on the network as compressed so far.
         track: Progress.
+        further: Batches that a refit may learn from too.
     """
 
     network: Network
@@ -120,6 +124,7 @@ class Fitter:
     recipe: Recipe
     refit: bool = True
     track: Track = silent
+    further: Labelled = ()
 
     def carry_out(self, plan: Plan, calibration: Calibration) -> Replaced:
         """Fit every chosen scheme in the data's metric, rewrite the model, refit it.
@@ -194,8 +199,10 @@ class Fitter:
         if path.path == "none":
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
         said = [path.reason] if path.reason else []
+        further = 0
         for title, stage in self._stages(fitted):
             after = stage(now)
+            further = max(further, after.further)
             share, why, chosen = self._kept_share(fitted, model, (now, after))
             if why:
                 part = "was taken back" if share == 0 else f"was kept to {100 * share:.0f}%"
@@ -204,7 +211,7 @@ class Fitter:
                 now, model = chosen
         factors = fitted.factors
         changed = tuple(name for name in factors if now.factors[name] is not factors[name])
-        path = replace(path, reason="; ".join(said))
+        path = replace(path, reason="; ".join(said), further=further)
         changed += tuple(now.kept)
         return Replaced(model, first, fitted.predicted, changed, path, fitted.cut)
 
@@ -269,10 +276,12 @@ class Fitter:
         network = self.network
         return fitted.cut or Cut(network.model, {site.name: site for site in network.sites})
 
-    def _given(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
-        """The batches of a set, with their targets where a loss looks at them."""
-        for inputs, targets in self.loader.placed(images):
-            yield inputs, None if self.recipe.loss is None else targets
+    def _given(self, batches: Labelled) -> Iterator[tuple[Any, Any]]:
+        """Batches where the network is, with their targets where a loss looks at them."""
+        loader = self.loader
+        for inputs, targets in batches:
+            given = placed(inputs, loader.device, loader.memory_format)
+            yield given, None if self.recipe.loss is None else targets
 
     def _refit_path(self, fitted: Fitted) -> RefitPath:
         if not self.refit:
@@ -287,7 +296,7 @@ class Fitter:
 
     def _stages(self, fitted: Fitted) -> list[tuple[str, Callable[[Improved], Improved]]]:
         """Refits, each with a name: in execution order, then jointly between cuts of the graph."""
-        network, recipe = self.network, self.recipe
+        network, recipe, split = self.network, self.recipe, self.split
         sites = self._cut(fitted).sites
         settings = RefitSettings(
             seed=recipe.seed, weigh=recipe.weigh, loss=recipe.loss, reading=recipe.reading,
@@ -295,10 +304,10 @@ class Fitter:
         )  # fmt: skip
 
         def images() -> RefitImages:
-            sets = (self.split.fit, self.split.validation)
-            fit, validation = (self._given(images) for images in sets)
-            whole = recipe.loss is not None and self.split.fit.source.collates
-            return RefitImages(fit, validation, whole)
+            sets = (split.fit, split.validation)
+            fit, validation = (self._given(self.loader.batches(images)) for images in sets)
+            whole = recipe.loss is not None and split.fit.source.collates
+            return RefitImages(fit, validation, self._given(self.further), whole)
 
         def by_module(now: Improved) -> Improved:
             watched = Watched(network.model, sites)

@@ -20,7 +20,7 @@ from compress.fit.cuts import Segment
 from compress.fit.frontier import Frontier, Pair
 from compress.fit.lockstep import holds_numbers
 from compress.fit.values import Value, channel_axes
-from compress.fit.walk import RefitSettings, Traced, Walk
+from compress.fit.walk import Labelled, RefitSettings, Traced, Walk
 from compress.linalg.moments import Moments
 from compress.linalg.problem import roots_of
 from compress.linalg.spectrum import regularise
@@ -37,7 +37,9 @@ from compress.running.structure import (
     with_gradients,
 )
 
-EPOCHS = 12
+# A stretch takes as many steps as show each image that layers were fitted to so often. Further
+# images share these steps, as many as leave each so often at least.
+EPOCHS, LEAST_EPOCHS = 12, 3
 # Images a step, whatever the batches are: results must not depend on what fits into memory.
 STEP_IMAGES = 32
 # Large maps tell as much with fewer of them: positions a step, and the fewest images.
@@ -60,6 +62,7 @@ class StretchWalk(Walk):
         super().__init__(traced, frontier)
         self.layers: dict[str, nn.Module] = {}
         self.number_nodes: set[str] = set()
+        self._further: set[int] = set()
         self._numbers: dict[tuple[int, bool], dict[str, Any]] = {}
 
     def place(self, site: LayerSite, module: nn.Module) -> nn.Module:
@@ -111,6 +114,40 @@ class StretchWalk(Walk):
             elif node.op != "output" and holds_numbers(value):
                 self.number_nodes.add(node.name)
         return found
+
+    def add_further(
+        self, batches: Labelled, segments: Iterable[Segment], values: Sequence[Value]
+    ) -> int:
+        """Put further batches to learn from at the first node.
+
+        Only as many as can be kept in memory with the others on the whole way, since what each
+        stretch takes from a disk it reads at every step; and as many as are worth it.
+
+        Args:
+            batches: They.
+            segments: The stretches.
+            values: What each node gives.
+
+        Returns:
+            How many images were added.
+        """
+        # Of each image: what a stretch should give, and what both networks feed it.
+        ends = [values[s.end].bytes + 2 * values[s.start].bytes for s in segments]
+        fitted = sum(self.sizes[batch] for batch in self.batches(held_out=False))
+        room = self.frontier.cap // max(ends, default=0) if any(ends) else 0
+        most = min(room - sum(self.sizes), (EPOCHS // LEAST_EPOCHS - 1) * fitted)
+        images = 0
+        for inputs, labels in batches if most > 0 else ():
+            images += count(inputs)
+            if images > most:
+                return images - count(inputs)
+            self._further.add(len(self.sizes))
+            self.add(inputs, labels, held_out=False)
+        return images
+
+    def fitted(self) -> list[int]:
+        """Numbers of the batches that layers were fitted to, further ones apart."""
+        return [batch for batch in self.batches(held_out=False) if batch not in self._further]
 
     def reads_numbers(self, segment: Segment) -> bool:
         """Whether a stretch reads numbers that came before it."""
@@ -276,6 +313,7 @@ class Stretch:
     ) -> None:
         sizes, batches = self.walk.sizes, self.walk.batches(held_out=False)
         each = max(STEP_IMAGES // sizes[0], 1)
+        total = EPOCHS * -(-len(self.walk.fitted()) // each)
         steps = [batches[i : i + each] for i in range(0, len(batches), each)]
         most = max(STEP_POSITIONS // max(self.ends.positions, 1), LEAST_IMAGES)
         # Numbers may be those of a whole batch.
@@ -286,21 +324,21 @@ class Stretch:
             {str(number): parameter for number, parameter in enumerate(parameters)},
             operations_for(macs * min(STEP_IMAGES, most)),
         )
-        total = EPOCHS * len(steps)
         generator = torch.Generator().manual_seed(seed)
-        for epoch in range(EPOCHS):
-            order = torch.randperm(len(steps), generator=generator).tolist()
-            for number, index in enumerate(order, epoch * len(steps)):
-                for parameter in parameters:
-                    parameter.grad = None
-                parts = _drawn([(b, sizes[b]) for b in steps[index]], most, generator)
-                images = sum(end - start for _, start, end in parts)
-                for batch, start, end in parts:
-                    with changes_allowed(in_place=in_place):
-                        error, count = self._loss(batch, start, end, generator)
-                        backward(error * (count / images / scale))
-                warm = min(1.0, (number + 1) / max(1, WARM_UP * total))
-                moving.step(STEP * warm * falling(number / total))
+        order: list[int] = []
+        for number in range(total):
+            order = order or torch.randperm(len(steps), generator=generator).tolist()[::-1]
+            chosen = steps[order.pop()]
+            for parameter in parameters:
+                parameter.grad = None
+            parts = _drawn([(b, sizes[b]) for b in chosen], most, generator)
+            images = sum(end - start for _, start, end in parts)
+            for batch, start, end in parts:
+                with changes_allowed(in_place=in_place):
+                    error, count = self._loss(batch, start, end, generator)
+                    backward(error * (count / images / scale))
+            warm = min(1.0, (number + 1) / max(1, WARM_UP * total))
+            moving.step(STEP * warm * falling(number / total))
 
     def _loss(
         self,

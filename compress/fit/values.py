@@ -35,12 +35,14 @@ class Value:
         positions: How many an image has for one channel; 0 of what is not a tensor with channels,
             and `NUMBERS` of numbers.
         by_image: Whether the first axis counts images, each perhaps several times in a row.
+        images: How many the batch holds.
     """
 
     shape: torch.Size | None = None
     axis: int | None = None
     positions: int = 0
     by_image: bool = False
+    images: int = 0
 
     @classmethod
     def of(
@@ -48,17 +50,22 @@ class Value:
     ) -> Value:
         """What a node gives for so many images."""
         if shape is None or len(shape) < 2:
-            return cls(shape, by_image=by_image)
+            return cls(shape, by_image=by_image, images=images)
         if axis is None and len(shape) == 2:
             axis = 1
         around = list(shape)
         around.pop(1 if axis is None else axis)
-        return cls(shape, axis, math.prod(around) // images, by_image)
+        return cls(shape, axis, math.prod(around) // images, by_image, images)
 
     @classmethod
     def numbers(cls) -> Value:
         """What holds no tensors."""
         return cls(positions=NUMBERS)
+
+    @property
+    def bytes(self) -> int:
+        """How many an image takes in single precision."""
+        return 4 * math.prod(self.shape) // self.images if self.shape and self.images else 0
 
     def rows(self, value: Tensor) -> Tensor:
         """Such a value, perhaps of fewer channels, as ``[rows, channels]``.

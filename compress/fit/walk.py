@@ -52,11 +52,13 @@ class RefitImages:
     Attributes:
         fit: The batches to fit to.
         validation: The batches that decide.
+        further: Batches that the joint refit learns from too, as many as memory is set aside for.
         whole: Whether batches must stay as they are, since their targets cannot be parted.
     """
 
     fit: Labelled
     validation: Labelled
+    further: Labelled = ()
     whole: bool = False
 
 
@@ -128,14 +130,18 @@ class Walk:
 
     def start(self, images: RefitImages) -> None:
         """Put every batch at the first node."""
-        first = self.lockstep.nodes[0].name
         for batches, held_out in ((images.fit, False), (images.validation, True)):
             for inputs, labels in batches:
-                inputs = mapped(inputs, lambda tensor: tensor.to(self.device))
-                self.frontier.put(len(self.held_out), {first: Pair(inputs, inputs)})
-                self.held_out.append(held_out)
-                self.labels.append(labels)
-                self.sizes.append(count(inputs))
+                self.add(inputs, labels, held_out=held_out)
+
+    def add(self, inputs: Any, labels: Any, *, held_out: bool) -> None:
+        """Put one more batch at the first node."""
+        inputs = mapped(inputs, lambda tensor: tensor.to(self.device))
+        first = self.lockstep.nodes[0].name
+        self.frontier.put(len(self.held_out), {first: Pair(inputs, inputs)})
+        self.held_out.append(held_out)
+        self.labels.append(labels)
+        self.sizes.append(count(inputs))
 
     def batches(self, *, held_out: bool) -> list[int]:
         """Numbers of the batches that only decide, or of those that are fitted to."""

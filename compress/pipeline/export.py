@@ -244,17 +244,19 @@ def _checked(given: _Given) -> ImageSet:
             f"--fixed-batch {size} needs {size} images to check the exported network on, and "
             f"there are {len(images)}."
         )
-    fit, validation, _ = draw(len(images), max(CHECKED_IMAGES, size), given.config.seed)
-    return in_whole_batches(images.subset([*fit, *validation]), given.request.form.batch)
+    drawn = draw(len(images), max(CHECKED_IMAGES, size), given.config.seed)
+    return in_whole_batches(images.subset(drawn.fit + drawn.validation), given.request.form.batch)
 
 
 def _calibrated(given: _Given) -> Calibrated:
     """Images for eight bits, drawn as a run draws them."""
     images, config = given.images, given.config
     count = min(config.calibration_images, INT8_IMAGES)
-    fit, validation, _ = draw(len(images), count, config.seed)
+    drawn = draw(len(images), count, config.seed)
     batch = given.request.form.batch
-    calibrate, judge = (in_whole_batches(images.subset(part), batch) for part in (fit, validation))
+    calibrate, judge = (
+        in_whole_batches(images.subset(part), batch) for part in (drawn.fit, drawn.validation)
+    )
     return Calibrated.of(calibrate, judge, given.loader, (given.reference, given.reading))
 
 

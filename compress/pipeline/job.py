@@ -18,7 +18,7 @@ from compress.calibrate.removal import readers_of
 from compress.calibrate.statistics import Calibration, Source, misfits
 from compress.config import RunConfig
 from compress.data import ImageSet, Loader
-from compress.data.held import hold, hold_split
+from compress.data.held import ReadOnce, hold, hold_split
 from compress.data.varied import VariedImages
 from compress.errors import CalibrationError
 from compress.files import check_file
@@ -55,6 +55,7 @@ class Job:
         loader: How images reach it.
         track: Progress.
         varied: The images to fit on with changed copies of them; None where there are no copies.
+        further: Batches that a refit may learn from too; None if there are none.
     """
 
     inputs: Inputs
@@ -63,6 +64,7 @@ class Job:
     loader: Loader
     track: Track = silent
     varied: VariedImages | None = None
+    further: ReadOnce | None = None
 
     @classmethod
     def open(cls, inputs: Inputs, config: RunConfig, track: Track = silent) -> Job:
@@ -108,8 +110,9 @@ class Job:
         """
         split = hold_split(self.inputs.split, self.loader, self.track)
         test = self.inputs.test and hold(self.inputs.test, self.loader, self.track)
+        more = ReadOnce(self.loader.batches(split.further)) if split.further else None
         job = dataclasses.replace(
-            self, inputs=dataclasses.replace(self.inputs, split=split, test=test)
+            self, inputs=dataclasses.replace(self.inputs, split=split, test=test), further=more
         )
         if job._asks_for_targets:  # which changed pictures do not have
             return job
@@ -159,7 +162,9 @@ class Job:
         recipe = self.recipe(self.config.schemes_in_play)
         config = self.config
         split = dataclasses.replace(self.inputs.split, fit=self.learned_from)
-        return Fitter(self.network, split, self.loader, recipe, config.refit, self.track)
+        return Fitter(
+            self.network, split, self.loader, recipe, config.refit, self.track, self.further or ()
+        )
 
     def calibrate(self, schemes: tuple[str, ...]) -> Calibration:
         """Statistics of the fit images that some schemes need: from the file, or measured.

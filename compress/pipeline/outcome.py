@@ -155,7 +155,7 @@ class Record:
             data_fingerprint=inputs.split.fit.fingerprint,
             test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
             dtype=str(inputs.dtype).removeprefix("torch."),
-            split=job.split_record(),
+            split=replace(job.split_record(), further_images=self.rewritten.replaced.refit.further),
             calibration_images=len(inputs.split.fit),
             rule=plan.rule,
             value=plan.value,

@@ -34,9 +34,6 @@ KEPT_BYTES = 1 << 28
 # How often a batch is seen before others are drawn: the original then takes a quarter of the time
 # that it would take otherwise, and four times are too few to learn by heart.
 REPEATS = 4
-# How many images are held out, at most and of all; more only where more validated the compression.
-MOST_HELD_OUT = 1000
-HELD_OUT_SHARE = 0.2
 
 
 def repeats(features: Features) -> int:
@@ -61,7 +58,7 @@ def divided(images: ImageSet, fitted: int, seed: int) -> Division:
     """Divide images into those to learn from and those held out.
 
     The images that validated the compression are the first to be held out, and those that it was
-    fitted to are always learnt from; see `compress.data.split`.
+    fitted to are always learnt from; see `compress.data.loading.draw`.
 
     Args:
         images: All images there are.
@@ -77,11 +74,9 @@ def divided(images: ImageSet, fitted: int, seed: int) -> Division:
             f"{images.source.described} holds {total} image{'' if total == 1 else 's'}: recovery "
             "takes at least two, one to learn from and one held out; some hundred are few."
         )
-    fit, validation, rest = draw(total, fitted, seed)
-    wanted = min(MOST_HELD_OUT, max(1, round(total * HELD_OUT_SHARE)))
-    more = min(max(wanted - len(validation), 0), len(rest))
-    learning, further = rest[: len(rest) - more], rest[len(rest) - more :]
-    return Division(images.subset(fit + learning), images.subset(validation + further))
+    drawn = draw(total, fitted, seed)
+    learning, held_out = drawn.fit + drawn.further, drawn.validation + drawn.held_out
+    return Division(images.subset(learning), images.subset(held_out))
 
 
 @dataclass(frozen=True)

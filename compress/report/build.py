@@ -253,6 +253,9 @@ def refit_sentence(report: Report) -> str:
     outcome = f"new weights kept in {text.plural(changed, 'layer')}."
     if path == "graph":
         ways = "Refitted along the graph, layer by layer and then jointly"
+        further = (result["split"] or {}).get("further_images", 0)  # older reports do not say
+        if further:
+            ways += f" with {text.plural(further, 'further image')}"
         return f"{ways}; {reason}: {outcome}" if reason else f"{ways}: {outcome}"
     return f"Refitted layer by layer only, since {reason or 'there is no graph'}: {outcome}"
 

@@ -93,6 +93,7 @@ class SplitRecord:
 
     Each of those fitted to also came ``copies`` times changed, in the way that ``augmentation``
     names: ``"mirrored"``, ``"shifted"`` or ``"moved"``, which is both; ``"none"`` without copies.
+    The joint refit also learned from ``further_images`` of the same set.
     """
 
     seed: int
@@ -102,6 +103,7 @@ class SplitRecord:
     validation_indices_sha256: str = ""
     augmentation: str = "none"
     copies: int = 0
+    further_images: int = 0
 
 
 @dataclass(frozen=True)

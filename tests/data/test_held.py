@@ -14,7 +14,7 @@ from workbench import SPEC, Workbench, made_images
 
 from compress.config import make_config
 from compress.data import ImageSet, Loader, open_dataset
-from compress.data.held import HeldImages, hold
+from compress.data.held import HeldImages, ReadOnce, hold
 from compress.data.sources import FolderSource
 from compress.inputs.load import load_network
 from compress.pipeline.run import compress_network
@@ -78,8 +78,39 @@ def test_a_sweep_decodes_each_picture_once_for_all_points(
     decoded.clear()
     result = sweep_network(inputs, config, parse_grid("macs", "0.9,0.7,0.6"))
     assert len({point.macs for point in result.points}) == 3
-    # Twenty calibrate, and all thirty are the test set, which is a set of its own.
-    assert sum(decoded.values()) <= 20 + 30 + 1, "one is looked at first"
+    # Twenty calibrate, the refit learns from nine more (one is kept for a recovery), and all thirty
+    # are the test set, which is a set of its own.
+    assert sum(decoded.values()) <= 20 + 9 + 30 + 1, "one is looked at first"
+
+
+def test_batches_are_read_as_far_as_they_are_asked_for_and_only_once(
+    folder: Path, decoded: Counter[int]
+) -> None:
+    images = open_dataset(f"imagefolder:{folder}", Preprocessing(channels=1))
+    wanted = [inputs for inputs, _ in Loader(7).batches(images)]
+    decoded.clear()
+    batches = ReadOnce(Loader(7).batches(images))
+    found = [next(iter(batches))[0] for _ in range(3)]
+    assert all(torch.equal(one, wanted[0]) for one in found)
+    assert sum(decoded.values()) == 7
+    for _ in range(2):
+        found = [inputs for inputs, _ in batches]
+        assert [len(one) for one in found] == [7, 7, 7, 7, 2]
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert sum(decoded.values()) == 30
+
+
+def test_what_exceeds_the_cap_is_read_again(folder: Path, decoded: Counter[int]) -> None:
+    images = open_dataset(f"imagefolder:{folder}", Preprocessing(channels=1))
+    wanted = [inputs for inputs, _ in Loader(7).batches(images)]
+    taken = wanted[0].numel() * 4 + 7 * 8  # pixels and labels
+    batches = ReadOnce(Loader(7).batches(images), cap=2 * taken)
+    decoded.clear()
+    for _ in range(2):
+        found = [inputs for inputs, _ in batches]
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    # The last two pictures would have had room, but what is kept has no gaps.
+    assert sum(decoded.values()) == 30 + 16
 
 
 def test_what_is_held_is_what_would_be_decoded(folder: Path) -> None:

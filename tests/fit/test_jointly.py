@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from compress.fit.stretches import StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings
 from compress.linalg.fit import Covariances, Problem, chain_matrix, fit, with_weights
 from compress.linalg.geometry import Geometry
+from compress.linalg.steps import Steps
 from compress.network.baseline import Network, prepare
 
 RANKS = {"stem": ("spatial", 4), "first": ("input", 4), "second": ("output", 4)}
@@ -221,6 +223,65 @@ def test_the_plain_error_falls_on_images_that_nothing_was_fitted_to(
         for model in (rewritten(network, start), rewritten(network, found.factors, found.kept))
     )
     assert after < 0.95 * before
+
+
+def distance(network: Network, found: Improved, images: Tensor) -> float:
+    """How far a rewritten network's outputs are from the original's."""
+    model = rewritten(network, found.factors, found.kept)
+    with torch.no_grad():
+        return float((model(images) - network.model(images)).square().mean())
+
+
+def test_further_images_bring_others_nearer_in_as_many_steps(
+    network: Network, images: Tensor, factors: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight images are learnt by heart; with 56 more each is seen an eighth as often."""
+    monkeypatch.setattr(stretches, "EPOCHS", 120)
+    monkeypatch.setattr(stretches, "LEAST_EPOCHS", 15)
+    taken: list[int] = []
+    step = Steps.step
+
+    def counted(self: Steps, rate: float) -> bool:
+        taken[-1] += 1
+        return step(self, rate)
+
+    monkeypatch.setattr(Steps, "step", counted)
+    found = {}
+    for further in (0, 56):
+        taken.append(0)
+        sets = (images[:8], images[64:80], images[8 : 8 + further])
+        given = RefitImages(*(labelled(part, 8) if len(part) else [] for part in sets))
+        found[further] = refit_jointly(traced_of(network), Movable(factors), given, RefitSettings())
+        assert found[further].further == further
+    assert taken[0] == taken[1]
+    unseen = images[80:]
+    assert distance(network, found[56], unseen) < 0.9 * distance(network, found[0], unseen)
+
+
+def test_further_images_are_as_many_as_memory_holds_and_are_worth_it(
+    network: Network, images: Tensor, factors: dict[str, Factors]
+) -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            read.append(8)
+            yield images[:8], torch.zeros(8, dtype=torch.long)
+
+    def learned(cache_bytes: int) -> int:
+        sets = labelled(images[:16], 8), labelled(images[64:72], 8)
+        given = RefitImages(*sets, endless())
+        settings = RefitSettings(cache_bytes=cache_bytes)
+        return refit_jointly(traced_of(network), Movable(factors), given, settings).further
+
+    assert learned(1 << 30) == 48  # three times as many
+    # The one stretch gives 8 channels of 81 positions, and each network feeds it 3 of them; 24
+    # images have to be there anyhow.
+    each = 4 * 81 * (8 + 3 + 3)
+    assert learned(24 * each) == 0
+    assert learned(40 * each) == 16
+    assert sum(read) <= 48 + 8 + 16 + 8
+    assert learned(0) == 0
 
 
 def test_a_free_layer_changes_its_values_and_nothing_else(

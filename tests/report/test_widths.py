@@ -26,6 +26,7 @@ from compress.report import (
     write_report,
 )
 from compress.report.plots import plot_data
+from compress.result import SplitRecord
 
 NARROW = {"scheme": "narrow", "ranks": (), "width": (24, 48), "break_even": 0}
 BOTH = {"scheme": "output", "ranks": (12,), "width": (16, 8), "break_even": 0}
@@ -161,3 +162,13 @@ def test_a_plan_shows_the_widths_of_what_it_narrows() -> None:
 def test_a_refit_that_was_taken_back_is_said(path: str, reason: str, said: str) -> None:
     report = build_report(examples.result(refit_path=path, refit_reason=reason))
     assert said in "\n".join(run_summary(report))
+
+
+def test_images_that_only_the_joint_refit_learned_from_are_said() -> None:
+    split = SplitRecord(seed=0, fit_images=750, validation_images=250, further_images=4500)
+    report = build_report(examples.result(refit_path="graph", split=split))
+    assert "and then jointly with 4,500 further images: new weights" in "\n".join(
+        run_summary(report)
+    )
+    del report["result"]["split"]["further_images"]  # as older reports
+    assert "and then jointly: new weights" in "\n".join(run_summary(report))
