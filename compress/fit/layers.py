@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -25,6 +25,7 @@ from compress.fit.predict import (
     seen_errors,
     unseen_mse,
 )
+from compress.fit.stretches import Further
 from compress.fit.walk import Labelled, RefitImages, RefitSettings, Traced
 from compress.fit.whole import SHARES, best_share, divergences
 from compress.layers import registered_kind
@@ -47,12 +48,12 @@ class RefitPath:
         path: ``"graph"`` along the network's graph, ``"modules"`` by watching its layers, or
             ``"none"``.
         reason: Why not along the graph; empty where they were.
-        further: How many images beside those fitted to the joint refit learned from.
+        further: The images beside those fitted to that the joint refit learned from.
     """
 
     path: str = "none"
     reason: str = ""
-    further: int = 0
+    further: Further = field(default_factory=Further)
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ class Fitter:
         if path.path == "none":
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
         said = [path.reason] if path.reason else []
-        further = 0
+        further = Further()
         for title, stage in self._stages(fitted):
             after = stage(now)
-            further = max(further, after.further)
+            further = after.further
             share, why, chosen = self._kept_share(fitted, model, (now, after))
             if why:
                 part = "was taken back" if share == 0 else f"was kept to {100 * share:.0f}%"

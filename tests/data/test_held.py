@@ -83,6 +83,22 @@ def test_a_sweep_decodes_each_picture_once_for_all_points(
     assert sum(decoded.values()) <= 20 + 9 + 30 + 1, "one is looked at first"
 
 
+def test_a_further_picture_that_cannot_be_read_is_said_and_ends_no_run(
+    bench: Workbench, folder: Path
+) -> None:
+    settings = {"checkpoint": bench.checkpoint, "model": SPEC, "data": f"imagefolder:{folder}"}
+    config = make_config({**settings, "macs": 0.5, "calibration_images": 20, "batch_size": 4})
+    further = load_network(config).split.further
+    assert further is not None
+    assert len(further) == 9
+    (folder / further.name(5)).write_bytes(b"no picture")
+    result = compress_network(load_network(config), config).result
+    assert result.split is not None
+    assert result.split.further_images == 4
+    (said,) = [w for w in result.warnings if "joint refit" in w]
+    assert further.name(5) in said
+
+
 def test_batches_are_read_as_far_as_they_are_asked_for_and_only_once(
     folder: Path, decoded: Counter[int]
 ) -> None:
