@@ -11,6 +11,7 @@ import torch
 from compress.data.images import ImageSet
 from compress.data.loading import Batches, Loader, Split
 from compress.data.targets import size
+from compress.errors import DataError
 from compress.progress import Track, silent
 from compress.running.structure import concatenated, count, mapped, part, shapes
 from compress.running.structure import size as size_of_inputs
@@ -111,24 +112,32 @@ def _held_targets(images: ImageSet, cap: int) -> tuple[Any, ...] | None:
 class ReadOnce:
     """The batches of a set, read as far as they are asked for, and kept for the next time.
 
+    They end before one that cannot be read, since whoever reads them could do without.
+
     Attributes:
         batches: They.
         cap: Bytes that may be kept; what is beyond is read again.
+        unread: Why they ended; empty where nothing was in the way.
     """
 
     batches: Batches
     cap: int = HELD_BYTES
+    unread: str = ""
     _kept: list[tuple[Any, Any]] = field(default_factory=list)
     _bytes: int = 0
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Yield inputs and targets, batch by batch.
-
-        Raises:
-            DataError: An image cannot be read, or two differ in shape.
-        """
+        """Yield inputs and targets, batch by batch."""
         yield from tuple(self._kept)
-        for inputs, targets in self.batches.after(len(self._kept)):
+        batches = iter(self.batches.after(len(self._kept)))
+        while True:
+            try:
+                inputs, targets = next(batches)
+            except StopIteration:
+                return
+            except DataError as error:
+                self.unread = str(error)
+                return
             taken = size_of_inputs(inputs) + size(targets)
             if self._bytes + taken <= self.cap:
                 self._kept.append((inputs, targets))

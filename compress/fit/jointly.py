@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from compress.calibrate.problems import bias_of
 from compress.fit.cuts import find_segments, join
 from compress.fit.factors import LEAST_GAIN, Factors, whole
 from compress.fit.frontier import Frontier, spill_folder
-from compress.fit.stretches import Further, Stretch, StretchWalk, pieces
+from compress.fit.stretches import Stretch, StretchWalk, pieces
 from compress.fit.walk import RefitImages, RefitSettings, Traced
 from compress.layers import registered_kind
 from compress.linalg.fit import with_weights
@@ -48,12 +48,12 @@ class Improved:
     Attributes:
         factors: Of the replaced layers, new where the held-out error of their stretch fell.
         kept: New weights, by parameter name, of the dense layers in such stretches.
-        further: The images beside those fitted to that it learned from.
+        further: How many images it learned from beside those fitted to.
     """
 
     factors: dict[str, Factors]
     kept: dict[str, Weights]
-    further: Further = field(default_factory=Further)
+    further: int = 0
 
 
 @dataclass(frozen=True)

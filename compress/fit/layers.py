@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -25,7 +25,6 @@ from compress.fit.predict import (
     seen_errors,
     unseen_mse,
 )
-from compress.fit.stretches import Further
 from compress.fit.walk import Labelled, RefitImages, RefitSettings, Traced
 from compress.fit.whole import SHARES, best_share, divergences
 from compress.layers import registered_kind
@@ -48,12 +47,12 @@ class RefitPath:
         path: ``"graph"`` along the network's graph, ``"modules"`` by watching its layers, or
             ``"none"``.
         reason: Why not along the graph; empty where they were.
-        further: The images beside those fitted to that the joint refit learned from.
+        further: How many images the joint refit learned from beside those fitted to.
     """
 
     path: str = "none"
     reason: str = ""
-    further: Further = field(default_factory=Further)
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ class Fitter:
         if path.path == "none":
             return Replaced(first, first, fitted.predicted, refit=path, cut=fitted.cut)
         said = [path.reason] if path.reason else []
-        further = Further()
+        further = 0
         for title, stage in self._stages(fitted):
             after = stage(now)
             further = after.further

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.calibrate.fisher import Objective
 from compress.data.targets import joined
 from compress.data.targets import part as part_of_targets
-from compress.errors import DataError, GradientError
+from compress.errors import GradientError
 from compress.fit.blend import blended, can_be_blended
 from compress.fit.cuts import Segment
 from compress.fit.frontier import Frontier, Pair
@@ -48,19 +48,6 @@ LEAST_IMAGES = 4
 # The largest steps, relative to each weight's root mean square; see `compress.linalg.steps`. They
 # grow to that over this share of all, and then fall to nothing.
 STEP, WARM_UP = 0.005, 1 / 20
-
-
-@dataclass(frozen=True)
-class Further:
-    """Images beside those that layers were fitted to.
-
-    Attributes:
-        images: How many are learnt from.
-        unread: Why not more, if one cannot be read; else empty.
-    """
-
-    images: int = 0
-    unread: str = ""
 
 
 class StretchWalk(Walk):
@@ -130,7 +117,7 @@ class StretchWalk(Walk):
 
     def add_further(
         self, batches: Labelled, segments: Iterable[Segment], values: Sequence[Value]
-    ) -> Further:
+    ) -> int:
         """Put further batches to learn from at the first node.
 
         Only as many as can be kept in memory with the others on the whole way, since what each
@@ -142,7 +129,7 @@ class StretchWalk(Walk):
             values: What each node gives.
 
         Returns:
-            How many images were added; no more are where one cannot be read.
+            How many images were added.
         """
         # Of each image: what a stretch should give, and what both networks feed it.
         ends = [values[s.end].bytes + 2 * values[s.start].bytes for s in segments]
@@ -150,16 +137,13 @@ class StretchWalk(Walk):
         room = self.frontier.cap // max(ends, default=0) if any(ends) else 0
         most = min(room - sum(self.sizes), (EPOCHS // LEAST_EPOCHS - 1) * fitted)
         images = 0
-        try:
-            for inputs, labels in batches if most > 0 else ():
-                if images + count(inputs) > most:
-                    break
-                images += count(inputs)
-                self._further.add(len(self.sizes))
-                self.add(inputs, labels, held_out=False)
-        except DataError as error:  # it is not needed
-            return Further(images, str(error))
-        return Further(images)
+        for inputs, labels in batches if most > 0 else ():
+            if images + count(inputs) > most:
+                break
+            images += count(inputs)
+            self._further.add(len(self.sizes))
+            self.add(inputs, labels, held_out=False)
+        return images
 
     def fitted(self) -> list[int]:
         """Numbers of the batches that layers were fitted to, further ones apart."""

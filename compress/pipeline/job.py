@@ -127,6 +127,16 @@ class Job:
         """What statistics are taken from, and layers fitted to."""
         return self.inputs.split.fit if self.varied is None else self.varied
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """A warning where the further images ended before one that cannot be read."""
+        if self.further is None or not self.further.unread:
+            return ()
+        return (
+            "Of further images, the joint refit learned only from those before one that it could "
+            f"not use: {self.further.unread}",
+        )
+
     def split_record(self) -> SplitRecord:
         """Which images served for what, as the report keeps it."""
         record = self.inputs.split_record()

@@ -28,8 +28,6 @@ from compress.report import gate_sentence, judged
 from compress.result import Recovery, Result, Versions
 from compress.running.finite import not_finite
 
-UNREAD = "Of further images, the joint refit learned only from those before one it could not use:"
-
 
 @dataclass
 class Clock:
@@ -147,7 +145,6 @@ class Record:
         """Put everything measured into one record, held to the configuration's limits."""
         job, assessed, plan = self.job, self.assessed, self.rewritten.plan
         inputs, network = job.inputs, job.network
-        further = self.rewritten.replaced.refit.further
         result = Result(
             versions=current_versions(),
             model=inputs.spec,
@@ -158,7 +155,7 @@ class Record:
             data_fingerprint=inputs.split.fit.fingerprint,
             test_fingerprint="" if inputs.test is None else inputs.test.fingerprint,
             dtype=str(inputs.dtype).removeprefix("torch."),
-            split=replace(job.split_record(), further_images=further.images),
+            split=replace(job.split_record(), further_images=self.rewritten.replaced.refit.further),
             calibration_images=len(inputs.split.fit),
             rule=plan.rule,
             value=plan.value,
@@ -172,7 +169,7 @@ class Record:
                 *network.warnings,
                 *self.rewritten.cost.refused,
                 *self._other_ways(),
-                *([f"{UNREAD} {further.unread}"] if further.unread else ()),
+                *job.unread,
                 *assessed.warnings,
             ),
             folded=tuple(pair.norm for pair in network.folded),

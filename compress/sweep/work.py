@@ -106,9 +106,14 @@ class SweepWork:
         return self.prepared.with_images()
 
     @property
+    def so_far(self) -> Job:
+        """What is known so far; no image is read for it."""
+        return self.job if "job" in self.__dict__ else self.prepared
+
+    @property
     def network(self) -> Network:
-        """The dense baseline, with what is known of it so far; no image is read for it."""
-        return (self.job if "job" in self.__dict__ else self.prepared).network
+        """The dense baseline, with what is known of it so far."""
+        return self.so_far.network
 
     @cached_property
     def judges(self) -> dict[str, Judge]:
@@ -253,7 +258,12 @@ class SweepWork:
             pick=pick.text if pick else "",
             calibration_images=len(inputs.split.fit),
             calibration_seconds=self.calibration_seconds,
-            warnings=(*inputs.warnings, *self.network.warnings, *warnings_of(points, inputs)),
+            warnings=(
+                *inputs.warnings,
+                *self.network.warnings,
+                *self.so_far.unread,
+                *warnings_of(points, inputs),
+            ),
             deployed=self.deployed,
             deployed_on=runtime_of(config) if self.options.int8 else "",
             deployed_batch=config.latency_batch if self.options.int8 else None,

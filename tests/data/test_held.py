@@ -97,6 +97,8 @@ def test_a_further_picture_that_cannot_be_read_is_said_and_ends_no_run(
     assert result.split.further_images == 4
     (said,) = [w for w in result.warnings if "joint refit" in w]
     assert further.name(5) in said
+    swept = sweep_network(load_network(config), config, parse_grid("macs", "0.9,0.5"))
+    assert said in swept.warnings
 
 
 def test_batches_are_read_as_far_as_they_are_asked_for_and_only_once(
